@@ -1,0 +1,24 @@
+"""localvit: locality for vision transformers (LocalViT, arXiv 2104.05707).
+
+Importing registers the models with timm and touches no GPU.
+"""
+
+from importlib.metadata import version
+
+from localvit import _torchvision  # before anything imports timm
+from localvit import models
+from localvit.checkpoints import load_checkpoint, model_from_checkpoint, read_checkpoint, save_checkpoint
+from localvit.locality import LocalityFeedForward
+from localvit.zoo import create_model, list_models
+
+__version__ = version("localvit")
+
+__all__ = [
+    "LocalityFeedForward",
+    "create_model",
+    "list_models",
+    "load_checkpoint",
+    "model_from_checkpoint",
+    "read_checkpoint",
+    "save_checkpoint",
+]

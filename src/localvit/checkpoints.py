@@ -1,0 +1,290 @@
+"""Checkpoints: what a file of weights holds, loading it strictly, and writing it in our format or the published one.
+
+Ours is one safetensors file: the raw weights under `raw/`, the averaged ones under `ema/`, and in the header, as JSON,
+everything needed to use them (`Checkpoint`'s fields). Published files are torch's, with entries `model` (raw),
+`model_ema` and `args`.
+"""
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors
+import safetensors.torch
+import timm
+import torch
+from torch import Tensor, nn
+
+from localvit.models._builder import COMPUTED_ENTRIES, from_published, published_key
+from localvit.models._positions import resample_state
+from localvit.weight_files import CheckpointError, read_weight_file
+from localvit.zoo import ZOO, create_model, published_model
+
+HEADER = "localvit"
+FORMAT = 1
+_NAMED = 4  # how many keys an error message names
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """What a file holds."""
+
+    path: Path
+    """Where it was read."""
+    layout: Literal["localvit", "published"]
+    """Whose names the weights go by."""
+    raw: dict[str, Tensor]
+    """The trained weights."""
+    ema: dict[str, Tensor] | None = None
+    """Their running average, if it was kept."""
+    name: str | None = None
+    """The architecture's name, if the file says it."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Arguments that the architecture was made with."""
+    img_size: tuple[int, int] | None = None
+    """Height and width that the positions were learned on."""
+    class_names: list[str] | None = None
+    """Names of the classes in the model's order, if the file says them."""
+    preprocessing: dict[str, Any] | None = None
+    """Fields of `localvit.data.preprocessing.Preprocessing`."""
+    about: dict[str, Any] = field(default_factory=dict)
+    """Anything else: versions, metrics."""
+
+    def weights(self, which: Literal["raw", "ema"]) -> dict[str, Tensor]:
+        """The raw or the averaged weights. Raises CheckpointError when the file has no averaged ones."""
+        if which not in ("raw", "ema"):
+            raise ValueError(f"weights={which!r}: choose 'raw' or 'ema'")
+        if which == "raw":
+            return self.raw
+        if self.ema is None:
+            raise CheckpointError(f"{self.path} holds no averaged weights; use weights='raw'")
+        return self.ema
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a file in our format, the published one, or one of a plain state dict, running none of its code.
+
+    Raises FileNotFoundError or CheckpointError (see `read_weight_file`).
+    """
+    path = Path(path)
+    content = read_weight_file(path)
+    header = _header(path) if path.suffix == ".safetensors" else None
+    if header is not None:
+        raw = {key.removeprefix("raw/"): value for key, value in content.items() if key.startswith("raw/")}
+        ema = {key.removeprefix("ema/"): value for key, value in content.items() if key.startswith("ema/")}
+        return Checkpoint(
+            path=path,
+            layout="localvit",
+            raw=raw,
+            ema=ema or None,
+            name=header["name"],
+            args=header["args"],
+            img_size=tuple(header["img_size"]) if header["img_size"] else None,
+            class_names=header["class_names"],
+            preprocessing=header["preprocessing"],
+            about=header["about"],
+        )
+    raw = content.get("model", content.get("state_dict", content))
+    if not isinstance(raw, Mapping) or not raw or not all(isinstance(value, Tensor) for value in raw.values()):
+        raise CheckpointError(f"{path} holds no weights: expected tensors, or an entry 'model' of tensors")
+    asked = content.get("args")
+    return Checkpoint(
+        path=path,
+        layout="published",
+        raw=dict(raw),
+        ema=content.get("model_ema"),
+        name=getattr(asked, "model", None),
+        args={"num_classes": _classes_of(dict(raw))} if _classes_of(dict(raw)) else {},
+        about={"epoch": content["epoch"]} if isinstance(content.get("epoch"), int) else {},
+    )
+
+
+def _header(path: Path) -> dict[str, Any] | None:
+    with safetensors.safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get(HEADER)
+    if text is None:
+        return None
+    header = json.loads(text)
+    if header["format"] > FORMAT:
+        raise CheckpointError(f"{path} was written by a newer localvit (format {header['format']}); upgrade localvit")
+    return header
+
+
+def _classes_of(state_dict: Mapping[str, Tensor]) -> int | None:
+    """How many classes the head of a state dict has."""
+    heads = [key for key in ("head.weight", "head.fc.weight", "fc.weight") if key in state_dict]
+    return state_dict[heads[0]].shape[0] if heads else None
+
+
+def load_checkpoint(model: nn.Module, path: str | Path, weights: Literal["raw", "ema"] = "raw") -> Checkpoint:
+    """Load a checkpoint's raw (or averaged) weights into `model`, strictly, and return what the file said.
+
+    Positions are resampled when the model was made for another picture size than the checkpoint's.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: the file is damaged or unsafe; or it is of another architecture (named, if a known model fits),
+            of another class count, or has missing or surplus keys. The model is then unchanged.
+    """
+    checkpoint = read_checkpoint(path)
+    _load(model, checkpoint, weights)
+    return checkpoint
+
+
+def _load(model: nn.Module, checkpoint: Checkpoint, weights: Literal["raw", "ema"]) -> None:
+    held = checkpoint.weights(weights)
+    if checkpoint.layout == "published":
+        state_dict = from_published(held, model) if hasattr(model, "PUBLISHED_KEYS") else dict(held)
+    else:
+        state_dict = resample_state(model, held, checkpoint.img_size) if checkpoint.img_size else dict(held)
+    wanted = model.state_dict()
+    _check_fit(checkpoint, state_dict, wanted)
+    model.load_state_dict(state_dict)
+
+
+def _check_fit(checkpoint: Checkpoint, state_dict: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError, saying what does not fit and what to do, unless the entries are exactly the wanted ones."""
+    path = checkpoint.path
+    missing = [key for key in wanted if key not in state_dict]
+    surplus = [key for key in state_dict if key not in wanted]
+    misshapen = [key for key in wanted if key in state_dict and state_dict[key].shape != wanted[key].shape]
+    if not (missing or surplus or misshapen):
+        return
+    if not (missing or surplus) and all(key.startswith("head") for key in misshapen):
+        holds, has = _classes_of(state_dict), _classes_of(wanted)
+        raise CheckpointError(
+            f"{path} has {holds} classes and the model {has}: make the model with num_classes={holds} to load it, "
+            f"and call model.reset_classifier({has}) afterwards to put a new head on these weights"
+        )
+    known = None if checkpoint.layout == "localvit" else _known_model(checkpoint.raw)
+    if checkpoint.layout == "localvit" and checkpoint.name:
+        known = checkpoint.name
+    parts = [
+        f"{len(keys)} {what} ({', '.join(keys[:_NAMED])}{', ...' if len(keys) > _NAMED else ''})"
+        for what, keys in (("missing", missing), ("surplus", surplus), ("of another shape", misshapen))
+        if keys
+    ]
+    advice = f"; it is a {known}" if known else ""
+    raise CheckpointError(f"{path} does not fit the model{advice}: entries {', '.join(parts)}")
+
+
+def _known_model(state_dict: Mapping[str, Tensor]) -> str | None:
+    """The published model whose entries a state dict has, heads aside, if there is one."""
+    shapes = {
+        key: value.shape
+        for key, value in state_dict.items()
+        if not key.startswith("head") and not key.endswith(COMPUTED_ENTRIES)
+    }
+    for published in ZOO:
+        model = create_model(published.name, device="meta")
+        own = {published_key(model, key): value.shape for key, value in model.state_dict().items()}
+        if {key: shape for key, shape in own.items() if not key.startswith("head")} == shapes:
+            return published.name
+    return None
+
+
+def model_from_checkpoint(path: str | Path, weights: Literal["raw", "ema"] = "raw") -> tuple[nn.Module, Checkpoint]:
+    """Rebuild the model that a checkpoint holds, from what it says of itself, and load it.
+
+    A file that does not name its architecture is matched with the published models.
+
+    Raises:
+        FileNotFoundError, CheckpointError: as `load_checkpoint`, and when no known model fits.
+    """
+    checkpoint = read_checkpoint(path)
+    name = checkpoint.name if checkpoint.name and timm.is_model(checkpoint.name) else _known_model(checkpoint.raw)
+    if name is None:
+        said = f"says its model is {checkpoint.name!r}, which is not known" if checkpoint.name else "names no model"
+        raise CheckpointError(f"{path} {said}, and no published model has its entries: give the model's name")
+    model = create_model(name, **checkpoint.args)
+    _load(model, checkpoint, weights)
+    return model, checkpoint
+
+
+def save_checkpoint(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    layout: Literal["localvit", "published"] = "localvit",
+    ema: Mapping[str, Tensor] | None = None,
+    class_names: Sequence[str] | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write `model`, made by `create_model`, to `path`, whole or not at all; returns the path.
+
+    Args:
+        layout: "localvit" for our safetensors file; "published" for a torch file that the published program reads,
+            which holds the weights alone.
+        ema: averaged weights, a state dict of the same model.
+        class_names: names of the classes in the model's order.
+        preprocessing: `Preprocessing.to_dict()` of the pictures that the model was trained for.
+        about: anything else that JSON can hold (metrics, a seed).
+
+    Raises:
+        ValueError: for an unknown layout, class names that do not count the model's classes, or a model that does not
+            know how it was made.
+    """
+    path = Path(path)
+    if layout not in ("localvit", "published"):
+        raise ValueError(f"layout={layout!r}: choose 'localvit' or 'published'")
+    num_classes = getattr(model, "num_classes", None)
+    if class_names is not None and len(class_names) != num_classes:
+        raise ValueError(f"{len(class_names)} class names for a model of {num_classes} classes")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        if layout == "published":
+            averaged = {"model_ema": _published(model, ema)} if ema is not None else {}
+            torch.save({"model": _published(model, model.state_dict())} | averaged, unfinished)
+        else:
+            tensors = {f"raw/{key}": value for key, value in model.state_dict().items()}
+            tensors |= {f"ema/{key}": value for key, value in (ema or {}).items()}
+            tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+            header = _describe(model, class_names, preprocessing, about)
+            safetensors.torch.save_file(tensors, unfinished, metadata={HEADER: json.dumps(header)})
+        with unfinished.open("rb+") as file:
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return path
+
+
+def _describe(
+    model: nn.Module,
+    class_names: Sequence[str] | None,
+    preprocessing: Mapping[str, Any] | None,
+    about: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    made_from = getattr(model, "made_from", None)
+    if made_from is None:
+        raise ValueError("this model does not know how it was made; make it with localvit.create_model")
+    img_size = getattr(getattr(model, "patch_embed", None), "img_size", None) or getattr(model, "img_size", None)
+    published = published_model(made_from["name"])
+    return {
+        "format": FORMAT,
+        "name": published.name if published else made_from["name"],
+        "args": made_from["args"] | {"num_classes": getattr(model, "num_classes", None)},
+        "img_size": img_size,
+        "class_names": list(class_names) if class_names is not None else None,
+        "preprocessing": dict(preprocessing) if preprocessing is not None else None,
+        "about": {
+            "localvit": version("localvit"),
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "python": platform.python_version(),
+            **(about or {}),
+        },
+    }
+
+
+def _published(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict under the published names, with the entries that the published program computes and stores."""
+    computed = model.published_buffers() if hasattr(model, "published_buffers") else {}
+    return {published_key(model, key): value for key, value in state_dict.items()} | computed

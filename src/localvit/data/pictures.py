@@ -1,0 +1,155 @@
+"""Labelled pictures, whatever they are stored in, and what becomes of one that cannot be read."""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+
+class DataError(ValueError):
+    """A data set that cannot be used; the message says where it is, what is wrong with it and what to do."""
+
+
+class UnreadablePicture(ValueError):
+    """A picture that cannot be decoded; the message names the file and the decoder's reason."""
+
+
+class Pictures(ABC):
+    """A fixed sequence of labelled pictures."""
+
+    class_names: list[str] | None
+    """Names of the classes that labels count through; None where the data set does not say."""
+    labels: list[int]
+    """The class of each picture."""
+    root: Path | None = None
+    """The folder below which `name` finds each picture, where pictures are files."""
+    fixed_order: bool = False
+    """Whether the data set itself numbers its classes (CIFAR), rather than the order of some folders."""
+
+    @abstractmethod
+    def load(self, index: int) -> Image.Image:
+        """Picture `index`, decoded, in RGB. Raises whatever the decoder raises."""
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """What to call picture `index`: its path below `root`, or its place in the data set."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+class FilePictures(Pictures):
+    """Pictures in files: paths below a folder, each with its class."""
+
+    def __init__(self, root: Path, samples: list[tuple[str, int]], class_names: list[str]) -> None:
+        self.root = root
+        self.class_names = class_names
+        self.paths = [path for path, _ in samples]
+        self.labels = [label for _, label in samples]
+
+    def load(self, index: int) -> Image.Image:
+        assert self.root is not None
+        with Image.open(self.root / self.paths[index]) as picture:
+            return picture.convert("RGB")
+
+    def name(self, index: int) -> str:
+        return self.paths[index]
+
+
+class DatasetPictures(Pictures):
+    """Pictures of a data set that is indexed and numbers its own classes."""
+
+    fixed_order = True
+
+    def __init__(
+        self, open_picture: Callable[[int], Image.Image], labels: list[int], class_names: list[str] | None, title: str
+    ) -> None:
+        self.open_picture = open_picture
+        self.labels = labels
+        self.class_names = class_names
+        self.title = title
+
+    def load(self, index: int) -> Image.Image:
+        return self.open_picture(index).convert("RGB")
+
+    def name(self, index: int) -> str:
+        return f"{self.title}[{index}]"
+
+
+def scan_folder(root: Path) -> tuple[FilePictures, list[str]]:
+    """The pictures of a folder with one folder a class, and remarks on what was left out.
+
+    Classes are the visible sub-folders in the order of their names, as torchvision's ImageFolder counts them; a
+    class's pictures may lie in folders of its own. Hidden folders and files are left out; a class folder without a
+    picture stays a class; both are remarked on.
+
+    Raises DataError when `root` is no folder, has no class folder, or has no picture.
+    """
+    if not root.is_dir():
+        raise DataError(f"no folder {root}" if not root.exists() else f"{root} is a file, not a folder of class folders")
+    visible = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    hidden = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name.startswith("."))
+    if not visible:
+        raise DataError(f"{root} has no class folders; put the pictures into one sub-folder for each class")
+    remarks = [f"left out the hidden folder {root / name}" for name in hidden]
+    samples = []
+    for label, class_name in enumerate(visible):
+        paths = _pictures_below(root / class_name)
+        if not paths:
+            remarks.append(f"the class folder {root / class_name} holds no pictures")
+        samples += [(path.relative_to(root).as_posix(), label) for path in paths]
+    if not samples:
+        raise DataError(f"{root} has {len(visible)} class folders but no pictures ({', '.join(IMG_EXTENSIONS)})")
+    return FilePictures(root, samples, visible), remarks
+
+
+def _pictures_below(folder: Path) -> list[Path]:
+    found = []
+    for directory, subdirectories, files in os.walk(folder, followlinks=True):
+        subdirectories[:] = sorted(name for name in subdirectories if not name.startswith("."))
+        found += [
+            Path(directory, name)
+            for name in sorted(files)
+            if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
+        ]
+    return found
+
+
+def load_picture(pictures: Pictures, index: int) -> Image.Image:
+    """Picture `index` in RGB; raises UnreadablePicture, naming it, for whatever PIL cannot decode."""
+    try:
+        return pictures.load(index)
+    except FileNotFoundError as error:
+        raise UnreadablePicture(f"{_where(pictures, index)}: no such file any more") from error
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UnreadablePicture(f"{_where(pictures, index)}: cannot be read as a picture ({reason})") from error
+
+
+def _where(pictures: Pictures, index: int) -> str:
+    name = pictures.name(index)
+    return str(pictures.root / name) if pictures.root else name
+
+
+class PreparedPictures(Dataset):
+    """Pictures ready for a model: item i is (i, tensor (C, H, W)), or (i, the reason) for one that cannot be read."""
+
+    def __init__(self, pictures: Pictures, transform: Callable[[Image.Image], Tensor]) -> None:
+        self.pictures = pictures
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
+        # A reason instead of an exception: an exception from a worker process arrives as a traceback, not a message.
+        try:
+            return index, self.transform(load_picture(self.pictures, index))
+        except UnreadablePicture as error:
+            return index, str(error)

@@ -1,0 +1,77 @@
+"""How a picture is prepared for evaluation, as a value that a checkpoint carries."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from PIL import Image
+from timm.data import create_transform
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """Resize, centre crop and normalisation of pictures for a model."""
+
+    input_size: tuple[int, int] = (224, 224)
+    """Height and width that the model sees, in pixels."""
+    crop_pct: float = 224 / 256
+    """Cropped side over the resized short side."""
+    crop_mode: str = "center"
+    """`center`, `squash` or `border`, as in timm."""
+    interpolation: str = "bicubic"
+    """PIL's filter for resizing."""
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
+    """Mean of each channel, of values in [0, 1]."""
+    std: tuple[float, ...] = IMAGENET_DEFAULT_STD
+    """Standard deviation of each channel, of values in [0, 1]."""
+
+    def __post_init__(self) -> None:
+        if min(self.input_size) < 1:
+            raise ValueError(f"input_size={self.input_size} must be at least 1 x 1")
+        if not 0 < self.crop_pct <= 1:
+            raise ValueError(f"crop_pct={self.crop_pct} must lie in (0, 1]")
+
+    @classmethod
+    def published(cls, input_size: tuple[int, int]) -> "Preprocessing":
+        """The published program's: the same for every model, and no resizing margin for small pictures (32 or less)."""
+        return cls(input_size=input_size, crop_pct=1.0 if max(input_size) <= 32 else 224 / 256)
+
+    @classmethod
+    def of_cfg(cls, cfg: dict[str, Any], input_size: tuple[int, int] | None = None) -> "Preprocessing":
+        """What timm's pretrained configuration says, for its own input size or another."""
+        return cls(
+            input_size=tuple(input_size or cfg["input_size"][1:]),
+            crop_pct=cfg.get("crop_pct") or 224 / 256,
+            crop_mode=cfg.get("crop_mode") or "center",
+            interpolation=cfg.get("interpolation") or "bicubic",
+            mean=tuple(cfg.get("mean") or IMAGENET_DEFAULT_MEAN),
+            std=tuple(cfg.get("std") or IMAGENET_DEFAULT_STD),
+        )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Preprocessing":
+        """Read back what `to_dict` wrote, as JSON returns it."""
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    def transform(self) -> Callable[[Image.Image], Tensor]:
+        """timm's evaluation transform: PIL image to normalised float32 tensor (3, H, W)."""
+        return create_transform(
+            (3, *self.input_size),
+            is_training=False,
+            use_prefetcher=False,
+            crop_pct=self.crop_pct,
+            crop_mode=self.crop_mode,
+            interpolation=self.interpolation,
+            mean=self.mean,
+            std=self.std,
+        )
+
+    def __str__(self) -> str:
+        height, width = self.input_size
+        return f"{height} x {width}, {self.interpolation}, {self.crop_mode} crop {self.crop_pct:.3f}"

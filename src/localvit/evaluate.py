@@ -1,0 +1,214 @@
+"""Exact evaluation: every picture once, whatever the batch size and the number of processes.
+
+Each process takes every n-th picture, keeps one row for each, and the rows are gathered and put back in order; sums
+are made in float64 from the rows. Nothing is padded, so nothing is counted twice.
+
+Shapes: N pictures, B pictures of a batch, M classes of the model, K the kept best classes (5, or all of fewer).
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+from localvit.data.classes import match_classes
+from localvit.data.pictures import Pictures, PreparedPictures, UnreadablePicture
+from localvit.data.preprocessing import Preprocessing
+from localvit.distributed import gather, rank, world_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """One row a picture, in the data set's order, and what follows from the rows."""
+
+    paths: list[str]
+    """Each picture's path below the data set's folder, or its place, where a data set has no files."""
+    labels_N: Tensor
+    """The true class, int64, as the model counts its classes."""
+    top_classes_NK: Tensor
+    """The best classes, best first."""
+    top_logits_NK: Tensor
+    """Their logits, float32."""
+    top_probabilities_NK: Tensor
+    """Their softmax probabilities, float64."""
+    losses_N: Tensor
+    """Cross-entropy of each picture in nats, float64."""
+    class_names: list[str]
+    """Name of each class of the model, in the model's order."""
+    skipped: list[str] = field(default_factory=list)
+    """Pictures that could not be read and were left out on request, with the reason."""
+
+    @property
+    def acc1(self) -> float:
+        """Percent of pictures whose best class is the true one."""
+        return self._accuracy(1)
+
+    @property
+    def acc5(self) -> float:
+        """Percent of pictures with the true class among the best five."""
+        return self._accuracy(5)
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy over pictures, in nats."""
+        return self.losses_N.mean().item()
+
+    def _accuracy(self, k: int) -> float:
+        hits = (self.top_classes_NK[:, :k] == self.labels_N[:, None]).any(1)
+        return 100.0 * hits.sum().item() / len(hits)
+
+    def line(self) -> str:
+        """The published program's last line."""
+        return f"* Acc@1 {self.acc1:.3f} Acc@5 {self.acc5:.3f} loss {self.loss:.3f}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderOptions:
+    """How pictures are fed to the model; none of it changes a result beyond rounding."""
+
+    batch_size: int = 64
+    """Pictures a batch and process."""
+    workers: int = 2
+    """Processes that decode pictures, beside each process that computes; 0 decodes in that one."""
+    device: torch.device = torch.device("cpu")
+    """Where the model runs."""
+    dtype: torch.dtype = torch.float32
+    """float32, or the half precision that autocast uses."""
+    channels_last: bool = False
+    """Lay pictures and weights out channels-last."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size} must be at least 1")
+        if self.workers < 0:
+            raise ValueError(f"workers={self.workers} must not be negative")
+
+
+def _collate(items: Sequence[tuple[int, Tensor | str]]) -> tuple[list[int], Tensor | None, list[tuple[int, str]]]:
+    read = [(index, picture) for index, picture in items if isinstance(picture, Tensor)]
+    failed = [(index, reason) for index, reason in items if isinstance(reason, str)]
+    return [index for index, _ in read], torch.stack([picture for _, picture in read]) if read else None, failed
+
+
+def batches(
+    prepared: PreparedPictures, indices: Sequence[int], options: LoaderOptions
+) -> Iterator[tuple[list[int], Tensor | None, list[tuple[int, str]]]]:
+    """Batches of prepared pictures: their indices, the pictures (B, C, H, W), and the unreadable ones with the reason.
+
+    Raises RuntimeError when a worker process dies.
+    """
+    loader: DataLoader = DataLoader(
+        Subset(prepared, list(indices)),
+        batch_size=options.batch_size,
+        num_workers=min(options.workers, -(-len(indices) // options.batch_size)),
+        collate_fn=_collate,
+        pin_memory=options.device.type == "cuda",
+    )
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "exited unexpectedly" in str(error) or "worker" in str(error) and "killed" in str(error):
+            raise RuntimeError(
+                "a process that decodes pictures died (out of memory, or killed); "
+                "try fewer --workers or a smaller --batch-size"
+            ) from error
+        raise
+
+
+def forward(model: nn.Module, pictures_BCHW: Tensor, options: LoaderOptions) -> Tensor:
+    """Logits (B, M) in float32 of a model in evaluation mode."""
+    memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
+    pictures_BCHW = pictures_BCHW.to(options.device, non_blocking=True, memory_format=memory_format)
+    half = options.dtype != torch.float32
+    autocast = torch.autocast(options.device.type, options.dtype) if half else contextlib.nullcontext()
+    with autocast:
+        return model(pictures_BCHW).float()
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    pictures: Pictures,
+    preprocessing: Preprocessing,
+    options: LoaderOptions,
+    *,
+    class_names: Sequence[str] | None,
+    valid_classes: Sequence[int] | None = None,
+    limit: int | None = None,
+    skip_unreadable: bool = False,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Evaluation:
+    """Evaluate `model` on labelled pictures, each exactly once, over all processes; every process gets the result.
+
+    Args:
+        model: in evaluation mode, on `options.device`.
+        class_names: names of the model's classes, by which labels are matched; None if it has none.
+        valid_classes: score on these classes of the model alone (the 200-class sets).
+        limit: only the first so many pictures.
+        skip_unreadable: leave unreadable pictures out, named in the result, instead of stopping.
+        progress: told how many pictures this process has just finished.
+
+    Raises:
+        UnreadablePicture: for one that cannot be decoded, on every process, unless `skip_unreadable`.
+        DataError: when the data set has classes that the model lacks.
+        ValueError: when no picture could be evaluated.
+        RuntimeError: when a worker process dies, or another process failed.
+    """
+    num_classes = len(class_names) if class_names is not None else model.num_classes
+    class_of = match_classes(pictures, class_names, num_classes)
+    count = len(pictures) if limit is None else min(limit, len(pictures))
+    rows: dict[int, tuple] = {}
+    skipped: list[str] = []
+    failure: Exception | None = None
+    prepared = PreparedPictures(pictures, preprocessing.transform())
+    try:
+        for indices, pictures_BCHW, failed in batches(prepared, range(rank(), count, world_size()), options):
+            if failed and not skip_unreadable:
+                raise UnreadablePicture(f"{failed[0][1]}; --skip-unreadable leaves such pictures out and counts them")
+            skipped += [reason for _, reason in failed]
+            if pictures_BCHW is not None:
+                labels_B = torch.tensor([class_of[pictures.labels[index]] for index in indices])
+                logits_BM = forward(model, pictures_BCHW, options).cpu()
+                rows.update(zip(indices, _rows(logits_BM, labels_B, valid_classes), strict=True))
+            progress(len(indices) + len(failed))
+    except Exception as error:  # told to every process below, so that none waits for this one
+        failure = error
+    parts = gather((rows, skipped, None if failure is None else f"{type(failure).__name__}: {failure}"))
+    if failure is not None:
+        raise failure
+    failures = [text for _, _, text in parts if text]
+    if failures:
+        raise RuntimeError(f"another process failed: {failures[0]}")
+    everything = {index: row for part, _, _ in parts for index, row in part.items()}
+    if not everything:
+        raise ValueError("no picture could be evaluated")
+    order = sorted(everything)
+    columns = [torch.stack(column) for column in zip(*(everything[index] for index in order), strict=True)]
+    return Evaluation(
+        paths=[pictures.name(index) for index in order],
+        labels_N=columns[0],
+        top_classes_NK=columns[1],
+        top_logits_NK=columns[2],
+        top_probabilities_NK=columns[3],
+        losses_N=columns[4],
+        class_names=list(class_names) if class_names is not None else [str(index) for index in range(num_classes)],
+        skipped=sorted(text for _, part, _ in parts for text in part),
+    )
+
+
+def _rows(logits_BM: Tensor, labels_B: Tensor, valid_classes: Sequence[int] | None) -> list[tuple[Any, ...]]:
+    """For each picture: its label, best classes, their logits and probabilities, and its loss."""
+    if valid_classes is not None:
+        others = torch.ones(logits_BM.shape[1], dtype=torch.bool)
+        others[list(valid_classes)] = False
+        logits_BM = logits_BM.masked_fill(others, float("-inf"))
+    log_probabilities_BM = logits_BM.double().log_softmax(1)
+    losses_B = F.nll_loss(log_probabilities_BM, labels_B, reduction="none")
+    top_logits_BK, top_classes_BK = logits_BM.topk(min(5, logits_BM.shape[1]), dim=1)
+    top_probabilities_BK = log_probabilities_BM.gather(1, top_classes_BK).exp()
+    return list(zip(labels_B, top_classes_BK, top_logits_BK, top_probabilities_BK, losses_B, strict=True))
