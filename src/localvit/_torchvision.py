@@ -2,7 +2,7 @@
 
 A CPU build of torch next to a CUDA build of torchvision, a common pair where packages come from one index, fails while
 torchvision declares the shapes of an operator that it could not load ("operator torchvision::nms does not exist",
-pytorch/vision issue 8421 and its like). The models, transforms and data sets used here need none of its operators, so
+pytorch/pytorch issue 122494). The models, transforms and data sets used here need none of its operators, so
 declaring the missing two is enough. Nothing happens where torchvision imports by itself.
 """
 

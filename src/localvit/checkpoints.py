@@ -188,20 +188,29 @@ def _known_model(state_dict: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-def model_from_checkpoint(path: str | Path, weights: Literal["raw", "ema"] = "raw") -> tuple[nn.Module, Checkpoint]:
-    """Rebuild the model that a checkpoint holds, from what it says of itself, and load it.
+def model_from_checkpoint(
+    path: str | Path, weights: Literal["raw", "ema"] = "raw", *, name: str | None = None, **overrides: Any
+) -> tuple[nn.Module, Checkpoint]:
+    """Rebuild the model that a checkpoint holds and load it.
 
-    A file that does not name its architecture is matched with the published models.
+    Args:
+        path: the file.
+        weights: the raw or the averaged ones.
+        name: the model's name. By default what the file says, or else the published model whose entries it has.
+        overrides: arguments that go before those that the file says, such as `img_size`.
 
     Raises:
         FileNotFoundError, CheckpointError: as `load_checkpoint`, and when no known model fits.
+        ValueError: for a `name` that is not known.
     """
     checkpoint = read_checkpoint(path)
-    name = checkpoint.name if checkpoint.name and timm.is_model(checkpoint.name) else _known_model(checkpoint.raw)
+    if name is None and checkpoint.name and timm.is_model(checkpoint.name):
+        name = checkpoint.name
+    name = name or _known_model(checkpoint.raw)
     if name is None:
         said = f"says its model is {checkpoint.name!r}, which is not known" if checkpoint.name else "names no model"
         raise CheckpointError(f"{path} {said}, and no published model has its entries: give the model's name")
-    model = create_model(name, **checkpoint.args)
+    model = create_model(name, **checkpoint.args | overrides)
     _load(model, checkpoint, weights)
     return model, checkpoint
 
@@ -245,7 +254,8 @@ def save_checkpoint(
         else:
             tensors = {f"raw/{key}": value for key, value in model.state_dict().items()}
             tensors |= {f"ema/{key}": value for key, value in (ema or {}).items()}
-            tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+            # Copies, since the format refuses tensors that share memory, and an average may share counters.
+            tensors = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
             header = _describe(model, class_names, preprocessing, about)
             safetensors.torch.save_file(tensors, unfinished, metadata={HEADER: json.dumps(header)})
         with unfinished.open("rb+") as file:

@@ -20,8 +20,8 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """Whether this process speaks and writes for all."""
-    return rank() == 0
+    """Whether this process speaks and writes for all; true to torchrun's word before the processes have met, too."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def gather(value: Any) -> list[Any]:

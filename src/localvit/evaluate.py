@@ -6,20 +6,19 @@ are made in float64 from the rows. Nothing is padded, so nothing is counted twic
 Shapes: N pictures, B pictures of a batch, M classes of the model, K the kept best classes (5, or all of fewer).
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
 
 from localvit.data.classes import match_classes
 from localvit.data.pictures import Pictures, PreparedPictures, UnreadablePicture
 from localvit.data.preprocessing import Preprocessing
 from localvit.distributed import gather, rank, world_size
+from localvit.inference import InferenceOptions, batches, forward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,75 +66,12 @@ class Evaluation:
         return f"* Acc@1 {self.acc1:.3f} Acc@5 {self.acc5:.3f} loss {self.loss:.3f}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoaderOptions:
-    """How pictures are fed to the model; none of it changes a result beyond rounding."""
-
-    batch_size: int = 64
-    """Pictures a batch and process."""
-    workers: int = 2
-    """Processes that decode pictures, beside each process that computes; 0 decodes in that one."""
-    device: torch.device = torch.device("cpu")
-    """Where the model runs."""
-    dtype: torch.dtype = torch.float32
-    """float32, or the half precision that autocast uses."""
-    channels_last: bool = False
-    """Lay pictures and weights out channels-last."""
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size={self.batch_size} must be at least 1")
-        if self.workers < 0:
-            raise ValueError(f"workers={self.workers} must not be negative")
-
-
-def _collate(items: Sequence[tuple[int, Tensor | str]]) -> tuple[list[int], Tensor | None, list[tuple[int, str]]]:
-    read = [(index, picture) for index, picture in items if isinstance(picture, Tensor)]
-    failed = [(index, reason) for index, reason in items if isinstance(reason, str)]
-    return [index for index, _ in read], torch.stack([picture for _, picture in read]) if read else None, failed
-
-
-def batches(
-    prepared: PreparedPictures, indices: Sequence[int], options: LoaderOptions
-) -> Iterator[tuple[list[int], Tensor | None, list[tuple[int, str]]]]:
-    """Batches of prepared pictures: their indices, the pictures (B, C, H, W), and the unreadable ones with the reason.
-
-    Raises RuntimeError when a worker process dies.
-    """
-    loader: DataLoader = DataLoader(
-        Subset(prepared, list(indices)),
-        batch_size=options.batch_size,
-        num_workers=min(options.workers, -(-len(indices) // options.batch_size)),
-        collate_fn=_collate,
-        pin_memory=options.device.type == "cuda",
-    )
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if "exited unexpectedly" in str(error) or "worker" in str(error) and "killed" in str(error):
-            raise RuntimeError(
-                "a process that decodes pictures died (out of memory, or killed); "
-                "try fewer --workers or a smaller --batch-size"
-            ) from error
-        raise
-
-
-def forward(model: nn.Module, pictures_BCHW: Tensor, options: LoaderOptions) -> Tensor:
-    """Logits (B, M) in float32 of a model in evaluation mode."""
-    memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
-    pictures_BCHW = pictures_BCHW.to(options.device, non_blocking=True, memory_format=memory_format)
-    half = options.dtype != torch.float32
-    autocast = torch.autocast(options.device.type, options.dtype) if half else contextlib.nullcontext()
-    with autocast:
-        return model(pictures_BCHW).float()
-
-
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
     pictures: Pictures,
     preprocessing: Preprocessing,
-    options: LoaderOptions,
+    options: InferenceOptions,
     *,
     class_names: Sequence[str] | None,
     valid_classes: Sequence[int] | None = None,

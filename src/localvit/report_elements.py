@@ -100,7 +100,7 @@ def _scroll(content: str) -> str:
 
 def reliability_diagram(bins: list[Bin]) -> str:
     """Accuracy by confidence, the distance between the two, and below them how many pictures each bar stands for."""
-    left, top, width, height, floor, count_height = 46, 10, 300, 220, 282, 42
+    left, top, width, height, floor, count_height = 46, 10, 300, 215, 282, 36
     bar = width / len(bins)
     highest = max(bin.count for bin in bins)
     shapes = []
@@ -123,13 +123,17 @@ def reliability_diagram(bins: list[Bin]) -> str:
     for position, bin in enumerate(bins):
         if bin.count:
             title = f"{pictures(bin.count)}, confidence {percent(bin.confidence)}, accuracy {percent(bin.accuracy)}"
-            low, high = sorted((bin.accuracy, bin.confidence))
             rectangle("accuracy", position, top + height, height * bin.accuracy, title)
-            rectangle("gap", position, top + height * (1 - low), height * (high - low), title)
             rectangle("count", position, floor, max(1.0, count_height * bin.count / highest), title)
+            x, middle = left + position * bar + 1, left + (position + 0.5) * bar
+            said, was = (top + height * (1 - share) for share in (bin.confidence, bin.accuracy))
+            shapes.append(
+                f'<path class="gap" d="M{middle:.1f} {was:.1f}V{said:.1f}M{x:.1f} {said:.1f}h{bar - 2:.1f}"/>'
+            )
+        if bin.count == highest:
+            text(left + (position + 0.5) * bar, floor - count_height - 4, f"{highest:,}")
     shapes.append(f'<path class="ideal" d="M{left} {top + height}L{left + width} {top}"/>')
     shapes.append(f'<path class="axis" d="M{left} {floor}h{width}"/>')
-    text(left - 6, floor - count_height + 10, highest if highest < 10_000 else f"{highest // 1000}k", "end")
     text(left + width / 2, floor + 33, "confidence, %")
     shapes.append(
         f'<text transform="translate(12 {top + height / 2}) rotate(-90)" text-anchor="middle">accuracy, %</text>'
@@ -144,9 +148,12 @@ def thumbnail(path: str, dataset_root: Path | None, *, alt: str) -> str:
         return '<div class="placeholder">no picture: no folder given</div>'
     jpeg = io.BytesIO()
     try:
-        with Image.open(dataset_root / path) as image:
-            image.thumbnail((THUMBNAIL, THUMBNAIL))
-            image.convert("RGB").save(jpeg, "JPEG", quality=85)
+        with Image.open(dataset_root / path) as file:
+            image = file.convert("RGB")
+        image.thumbnail((THUMBNAIL, THUMBNAIL))
+        image.save(jpeg, "JPEG", quality=85)
+    except FileNotFoundError:
+        return '<div class="placeholder">picture not found</div>'
     except Exception as error:  # whatever a decoder may raise: no number depends on this picture
         return f'<div class="placeholder">picture not readable ({type(error).__name__})</div>'
     data = base64.b64encode(jpeg.getvalue()).decode()

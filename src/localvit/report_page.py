@@ -37,8 +37,8 @@ def render_page(
     """
     sections = [
         _headline(evaluation, ece),
-        _warning(non_finite, "had a non-finite loss: the model's output for them is infinite or not a number"),
-        _warning(evaluation.skipped, "could not be read and were skipped: no number here counts them"),
+        _warning(non_finite, "with a non-finite loss: the model's output there is infinite or not a number"),
+        _warning(evaluation.skipped, "unreadable and skipped, in no number here"),
         _calibration(bins, ece),
         _mistakes(evaluation, dataset_root),
         _classes(evaluation, rows),
@@ -52,9 +52,11 @@ def render_page(
 def _headline(evaluation: Evaluation, ece: float) -> str:
     loss = f"{evaluation.loss:.3f}" if math.isfinite(evaluation.loss) else "not finite"
     classes = len(evaluation.class_names)
-    top5 = "true class among the best five" if classes > 5 else f"always all: {classes} of five"
+    top5 = (
+        "true class in the best 5" if classes > 5 else f"always all with {classes} class{'' if classes == 1 else 'es'}"
+    )
     cards = (
-        ("Top-1 accuracy", percent(evaluation.acc1 / 100, 2), "true class is the best"),
+        ("Top-1 accuracy", percent(evaluation.acc1 / 100, 2), "true class is the best one"),
         ("Top-5 accuracy", percent(evaluation.acc5 / 100, 2), top5),
         ("Loss", loss, "cross-entropy, nats"),
         ("Calibration error", percent(ece, 2), "expected (ECE), 0 is best"),
@@ -94,9 +96,10 @@ def _calibration(bins: list[Bin], ece: float) -> str:
 <p>Is the model right as often as it says? Pictures are sorted by the probability of the predicted class into
 {len(bins)} equal widths. {said}</p>
 <div class="side">{reliability_diagram(bins)}
-<div><p><span class="key accuracy"></span> accuracy &emsp; <span class="key gap"></span> distance from the mean
-confidence</p><p class="muted">On the dashed line confidence equals accuracy. Below it the model is too sure of itself,
-above it not sure enough. The grey bars count the pictures. (arXiv 1706.04599)</p>
+<div><p><span class="key accuracy"></span> accuracy &emsp;
+<span class="key gap"></span> mean confidence and its distance from the accuracy</p>
+<p class="muted">On the dashed line confidence equals accuracy. Below it the model is too sure of itself, above it not
+sure enough. The grey bars count the pictures. (arXiv 1706.04599)</p>
 <details><summary>The numbers</summary>{numbers}</details></div></div></section>"""
 
 
@@ -109,9 +112,9 @@ def _mistakes(evaluation: Evaluation, dataset_root: Path | None) -> str:
         ("Worst mistakes", "The least probability for the true class, so the highest loss.", evaluation.losses_N),
         ("Most confident mistakes", "The most probability for a wrong class.", evaluation.top_probabilities_NK[:, 0]),
     ):
-        ranked_N = score_N.where(wrong_N & ~score_N.isnan(), -math.inf)
+        ranked_N = score_N.where(wrong_N, -math.inf)
         order_N = ranked_N.argsort(descending=True, stable=True)
-        chosen = order_N[ranked_N[order_N] > -math.inf][:FIGURES].tolist()
+        chosen = order_N[ranked_N[order_N] > -math.inf][:FIGURES].tolist()  # a NaN has no rank, and is warned of above
         if chosen:
             figures = "\n".join(_figure(evaluation, index, dataset_root) for index in chosen)
             shown = f"{len(chosen)} of {pictures(int(wrong_N.sum()))} predicted wrong."
@@ -127,8 +130,8 @@ def _figure(evaluation: Evaluation, index: int, dataset_root: Path | None) -> st
     true_probability = percent(math.exp(-evaluation.losses_N[index].item()))
     return (
         f"<figure>{thumbnail(path, dataset_root, alt=f'{true}, predicted {predicted}')}<figcaption>"
-        f'<div class="true"><span class="muted">true</span> {escape(true)} {true_probability}</div>'
-        f'<div><span class="muted">predicted</span> {escape(predicted)} {confidence}</div>'
+        f'<div><span class="muted">true</span> <b>{escape(true)}</b> {true_probability}</div>'
+        f'<div><span class="muted">predicted</span> <b>{escape(predicted)}</b> {confidence}</div>'
         f'<div class="path muted">{escape(path)}</div></figcaption></figure>'
     )
 
@@ -150,7 +153,7 @@ def _classes(evaluation: Evaluation, rows: list[ClassRow]) -> str:
     ]
     headings = ("Class", "Index", "Accuracy", "Correct", "Pictures", "Mean confidence", "Most often taken for")
     missing = len(names) - len(rows)
-    said = f" {missing:,} of the model's {len(names):,} classes have no picture here." if missing else ""
+    said = f" Classes without a picture: {missing:,} of the model's {len(names):,}." if missing else ""
     title = f"The {len(weakest)} weakest of {len(rows):,} classes" if rows[ROWS:] else "Accuracy by class"
     return (
         f"<section><h2>{title}</h2><p>Lowest accuracy first; every class is in per_class.csv.{said}</p>"
@@ -172,21 +175,18 @@ def _confusion(evaluation: Evaluation, rows: list[ClassRow]) -> str:
     appearing = sorted({row.index for row in rows} | {predicted for _, predicted in pairs})
     if len(appearing) <= FULL_MATRIX:
         classes, title = appearing, "Confusion matrix"
-        hidden = len(names) - len(classes)
-        said = f"The {hidden:,} classes without a picture that were never predicted are left out." if hidden else ""
+        said = "Classes without a picture that were never predicted are left out." if len(classes) < len(names) else ""
     elif not pairs:
         return ""
     else:
         classes = _most_confused(mistakes)
         title = f"Confusion matrix of the {len(classes)} most confused classes"
-        said = (
-            f"Only the classes of the most confused pairs, out of {len(appearing):,} that have a picture or were "
-            "predicted; the last column gathers every other prediction."
-        )
-    return (
-        f"{text}<section><h2>{title}</h2><p>{said} A row is a true class, a column a prediction; right is blue, wrong "
-        f"is orange, deeper with the share of the row.</p>{confusion_matrix(names, rows, mistakes, classes)}</section>"
+        said = f"Only the classes of the most confused pairs, out of {len(appearing):,} with a picture or a prediction."
+    how = (
+        "A row is a true class with pictures, a column a prediction. Right is blue, wrong orange, by share of the row."
     )
+    matrix = confusion_matrix(names, rows, mistakes, classes)
+    return f"{text}<section><h2>{title}</h2><p>{said} {how}</p>{matrix}</section>"
 
 
 def _most_confused(mistakes: Counter[tuple[int, int]]) -> list[int]:

@@ -2,6 +2,7 @@
 
 import argparse
 import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -35,19 +36,23 @@ def read_weight_file(path: str | Path) -> dict[str, Any]:
             return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
     except pickle.UnpicklingError as error:
-        if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
-            what = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), "")
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        if named:
             raise CheckpointError(
-                f"{path} asks to run code while it is read, and was refused ({what[:160] or 'not plain tensors'}); "
+                f"{path} asks to run code ({named[1]}) while it is read, and was refused; "
                 "save it again as plain tensors, or as safetensors"
             ) from error
-        raise CheckpointError(f"{path} is no checkpoint or is cut off: {error}") from error
-    except (safetensors.SafetensorError, EOFError, RuntimeError, zipfile.BadZipFile, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"{path} is no checkpoint or is cut off ({path.stat().st_size:,} bytes): {reason}; fetch or copy it again"
-        ) from error
+        raise CheckpointError(_damaged(path, ValueError("not plain tensors"))) from error
+    except (safetensors.SafetensorError, EOFError, RuntimeError, OSError, zipfile.BadZipFile, ValueError) as error:
+        raise CheckpointError(_damaged(path, error)) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
     return content
+
+
+def _damaged(path: Path, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return f"{path} is no checkpoint or is cut off ({path.stat().st_size:,} bytes: {reason[:160]}); fetch or copy it again"

@@ -1,4 +1,4 @@
-"""Labelled pictures, whatever they are stored in, and what becomes of one that cannot be read."""
+"""Pictures, whatever they are stored in, and what becomes of one that cannot be read."""
 
 import os
 from abc import ABC, abstractmethod
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -20,25 +21,33 @@ class UnreadablePicture(ValueError):
     """A picture that cannot be decoded; the message names the file and the decoder's reason."""
 
 
-class Pictures(ABC):
+class PictureSequence(ABC):
+    """A fixed sequence of pictures."""
+
+    root: Path | None = None
+    """The folder below which `name` finds each picture, where pictures are files of one folder."""
+
+    @abstractmethod
+    def load(self, index: int) -> Image.Image:
+        """Picture `index`, decoded, in RGB. Raises UnreadablePicture, or whatever the decoder raises."""
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """What to call picture `index`: its path (below `root`, if there is one), or its place in the data set."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+
+class Pictures(PictureSequence):
     """A fixed sequence of labelled pictures."""
 
     class_names: list[str] | None
     """Names of the classes that labels count through; None where the data set does not say."""
     labels: list[int]
     """The class of each picture."""
-    root: Path | None = None
-    """The folder below which `name` finds each picture, where pictures are files."""
     fixed_order: bool = False
     """Whether the data set itself numbers its classes (CIFAR), rather than the order of some folders."""
-
-    @abstractmethod
-    def load(self, index: int) -> Image.Image:
-        """Picture `index`, decoded, in RGB. Raises whatever the decoder raises."""
-
-    @abstractmethod
-    def name(self, index: int) -> str:
-        """What to call picture `index`: its path below `root`, or its place in the data set."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -55,8 +64,7 @@ class FilePictures(Pictures):
 
     def load(self, index: int) -> Image.Image:
         assert self.root is not None
-        with Image.open(self.root / self.paths[index]) as picture:
-            return picture.convert("RGB")
+        return open_picture(self.root / self.paths[index])
 
     def name(self, index: int) -> str:
         return self.paths[index]
@@ -76,10 +84,28 @@ class DatasetPictures(Pictures):
         self.title = title
 
     def load(self, index: int) -> Image.Image:
-        return self.open_picture(index).convert("RGB")
+        return to_rgb(self.open_picture(index))
 
     def name(self, index: int) -> str:
         return f"{self.title}[{index}]"
+
+
+def open_picture(path: str | Path) -> Image.Image:
+    """The picture in a file, the first one of an animation, in RGB. Raises whatever the decoder raises."""
+    with Image.open(path) as picture:
+        return to_rgb(picture)
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """A picture in RGB with 8 bits a channel; of 16 bits the upper 8 are kept, as PIL does where there is colour.
+
+    Raises ValueError for one of 32-bit numbers, whose black and white nothing tells.
+    """
+    if picture.mode.startswith("I;16"):  # PIL would clip these to 255, that is, to white
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        raise ValueError("32-bit pixels, whose black and white are not known; save it with 8 or 16 bits")
+    return picture.convert("RGB")
 
 
 def scan_folder(root: Path) -> tuple[FilePictures, list[str]]:
@@ -100,7 +126,7 @@ def scan_folder(root: Path) -> tuple[FilePictures, list[str]]:
     remarks = [f"left out the hidden folder {root / name}" for name in hidden]
     samples = []
     for label, class_name in enumerate(visible):
-        paths = _pictures_below(root / class_name)
+        paths = pictures_below(root / class_name)
         if not paths:
             remarks.append(f"the class folder {root / class_name} holds no pictures")
         samples += [(path.relative_to(root).as_posix(), label) for path in paths]
@@ -109,9 +135,13 @@ def scan_folder(root: Path) -> tuple[FilePictures, list[str]]:
     return FilePictures(root, samples, visible), remarks
 
 
-def _pictures_below(folder: Path) -> list[Path]:
+def pictures_below(folder: Path) -> list[Path]:
+    """The picture files in a folder and its sub-folders, each folder's sorted, hidden files and folders left out.
+
+    Raises OSError for a folder that cannot be listed.
+    """
     found = []
-    for directory, subdirectories, files in os.walk(folder, followlinks=True):
+    for directory, subdirectories, files in os.walk(folder, onerror=_raise, followlinks=True):
         subdirectories[:] = sorted(name for name in subdirectories if not name.startswith("."))
         found += [
             Path(directory, name)
@@ -121,10 +151,16 @@ def _pictures_below(folder: Path) -> list[Path]:
     return found
 
 
-def load_picture(pictures: Pictures, index: int) -> Image.Image:
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def load_picture(pictures: PictureSequence, index: int) -> Image.Image:
     """Picture `index` in RGB; raises UnreadablePicture, naming it, for whatever PIL cannot decode."""
     try:
         return pictures.load(index)
+    except UnreadablePicture:
+        raise
     except FileNotFoundError as error:
         raise UnreadablePicture(f"{_where(pictures, index)}: no such file any more") from error
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
@@ -132,7 +168,7 @@ def load_picture(pictures: Pictures, index: int) -> Image.Image:
         raise UnreadablePicture(f"{_where(pictures, index)}: cannot be read as a picture ({reason})") from error
 
 
-def _where(pictures: Pictures, index: int) -> str:
+def _where(pictures: PictureSequence, index: int) -> str:
     name = pictures.name(index)
     return str(pictures.root / name) if pictures.root else name
 
@@ -140,7 +176,7 @@ def _where(pictures: Pictures, index: int) -> str:
 class PreparedPictures(Dataset):
     """Pictures ready for a model: item i is (i, tensor (C, H, W)), or (i, the reason) for one that cannot be read."""
 
-    def __init__(self, pictures: Pictures, transform: Callable[[Image.Image], Tensor]) -> None:
+    def __init__(self, pictures: PictureSequence, transform: Callable[[Image.Image], Tensor]) -> None:
         self.pictures = pictures
         self.transform = transform
 

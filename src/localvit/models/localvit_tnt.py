@@ -155,7 +155,7 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
-_TINY = dict(patch_size=16, embed_dim=192, inner_dim=12, depth=12, num_heads_inner=2, num_heads_outer=3)
+_TINY = dict(patch_size=16, embed_dim=192, inner_dim=12, depth=12, num_heads_inner=3, num_heads_outer=3)
 _SMALL = dict(patch_size=16, embed_dim=384, inner_dim=24, depth=12, num_heads_inner=4, num_heads_outer=6)
 
 

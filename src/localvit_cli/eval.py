@@ -1,0 +1,150 @@
+"""`localvit eval`: exact accuracy of a model on labelled pictures."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """Where and how a model runs."""
+
+    device: str | None = None
+    """cuda, mps or cpu; by default the first of these that there is."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Half precisions run under autocast."""
+    batch_size: int = 64
+    """Pictures a batch and process."""
+    workers: int = 2
+    """Processes that decode pictures; 0 decodes in the main one."""
+    channels_last: bool = False
+    """Lay pictures and weights out channels-last."""
+    compile: bool = False
+    """Compile the model first; pays off over many batches."""
+
+    def options(self):
+        """The package's `InferenceOptions`, with the device chosen and said."""
+        from localvit.devices import DTYPES, choose_device
+        from localvit.inference import InferenceOptions
+        from localvit_cli.console import say
+
+        device, warning = choose_device(self.device)
+        say(f"warning: {warning}" if warning else f"device: {device}")
+        return InferenceOptions(
+            batch_size=self.batch_size,
+            workers=self.workers,
+            device=device,
+            dtype=DTYPES[self.dtype],
+            channels_last=self.channels_last,
+            compile=self.compile,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Evaluate a model: each picture exactly once, on one process or many (under torchrun)."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """A checkpoint file, or a model's name (its released weights are downloaded unless --checkpoint is given)."""
+    data_path: Path | None = None
+    """Folder of the data set; only DIGITS has one by default."""
+    data_set: str = "IMNET"
+    """IMNET, IMNET-A, IMNET-R, CIFAR (100), CIFAR10, INAT, INAT19, FOLDER, DIGITS, or a timm name like hfds/NAME."""
+    inat_category: str = "name"
+    """Level of the taxonomy that INAT and INAT19 are labelled at."""
+    checkpoint: Path | None = None
+    """Weights for the model of the given name."""
+    weights: Literal["raw", "ema"] = "raw"
+    """Raw or averaged weights of a checkpoint."""
+    input_size: tuple[int, ...] = ()
+    """Side of the pictures, or height and width, in pixels; by default the model's own."""
+    running: Annotated[Running, tyro.conf.arg(name="")] = Running()
+    limit: int | None = None
+    """Only the first so many pictures."""
+    skip_unreadable: bool = False
+    """Leave pictures that cannot be read out, and say how many, instead of stopping."""
+    real_labels: bool = False
+    """Also score ImageNet-1k val on the reassessed labels (ImageNet-ReaL, arXiv 2006.07159)."""
+    report: Path | None = None
+    """Write results.json, per_class.csv and report.html into this folder."""
+
+    def run(self) -> None:
+        """Evaluate, and print the published program's line last."""
+        from localvit.data.preprocessing import Preprocessing
+        from localvit.inference import ready_model
+
+        size = square(self.input_size)
+        ready = ready_model(self.model, checkpoint=self.checkpoint, weights=self.weights, input_size=size)
+        assert isinstance(ready.preprocessing, Preprocessing)
+        run_evaluation(self, ready, self.running.options())
+
+
+def square(sides: tuple[int, ...]) -> tuple[int, int] | None:
+    """Height and width from one side, both, or none. Raises ValueError for more, or for sides below 1."""
+    if len(sides) > 2 or any(side < 1 for side in sides):
+        raise ValueError(f"--input-size {' '.join(map(str, sides))}: give one side, or height and width, in pixels")
+    return (sides[0], sides[-1]) if sides else None
+
+
+def run_evaluation(asked: Eval, ready, options) -> None:
+    """Evaluate a ready model as `asked`, report, and print the published program's line last."""
+    import time
+
+    from localvit.data.classes import IMAGENET_SUBSETS, subset_classes
+    from localvit.data.datasets import open_pictures
+    from localvit.real_labels import real_accuracy
+    from localvit.distributed import is_main, process_group
+    from localvit.evaluate import evaluate
+    from localvit.report import write_report
+    from localvit_cli.console import progress, say
+
+    with process_group(options.device):
+        say(f"model: {ready.description}; {ready.preprocessing}")
+        pictures = open_pictures(
+            asked.data_set,
+            asked.data_path,
+            inat_category=asked.inat_category,
+            remark=lambda message: say(f"warning: {message}"),
+        )
+        subset = asked.data_set.upper()
+        total = len(pictures) if asked.limit is None else min(asked.limit, len(pictures))
+        started = time.monotonic()
+        with progress("eval", total) as advance:
+            evaluation = evaluate(
+                ready.place(options),
+                pictures,
+                ready.preprocessing,
+                options,
+                class_names=ready.class_names,
+                valid_classes=subset_classes(subset) if subset in IMAGENET_SUBSETS else None,
+                limit=asked.limit,
+                skip_unreadable=asked.skip_unreadable,
+                progress=advance,
+            )
+        if not is_main():
+            return
+        seconds = time.monotonic() - started
+        for reason in evaluation.skipped:
+            say(f"warning: left out {reason}")
+        about = {
+            "model": ready.name,
+            "weights": ready.description,
+            "data_set": asked.data_set,
+            "data_path": str(asked.data_path) if asked.data_path else None,
+            "preprocessing": ready.preprocessing.to_dict(),
+            "device": str(options.device),
+            "dtype": str(options.dtype).removeprefix("torch."),
+            "seconds": round(seconds, 3),
+        }
+        if asked.real_labels:
+            real1, real5, count = real_accuracy(evaluation)
+            about["real"] = {"acc1": real1, "acc5": real5, "count": count}
+            print(f"ReaL Acc@1 {real1:.3f} Acc@5 {real5:.3f} over {count} pictures")
+        if asked.report is not None:
+            written = write_report(evaluation, asked.report, dataset_root=pictures.root, about=about)
+            say(f"report: {', '.join(str(path) for path in written)}")
+        if evaluation.skipped:
+            print(f"{len(evaluation.skipped)} unreadable pictures left out of {total}")
+        print(evaluation.line(), flush=True)

@@ -1,0 +1,94 @@
+"""`localvit predict`: the classes that a model sees in pictures."""
+
+import io
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, TextIO
+
+import tyro
+
+from localvit_cli.eval import Running, square
+from localvit_cli.prediction_formats import WRITERS, printable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predict:
+    """Tell the best classes of pictures. A picture that cannot be read is named, the rest are done; the status is 1."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """A checkpoint file, or a model's name (its released weights are downloaded unless --checkpoint is given)."""
+    paths: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Files, folders (with their sub-folders, hidden ones left out) and patterns like 'photos/**/*.jpg'."""
+    topk: int = 5
+    """How many classes of each picture."""
+    format: Literal["table", "csv", "json", "jsonl"] = "table"
+    """csv has a line a class; json and jsonl an object a picture. Unreadable pictures are in each, with their error."""
+    output: Path | None = None
+    """File to write, whole or not at all; by default standard output."""
+    checkpoint: Path | None = None
+    """Weights for the model of the given name."""
+    weights: Literal["raw", "ema"] = "raw"
+    """Raw or averaged weights of a checkpoint."""
+    input_size: tuple[int, ...] = ()
+    """Side of the pictures, or height and width, in pixels; by default the model's own."""
+    running: Annotated[Running, tyro.conf.arg(name="")] = Running()
+
+    def run(self) -> int:
+        """Predict and write as the predictions come; 1 if any picture could not be done."""
+        from localvit.data.mentions import MentionedPictures
+        from localvit.inference import ready_model
+        from localvit.predict import Prediction, predict, readable_class_names
+        from localvit_cli.console import progress, say
+
+        size = square(self.input_size)
+        pictures = MentionedPictures(self.paths)
+        ready = ready_model(self.model, checkpoint=self.checkpoint, weights=self.weights, input_size=size)
+        options = self.running.options()
+        say(f"model: {ready.description}; {ready.preprocessing}")
+        predictions = predict(ready.place(options), pictures, ready.preprocessing, options, topk=self.topk)
+        names = readable_class_names(ready.class_names, ready.model.num_classes)
+        failures = 0
+
+        def counted() -> Iterator[Prediction]:
+            nonlocal failures
+            for prediction in predictions:
+                if prediction.error:
+                    failures += 1
+                    say(f"{printable(prediction.file)}: {printable(prediction.error)}")
+                advance(1)
+                yield prediction
+
+        on_terminal = self.output is None and sys.stdout.isatty()  # where the rows themselves are the progress
+        with (
+            _destination(self.output) as stream,
+            nullcontext(lambda done: None) if on_terminal else progress("predict", len(pictures)) as advance,
+        ):
+            WRITERS[self.format](counted(), names, stream)
+        if failures:
+            say(f"{failures:,} of {len(pictures):,} pictures have no prediction")
+        return 1 if failures else 0
+
+
+@contextmanager
+def _destination(output: Path | None) -> Iterator[TextIO]:
+    """Standard output, or a file that takes its name once it is whole; names that are not UTF-8 are written escaped."""
+    if output is None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")
+        yield sys.stdout
+        sys.stdout.flush()
+        return
+    if output.exists() and not output.is_file():
+        raise ValueError(f"--output {output} is no ordinary file; give the path of one, or leave --output out")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = output.with_name(f".{output.name}.{os.getpid()}.unfinished")
+    try:
+        with unfinished.open("w", encoding="utf-8", errors="backslashreplace", newline="") as stream:
+            yield stream
+        unfinished.replace(output)
+    finally:
+        unfinished.unlink(missing_ok=True)

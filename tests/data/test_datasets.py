@@ -1,0 +1,184 @@
+"""The data sets by name, each on a small copy laid out as the real one is."""
+
+import hashlib
+import json
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from localvit.data.classes import imagenet_synsets, match_classes
+from localvit.data.datasets import open_pictures
+from localvit.data.digits import write_digits
+from localvit.data.pictures import DataError, DatasetPictures, FilePictures
+
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+
+
+def write(root, *names):
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        PICTURE.save(path)
+
+
+def test_imnet_is_the_val_folder(tmp_path):
+    write(tmp_path, "val/n01440764/a.JPEG", "train/n01440764/b.JPEG")
+    assert open_pictures("IMNET", tmp_path).paths == ["n01440764/a.JPEG"]
+    assert open_pictures("imnet", tmp_path, split="train").paths == ["n01440764/b.JPEG"]
+
+
+def test_folder_is_val_or_the_folder_itself(tmp_path):
+    write(tmp_path / "split", "val/ape/a.png", "train/ape/b.png")
+    write(tmp_path / "plain", "ape/c.png")
+    assert open_pictures("FOLDER", tmp_path / "split").paths == ["ape/a.png"]
+    assert open_pictures("FOLDER", tmp_path / "plain").paths == ["ape/c.png"]
+
+
+@pytest.fixture
+def cifar(tmp_path, monkeypatch):
+    """CIFAR-10 and -100 with seven pictures each, in the archives' own format."""
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    pixels = np.random.default_rng(1).integers(0, 256, (7, 3072), dtype=np.uint8)
+    for kind, labels, label_key, names_key in (
+        (CIFAR10, [3, 1, 4, 1, 5, 9, 2], "labels", "label_names"),
+        (CIFAR100, [31, 41, 59, 26, 53, 58, 97], "fine_labels", "fine_label_names"),
+    ):
+        folder = tmp_path / kind.base_folder
+        folder.mkdir()
+        count = 10 if kind is CIFAR10 else 100
+
+        def dump(name, content, folder=folder):
+            (folder / name).write_bytes(pickle.dumps(content))
+            return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
+
+        batch = {"data": pixels, label_key: labels}
+        monkeypatch.setattr(kind, "test_list", [dump("test", batch)])
+        monkeypatch.setattr(kind, "train_list", [dump("train", batch)])
+        name, digest = dump("meta", {names_key: [f"class{index}" for index in range(count)]})
+        monkeypatch.setattr(kind, "meta", {"filename": name, "key": names_key, "md5": digest})
+    return tmp_path, pixels
+
+
+@pytest.mark.parametrize(("name", "labels", "count"), [("CIFAR10", [3, 1, 4, 1, 5, 9, 2], 10), ("CIFAR", [31, 41, 59, 26, 53, 58, 97], 100)])
+def test_cifar(cifar, name, labels, count):
+    root, pixels = cifar
+    pictures = open_pictures(name, root)
+    assert pictures.labels == labels
+    assert pictures.class_names == [f"class{index}" for index in range(count)]
+    np.testing.assert_array_equal(np.asarray(pictures.load(5)), pixels[5].reshape(3, 32, 32).transpose(1, 2, 0))
+    assert pictures.name(5) == f"{name}[5]"
+
+
+@pytest.mark.parametrize("supercategories", [True, False])
+def test_inat(tmp_path, supercategories):
+    """Classes are counted as the training annotations first mention them, at the asked level."""
+    categories = [
+        {"id": 0, "name": "Pica pica", "kingdom": "Animalia", "order": "Passeriformes"},
+        {"id": 1, "name": "Quercus robur", "kingdom": "Plantae", "order": "Fagales"},
+        {"id": 2, "name": "Corvus corax", "kingdom": "Animalia", "order": "Passeriformes"},
+    ]
+
+    def split(name, members):
+        images = [{"id": image, "file_name": f"train_val2018/Taxon/{category}/{image}.jpg"} for image, category in members]
+        annotations = [{"image_id": image, "category_id": category} for image, category in members]
+        (tmp_path / f"{name}2018.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+        for image, category in members:
+            middle = "Taxon/" if supercategories else ""
+            write(tmp_path, f"train_val2018/{middle}{category}/{image}.jpg")
+
+    (tmp_path / "categories.json").write_text(json.dumps(categories))
+    split("train", [(10, 2), (11, 1), (12, 0)])
+    split("val", [(20, 0), (21, 1), (22, 2)])
+    by_name = open_pictures("INAT", tmp_path)
+    assert by_name.class_names == ["Corvus corax", "Quercus robur", "Pica pica"]
+    assert by_name.labels == [2, 1, 0]
+    assert by_name.load(0).size == (32, 32)
+    by_kingdom = open_pictures("INAT", tmp_path, inat_category="kingdom")
+    assert by_kingdom.class_names == ["Animalia", "Plantae"]
+    assert by_kingdom.labels == [0, 1, 0]
+
+
+def test_digits_are_written_once_and_split_fairly(tmp_path):
+    from sklearn.datasets import load_digits
+
+    root = write_digits(tmp_path / "digits")
+    train, val = (open_pictures("DIGITS", root, split=split) for split in ("train", "val"))
+    assert (len(train), len(val)) == (1437, 360)
+    assert not {path.split("/")[1] for path in train.paths} & {path.split("/")[1] for path in val.paths}
+    assert all(33 <= val.labels.count(digit) <= 38 for digit in range(10))  # 174 to 183 of each, a fifth
+    digits = load_digits()
+    for pictures in (train, val):
+        for index in range(0, len(pictures), 97):
+            number = int(pictures.paths[index].split("/")[1].removesuffix(".png"))
+            grey = np.asarray(pictures.load(index))[::4, ::4, 0]
+            assert pictures.labels[index] == digits.target[number]
+            np.testing.assert_array_equal(grey, np.round(digits.images[number] * 255 / 16))
+    stamp = (root / "val").stat().st_mtime_ns
+    assert write_digits(root) == root
+    assert (root / "val").stat().st_mtime_ns == stamp
+    assert [entry.name for entry in tmp_path.iterdir()] == ["digits"]
+
+
+def test_a_name_of_timms_factory(cifar):
+    root, pixels = cifar
+    pictures = open_pictures("torch/cifar10", root)
+    assert pictures.labels == [3, 1, 4, 1, 5, 9, 2]
+    np.testing.assert_array_equal(np.asarray(pictures.load(2)), pixels[2].reshape(3, 32, 32).transpose(1, 2, 0))
+
+
+@pytest.mark.parametrize(
+    ("data_set", "path", "says"),
+    [
+        ("IMNET", "nowhere", "no such folder"),
+        ("IMNET", ".", "no val/ folder"),
+        ("IMNET", None, "needs --data-path"),
+        ("CIFAR10", ".", "cifar-10-batches-py"),
+        ("CIFAR", ".", "cifar-100-python"),
+        ("INAT", ".", "train2018.json"),
+        ("INAT19", ".", "train2019.json"),
+        ("MNIST", ".", "not known"),
+        ("torch/nothing", ".", "cannot be opened"),
+        ("wds/nothing", ".", "wds/nothing"),
+        ("hfds/nothing", ".", "hfds/nothing"),
+        ("FOLDER", ".", "no class folders"),
+    ],
+)
+def test_bad_data_sets(data_set, path, says, tmp_path):
+    with pytest.raises(DataError, match=says):
+        open_pictures(data_set, tmp_path / path if path else None)
+
+
+def test_bad_inat_category(tmp_path):
+    with pytest.raises(DataError, match="--inat-category colour"):
+        open_pictures("INAT", tmp_path, inat_category="colour")
+
+
+def names(*class_names, fixed=False):
+    if fixed:
+        return DatasetPictures(lambda index: PICTURE, [], list(class_names), "set")
+    return FilePictures(None, [], list(class_names))
+
+
+def test_labels_go_by_name():
+    assert match_classes(names("cow", "ape"), ["ape", "bat", "cow"], 3) == [2, 0]
+    shark, cock = "n01484850", "n01514668"
+    assert match_classes(names(shark, cock), imagenet_synsets(), 1000) == [2, 7]
+    assert match_classes(names("x", "y"), None, 2) == [0, 1]
+    assert match_classes(names("tench", "cock", fixed=True), ["a", "b"], 2) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("pictures", "model_names", "num_classes", "says"),
+    [
+        (names("ape", "bta"), ["ape", "bat"], 2, r"1 of the data set's 2 classes.*'bta'.*did you mean 'bat'"),
+        (names("cat"), imagenet_synsets(), 1000, "no ImageNet-1k synset"),
+        (names("a", "b", "c"), None, 2, "3 classes, the model 2"),
+        (names("a", "b", "c", fixed=True), ["x", "y"], 2, "'a', 'b', 'c'"),
+    ],
+)
+def test_classes_that_do_not_fit(pictures, model_names, num_classes, says):
+    with pytest.raises(DataError, match=says):
+        match_classes(pictures, model_names, num_classes)
