@@ -2,9 +2,12 @@
 
 import copy
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -36,12 +39,12 @@ def count_multiply_adds(model: nn.Module, input_size: tuple[int, ...]) -> int:
     """Multiply-adds of one picture of `input_size` (channels, height, width): what most papers print as FLOPs.
 
     Counted by torch's FlopCounterMode, which sees matrix products and convolutions (two FLOPs a multiply-add) and no
-    norms, activations or sums. `model` is left as it is, on whatever device. Raises what the model raises for pictures
-    of that size.
+    norms, activations or sums. `model` is left as it is, and nothing is computed: it may be on the meta device. Raises
+    what the model raises for pictures of that size.
     """
-    shapes_only = _without_numbers(model)
+    copied = _copy(model)
     with FlopCounterMode(display=False) as counter:
-        _run(shapes_only, input_size)
+        _run(copied, input_size)
     return counter.get_total_flops() // 2
 
 
@@ -51,16 +54,16 @@ def summarize_blocks(model: nn.Module, input_size: tuple[int, ...]) -> list[Bloc
     Grids are those of a picture of `input_size` (channels, height, width). Raises what the model raises for pictures
     of that size.
     """
-    shapes_only = _without_numbers(model)
+    copied = _copy(model)
     grids = {}
 
     def note(mlp: LocalityMlp, args: tuple, output: torch.Tensor) -> None:
         grids[mlp] = mlp.grid.size  # now: blocks that share a `Grid` may find it at different sizes
 
-    for module in shapes_only.modules():
+    for module in copied.modules():
         if isinstance(module, LocalityMlp):
             module.register_forward_hook(note)
-    _run(shapes_only, input_size)
+    _run(copied, input_size)
     return [
         BlockSummary(
             name=name,
@@ -69,18 +72,21 @@ def summarize_blocks(model: nn.Module, input_size: tuple[int, ...]) -> list[Bloc
             local=isinstance(module.mlp, LocalityMlp),
             grid_size=grids.get(module.mlp),
         )
-        for name, module in shapes_only.named_modules()
+        for name, module in copied.named_modules()
         if isinstance(getattr(module, "mlp", None), nn.Module)
     ]
 
 
-def _without_numbers(model: nn.Module) -> nn.Module:
-    """A copy on the meta device, where tensors have shapes and no numbers, and running costs nothing."""
+def _copy(model: nn.Module) -> nn.Module:
     # FlopCounterMode hooks gradients wherever a tensor wants one, and fails where none is recorded.
-    return copy.deepcopy(model).to("meta").eval().requires_grad_(False)
+    return copy.deepcopy(model).eval().requires_grad_(False)
 
 
-def _run(shapes_only: nn.Module, input_size: tuple[int, ...]) -> None:
-    # In plain products: FlopCounterMode does not count the CPU's fused attention.
-    with sdpa_kernel(SDPBackend.MATH), torch.inference_mode():
-        shapes_only(torch.empty(1, *input_size, device="meta"))
+def _run(model: nn.Module, input_size: tuple[int, ...]) -> None:
+    """Run the model on fake tensors, which have the CPU's shapes and types but no numbers, so that nothing is computed."""
+    # In plain products: FlopCounterMode does not count the CPU's fused attention. And not on the meta device, which
+    # also computes nothing, but which torch.autocast refuses.
+    with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH), torch.inference_mode():
+        entries = chain(model.named_parameters(), model.named_buffers())
+        fakes = {name: torch.empty(entry.shape, dtype=entry.dtype) for name, entry in entries}
+        functional_call(model, fakes, (torch.empty(1, *input_size),))

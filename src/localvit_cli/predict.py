@@ -19,9 +19,9 @@ from localvit_cli.prediction_formats import WRITERS, printable
 class Predict:
     """Tell the best classes of pictures. A picture that cannot be read is named, the rest are done; the status is 1."""
 
-    model: Annotated[str, tyro.conf.Positional]
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A checkpoint file, or a model's name (its released weights are downloaded unless --checkpoint is given)."""
-    paths: Annotated[tuple[str, ...], tyro.conf.Positional]
+    paths: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH...")]
     """Files, folders (with their sub-folders, hidden ones left out) and patterns like 'photos/**/*.jpg'."""
     topk: int = 5
     """How many classes of each picture."""

@@ -91,7 +91,7 @@ def build(model_cls: type[nn.Module], variant: str, pretrained: bool, **kwargs: 
                 **kwargs,
             )
     except (URLError, HTTPException, TimeoutError, ConnectionError) as error:
-        url = sys.modules[model_cls.__module__].default_cfgs[variant].default.url
+        url = overlay.get("url") or sys.modules[model_cls.__module__].default_cfgs[variant].default.url
         raise RuntimeError(
             f"could not download the weights of {variant} ({error}): fetch {url} by other means and pass "
             f'pretrained_cfg_overlay={{"file": "{url.rsplit("/", 1)[-1]}"}} beside pretrained=True'

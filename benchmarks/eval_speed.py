@@ -1,0 +1,83 @@
+"""How near is `localvit eval` to the speed of its parts?
+
+    python benchmarks/eval_speed.py --data-path FOLDER [--models NAME...] [--pictures 200] [--rounds 3]
+
+For each model, in interleaved rounds on all cores: (a) decode and transform alone, (b) the model alone on prepared
+batches, (c) the whole evaluation. On shared cores the two parts add: per picture the machine spends the work of both,
+so the fastest possible overlap is 1 / (1/a + 1/b) when each part alone already uses every core; where decoding runs on
+cores that the model does not need, it is min(a, b). Both bounds are printed beside the measured rate.
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import localvit
+import torch
+from localvit.data.classes import imagenet_synsets
+from localvit.data.datasets import open_pictures
+from localvit.data.pictures import PreparedPictures
+from localvit.data.preprocessing import Preprocessing
+from localvit.evaluate import evaluate
+from localvit.inference import InferenceOptions, batches, forward
+
+
+def decode_alone(pictures, preprocessing, options, count: int) -> float:
+    """Pictures a second through decoding and transforming, every core busy with it."""
+    prepared = PreparedPictures(pictures, preprocessing.transform())
+    started = time.perf_counter()
+    for _ in batches(prepared, range(count), options):
+        pass
+    return count / (time.perf_counter() - started)
+
+
+@torch.inference_mode()
+def model_alone(model, prepared_batches, options) -> float:
+    """Pictures a second through the model, on batches that lie ready."""
+    started = time.perf_counter()
+    for pictures_BCHW in prepared_batches:
+        forward(model, pictures_BCHW, options)
+    return sum(len(batch) for batch in prepared_batches) / (time.perf_counter() - started)
+
+
+def whole(model, pictures, preprocessing, options, count: int) -> float:
+    """Pictures a second through the whole evaluation."""
+    started = time.perf_counter()
+    evaluate(model, pictures, preprocessing, options, class_names=imagenet_synsets(), limit=count)
+    return count / (time.perf_counter() - started)
+
+
+def main() -> None:
+    """Measure and print one table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-path", type=Path, required=True, help="folder with val/<synset>/ pictures")
+    parser.add_argument("--models", nargs="+", default=["localvit_tiny"])
+    parser.add_argument("--pictures", type=int, default=200)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    asked = parser.parse_args()
+    pictures = open_pictures("IMNET", asked.data_path)
+    count = min(asked.pictures, len(pictures))
+    preprocessing = Preprocessing.published((224, 224))
+    options = InferenceOptions(batch_size=asked.batch_size, workers=asked.workers)
+    prepared = PreparedPictures(pictures, preprocessing.transform())
+    ready = [batch for _, batch, _ in batches(prepared, range(count), options) if batch is not None]
+    print(f"{count} pictures, batch {asked.batch_size}, {asked.workers} workers, {torch.get_num_threads()} threads, "
+          f"torch {torch.__version__}; medians of {asked.rounds} interleaved rounds, pictures/s")
+    print(f"{'model':40} {'decode':>8} {'model':>8} {'whole':>8} {'of shared bound':>16} {'of min':>8}")
+    for name in asked.models:
+        model = localvit.create_model(name).eval()
+        model_alone(model, ready[:1], options)  # warm up
+        rates: dict[str, list[float]] = {"decode": [], "model": [], "whole": []}
+        for _ in range(asked.rounds):
+            rates["decode"].append(decode_alone(pictures, preprocessing, options, count))
+            rates["model"].append(model_alone(model, ready, options))
+            rates["whole"].append(whole(model, pictures, preprocessing, options, count))
+        a, b, c = (statistics.median(rates[part]) for part in ("decode", "model", "whole"))
+        print(f"{name:40} {a:8.1f} {b:8.1f} {c:8.1f} {c * (1 / a + 1 / b):15.0%} {c / min(a, b):8.0%}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Every published model against what the published program computed: keys, shapes, logits, loss, gradients, statistics."""
+
+import pytest
+import timm
+import torch
+import weights
+from conftest import GOLDEN, golden_model
+from torch.nn.functional import cross_entropy
+
+from localvit.models._builder import from_published, published_key
+
+NAMES = sorted(path.stem for path in (GOLDEN / "models").glob("*.json"))
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def fixture(request):
+    return golden_model(request.param)
+
+
+@pytest.fixture(scope="module")
+def model(fixture):
+    # Swin drops paths by default; the fixtures were made without.
+    return timm.create_model(fixture["model"], drop_path_rate=0.0).double()
+
+
+def published_entries(model):
+    """Shape and kind of every entry of the model's state dict, under its published name."""
+    parameters = dict(model.named_parameters())
+    entries = {}
+    for key, value in model.state_dict().items():
+        frozen = key in parameters and not parameters[key].requires_grad
+        kind = "buffer" if key not in parameters else "frozen parameter" if frozen else "parameter"
+        entries[published_key(model, key)] = (list(value.shape), kind)
+    if hasattr(model, "published_buffers"):
+        entries |= {key: (list(value.shape), "buffer") for key, value in model.published_buffers().items()}
+    return entries
+
+
+def load_stand_ins(model, fixture):
+    state_dict = {key: torch.from_numpy(weights.tensor(key, tuple(shape))) for key, shape, _ in fixture["state_dict"]}
+    if "tokens_to_token.project.weight" in state_dict:
+        # The published T2T holds its positions in single precision, whatever the rest of the model is in.
+        state_dict["pos_embed"] = state_dict["pos_embed"].float().double()
+    model.load_state_dict(from_published(state_dict, model), strict=True)
+
+
+def images(spec):
+    return torch.from_numpy(weights.images(**spec))
+
+
+def test_state_dict_is_the_published_one(model, fixture):
+    assert published_entries(model) == {key: (shape, kind) for key, shape, kind in fixture["state_dict"]}
+    assert len(model.state_dict()) + len(getattr(model, "published_buffers", dict)()) == len(fixture["state_dict"])
+    assert sum(parameter.numel() for parameter in model.parameters()) == fixture["parameters"]
+
+
+def test_logits(model, fixture):
+    load_stand_ins(model, fixture)
+    expected = fixture["eval"]
+    with torch.inference_mode():
+        logits = model.eval()(images(expected["images"]))
+    # float64 over at most 12 blocks: rounding stays orders below 1e-9 of the logits' norm.
+    tolerance = {"rtol": 1e-9, "atol": 1e-9}
+    double = {"dtype": torch.float64}
+    torch.testing.assert_close(logits[:, :10], torch.tensor(expected["logits_first_10"], **double), **tolerance)
+    torch.testing.assert_close(logits.sum(1), torch.tensor(expected["logits_sum"], **double), **tolerance)
+    torch.testing.assert_close(logits.norm(dim=1), torch.tensor(expected["logits_norm"], **double), **tolerance)
+    assert logits.argmax(1).tolist() == expected["argmax"]
+
+
+def test_training_step(model, fixture):
+    load_stand_ins(model, fixture)
+    expected = fixture["train"]
+    model.train()
+    model.zero_grad()
+    loss = cross_entropy(model(images(expected["images"])), torch.tensor(expected["targets"]))
+    loss.backward()
+    assert loss.item() == pytest.approx(expected["loss"], rel=1e-9)
+
+    norms = {published_key(model, key): p.grad for key, p in model.named_parameters() if p.grad is not None}
+    norms = {key: gradient.norm().item() for key, gradient in norms.items()}
+    assert norms.keys() == fixture["train_gradient_norms"].keys()
+    # torch's hard sigmoid multiplies gradients by a single-precision 1/6, 3e-8 off, even in float64. Nothing needs more
+    # room than that, not the 1e-9 of T2T's attention projection either: it is a product with inputs as tiny as that,
+    # free of cancellation. Dead parameters, and they alone, have norm zero: with no absolute room, ours must be exactly.
+    assert norms == pytest.approx(fixture["train_gradient_norms"], rel=1e-7, abs=0)
+
+    statistics = fixture["train_running_statistics_norms_after"]
+    buffers = {published_key(model, key): value for key, value in model.named_buffers()}
+    norms = {key: value.norm().item() for key, value in buffers.items() if key.endswith(("_mean", "_var"))}
+    assert norms == pytest.approx(statistics, rel=1e-9)

@@ -1,0 +1,472 @@
+"""What timm promises of a model, over every name that the package registers (after timm's tests/test_models.py)."""
+
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+from small import ABSOLUTE, BASELINES, FAMILY, NAMES, ONE_OF_EACH, picture_size, small_model
+from timm.models import FeatureGraphNet, group_parameters
+from timm.optim import param_groups_weight_decay
+
+from localvit.localize import LocalityMlp
+from localvit.models._builder import published_key
+
+CLOSE = {"rtol": 1e-9, "atol": 1e-11}
+"""float64 through a few layers of order one: rounding in another order of summation, no more."""
+
+
+def pictures(name, batch=2, in_chans=3, scale=(1, 1), dtype=torch.float32, seed=5):
+    height, width = (side * picture_size(name) for side in scale)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, in_chans, height, width, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def double(name, **kwargs):
+    torch.manual_seed(11)
+    return small_model(name, **kwargs).double()
+
+
+def shaken(model):
+    """The model with random weights of a trained model's size, so that nothing is zero or the same by initialisation."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1 or "pos" in name or "token" in name:
+                parameter += 0.2 * torch.randn(parameter.shape, generator=generator).to(parameter)
+    return model
+
+
+def is_dead(model, name):
+    """Whether the feed-forward that the parameter is of cannot reach the logits.
+
+    The head of all but Swin reads the class token alone, and locality in the last block moves image tokens alone. T2T's
+    second norm is kept for published state dicts only.
+    """
+    published = published_key(model, name)
+    if published.startswith("tokens_to_token"):
+        return ".norm2." in published and any(".conv." in published_key(model, key) for key in model.state_dict())
+    blocks = [key.split(".mlp.")[0] for key, module in model.named_modules() if isinstance(module, LocalityMlp)]
+    return "Swin" not in type(model).__name__ and name.startswith(f"{blocks[-1]}.mlp.") if blocks else False
+
+
+def test_names_are_the_published_and_the_friendly_ones():
+    assert set(NAMES) == {
+        *("localvit_tiny_mlp4_act3_r192", "localvit_tiny", "localvit_tiny_mlp4_act3_r4", "localvit_tiny_se4"),
+        *("localvit_tiny_mlp6_act1", "localvit_small_mlp4_act3_r384", "localvit_small", "localvit_nano_patch4_32"),
+        *("localvit_swin_tiny_patch4_window7_224", "localvit_swin_tiny", "localvit_pvt_tiny", "pvt_tiny"),
+        *("localvit_tnt_t_patch16_224", "localvit_tnt_tiny", "localvit_tnt_s_patch16_224", "localvit_tnt_small"),
+        *("tnt_t_patch16_224", "tnt_tiny", "localvit_T2t_conv7", "localvit_t2t_7", "T2t_vit_7", "t2t_vit_7"),
+    }
+
+
+FRIENDLY = {
+    "localvit_tiny": "localvit_tiny_mlp4_act3_r192",
+    "localvit_tiny_se4": "localvit_tiny_mlp4_act3_r4",
+    "localvit_small": "localvit_small_mlp4_act3_r384",
+    "localvit_swin_tiny": "localvit_swin_tiny_patch4_window7_224",
+    "localvit_tnt_tiny": "localvit_tnt_t_patch16_224",
+    "localvit_tnt_small": "localvit_tnt_s_patch16_224",
+    "tnt_tiny": "tnt_t_patch16_224",
+    "localvit_t2t_7": "localvit_T2t_conv7",
+    "t2t_vit_7": "T2t_vit_7",
+}
+
+
+@pytest.mark.parametrize(("friendly", "published"), FRIENDLY.items())
+def test_two_names_build_the_same_model(friendly, published):
+    models = []
+    for name in (friendly, published):
+        torch.manual_seed(2)
+        models.append(small_model(name))
+    first, second = (model.state_dict() for model in models)
+    assert list(first) == list(second)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert models[0].pretrained_cfg["url"] == models[1].pretrained_cfg["url"]
+    with torch.device("meta"):
+        full = [timm.create_model(name) for name in (friendly, published)]
+    shapes = [{key: value.shape for key, value in model.state_dict().items()} for model in full]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_and_every_live_parameter_gets_a_gradient(name):
+    model = small_model(name, drop_path_rate=0.0).train()
+    logits = model(pictures(name))
+    assert logits.shape == (2, 7)
+    assert torch.isfinite(logits).all()
+    logits.square().mean().backward()
+    without = {key for key, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())}
+    dead = {key for key, p in model.named_parameters() if p.requires_grad and is_dead(model, key)}
+    # A block's biases may well have no gradient for another, provable reason: a softmax ignores what shifts all its
+    # entries alike. No such parameter is in these models' lists of zero gradients today.
+    assert without == dead
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reset_classifier(name):
+    model = small_model(name).eval()
+    image = pictures(name)
+    model.reset_classifier(11)
+    assert model(image).shape == (2, 11)
+    model.reset_classifier(0)
+    assert model(image).shape == (2, model.num_features)
+    features = model.forward_features(image)
+    torch.testing.assert_close(model.forward_head(features, pre_logits=True), model(image))
+    model.reset_classifier(5, global_pool="avg")
+    assert model(image).shape == (2, 5)
+    assert model.get_classifier().weight.dtype == torch.float32
+    assert small_model(name, num_classes=0)(image).shape == (2, model.num_features)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_intermediates_end_in_forward_features(name):
+    model = shaken(double(name)).eval()
+    image = pictures(name, dtype=torch.float64, scale=(1, 2))
+    depth = len(model.feature_info)
+    final, maps = model.forward_intermediates(image)
+    torch.testing.assert_close(final, model.forward_features(image), **CLOSE)
+    torch.testing.assert_close(model.forward_head(final), model(image), **CLOSE)
+    assert [m.shape[1] for m in maps] == [info["num_chs"] for info in model.feature_info]
+    for info, feature in zip(model.feature_info, maps, strict=True):
+        assert feature.shape[2:] == (image.shape[2] // info["reduction"], image.shape[3] // info["reduction"])
+
+    [last] = model.forward_intermediates(image, indices=[depth - 1], norm=True, intermediates_only=True)
+    prefix = getattr(model, "num_prefix_tokens", 0)
+    tokens = final[:, prefix:] if prefix else final.flatten(1, 2)
+    torch.testing.assert_close(last.flatten(2).transpose(1, 2), tokens, **CLOSE)
+
+    early, [first] = model.forward_intermediates(image, indices=[0], stop_early=True)
+    torch.testing.assert_close(first, maps[0], **CLOSE)
+    if prefix:
+        [(feature, prefixes)] = model.forward_intermediates(
+            image, indices=1, return_prefix_tokens=True, norm=True, output_fmt="NLC", intermediates_only=True
+        )
+        torch.testing.assert_close(torch.cat((prefixes, feature), dim=1), final, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["localvit_tnt_tiny", "localvit_pvt_tiny"])
+def test_unknown_output_format_raises(name):
+    with pytest.raises(ValueError, match="output_fmt='NHWC'"):
+        small_model(name).forward_intermediates(pictures(name), output_fmt="NHWC")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_features_only(name):
+    torch.manual_seed(1)
+    whole = small_model(name).eval()
+    image = pictures(name)
+    depth = len(whole.feature_info)
+    for indices in ((0, depth - 1), (0,)):
+        torch.manual_seed(1)
+        backbone = small_model(name, features_only=True, out_indices=indices).eval()
+        features = backbone(image)
+        wanted = whole.forward_intermediates(image, indices=list(indices), intermediates_only=True)
+        assert [f.shape[1] for f in features] == backbone.feature_info.channels()
+        for feature, info, want in zip(features, backbone.feature_info.get_dicts(), wanted, strict=True):
+            assert feature.shape[2] * info["reduction"] == image.shape[2]
+            assert feature.shape == want.shape
+    with torch.device("meta"):
+        assert timm.create_model(name, features_only=True).feature_info.channels()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("in_chans", [1, 4])
+def test_channels_of_the_pictures(name, in_chans):
+    assert small_model(name, in_chans=in_chans)(pictures(name, in_chans=in_chans)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_batch_of_one_equals_its_row_of_a_batch(name):
+    model = shaken(double(name)).eval()
+    image = pictures(name, batch=3, dtype=torch.float64)
+    torch.testing.assert_close(model(image[1:2]), model(image)[1:2], **CLOSE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_other_sizes_run_and_matter(name):
+    model = small_model(name).eval()
+    for scale in ((1, 2), (2, 1), (2, 2)):
+        assert torch.isfinite(model(pictures(name, scale=scale))).all()
+
+
+@pytest.mark.parametrize("name", ABSOLUTE)
+@pytest.mark.parametrize("scale", [(1, 2), (3, 1)])
+def test_a_new_input_size_computes_what_the_old_one_resamples(name, scale):
+    # Float32: timm resamples positions in it whatever they are in, and here once and there in each forward, the same.
+    dynamic = shaken(small_model(name)).eval()
+    image = pictures(name, scale=scale)
+    moved = copy.deepcopy(dynamic)
+    moved.set_input_size(tuple(image.shape[2:]))
+    old, new = dynamic.position_grids(), moved.position_grids()
+    assert all(old[key] != new[key] for key in new)
+    for key, ((height, width), num_prefix_tokens) in new.items():
+        assert moved.get_parameter(key).shape[1] == num_prefix_tokens + height * width
+        assert moved.get_parameter(key).requires_grad == dynamic.get_parameter(key).requires_grad
+    assert moved.position_grids() == dynamic.position_grids(tuple(image.shape[2:]))
+    torch.testing.assert_close(moved(image), dynamic(image))
+
+
+@pytest.mark.parametrize("name", ABSOLUTE)
+def test_equal_counts_of_tokens_on_other_grids_are_told_apart(name):
+    model = shaken(small_model(name)).eval()
+    square, wide, tall = (pictures(name, scale=scale, seed=7) for scale in ((2, 2), (1, 4), (4, 1)))
+    in_turn = [model(image) for image in (square, wide, tall, wide, square)]
+    torch.testing.assert_close(in_turn[1], in_turn[3], rtol=0, atol=0)
+    torch.testing.assert_close(in_turn[0], in_turn[4], rtol=0, atol=0)
+    for image, got in zip((square, wide, tall), in_turn, strict=False):
+        alone = copy.deepcopy(model)
+        alone.set_input_size(tuple(image.shape[2:]))
+        torch.testing.assert_close(alone(image), got)
+    # The same tokens in the same order, on a grid laid out otherwise: neighbours and positions differ.
+    assert not torch.allclose(model.forward_features(wide), model.forward_features(wide.mT), atol=1e-3)
+
+
+def test_swin_takes_a_new_input_size():
+    model = small_model("localvit_swin_tiny").eval()
+    model.set_input_size((128, 64))
+    assert torch.isfinite(model(pictures("localvit_swin_tiny", scale=(2, 1)))).all()
+
+
+@pytest.mark.parametrize("name", ["localvit_tnt_tiny", "localvit_pvt_tiny", "localvit_t2t_7", *BASELINES])
+@pytest.mark.parametrize(("size", "side"), [((65, 64), "height of 65"), ((64, 72), "width of 72"), ((8, 64), "height of 8")])
+def test_pictures_that_patches_do_not_divide_raise_with_both_numbers(name, size, side):
+    patch = 32 if "pvt" in name else 16
+    with pytest.raises(ValueError, match=rf"{side} pixels .* {patch}"):
+        small_model(name)(torch.zeros(1, 3, *size))
+    with pytest.raises(ValueError, match=rf"{side} pixels .* {patch}"):
+        small_model(name, img_size=size)
+
+
+@pytest.mark.parametrize("name", ["localvit_tnt_tiny", "localvit_pvt_tiny"])
+def test_set_input_size_refuses_what_patches_do_not_divide(name):
+    model = small_model(name)
+    before = model.position_grids()
+    with pytest.raises(ValueError, match="width of 72 pixels"):
+        model.set_input_size((64, 72))
+    assert model.position_grids() == before
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tokens_that_do_not_fill_the_grid_raise_with_both_numbers(name):
+    model = small_model(name).eval()
+    model(pictures(name))
+    slots = [module for module in model.modules() if isinstance(module, LocalityMlp)]
+    if name in BASELINES or FRIENDLY.get(name) in BASELINES or name in ("tnt_t_patch16_224", "T2t_vit_7"):
+        assert not slots
+        return
+    for slot in slots:
+        height, width = slot.grid.size
+        tokens = torch.zeros(1, slot.num_prefix_tokens + height * width + 1, slot.conv[0].in_channels)
+        with pytest.raises(ValueError, match=rf"{height * width + 1} image tokens .* grid of {height * width}"):
+            slot(tokens)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_unknown_arguments_raise(name):
+    with pytest.raises(TypeError, match="localty"):
+        small_model(name, localty=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stochastic_depth_acts_on_attention_and_never_on_locality(name):
+    torch.manual_seed(0)
+    model = shaken(small_model(name, drop_path_rate=0.999, local_blocks=None)).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.eval()  # so that what one picture gives does not depend on the others
+    seen = []
+    [*slots] = [module for module in model.modules() if isinstance(module, LocalityMlp)]
+    # The last block's rate is the highest; Swin's slot reads a map's tokens, the others' the class token before them.
+    slots[-1].register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+    residual = []
+    block = [module for module in model.modules() if getattr(module, "mlp", None) is slots[-1]][0]
+    block.register_forward_hook(lambda module, args, output: residual.append((args, output)))
+    model(pictures(name, batch=16))
+    [(before, change)], [(args, after)] = seen, residual
+    after = after[1] if isinstance(after, tuple) else after
+    torch.testing.assert_close(before + change, after.reshape(before.shape), rtol=0, atol=0)
+    entering = args[1] if FAMILY[name] == "localvit_tnt" else args[0]
+    class_token = 0 if FAMILY[name] == "localvit_swin" else slice(0, 1)
+    attention = (before - entering.reshape(before.shape)).flatten(1)
+    if FAMILY[name] == "localvit_tnt":
+        # TNT adds the inner tokens to the image tokens on the way; the class token shows the outer attention alone.
+        attention = (before - entering)[:, class_token].flatten(1)
+    dropped = attention.abs().amax(1) == 0
+    # Rate 0.999 in the last block: all 16 pictures lose it with probability 0.984, more than half of them surely.
+    assert dropped.sum() > 8
+    assert (change[:, -1].abs().amax(-1) > 0).all()
+
+
+def test_tnt_drops_inner_branches_as_timm_does():
+    model = small_model("localvit_tnt_tiny", drop_path_rate=0.3)
+    block = model.blocks[-1]
+    for branch in (block.attn_in.proj_drop, block.attn_out.proj_drop, block.mlp_in.drop2):
+        assert branch[-1].drop_prob == pytest.approx(0.3)
+    assert not any("drop" in key for key in model.state_dict())
+
+
+def test_tnt_without_locality_is_timms():
+    from timm.models.tnt import TNT
+
+    ours = shaken(double("tnt_tiny", drop_path_rate=0.4))
+    theirs = TNT(
+        64, embed_dim=48, inner_dim=12, depth=2, num_heads_inner=3, num_heads_outer=3, num_classes=7, legacy=True,
+        drop_path_rate=0.4,
+    ).double()  # fmt: skip
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    image = pictures("tnt_tiny", dtype=torch.float64)
+    outputs = []
+    for model in (ours, theirs):
+        torch.manual_seed(9)
+        outputs.append(model.train()(image))
+    torch.testing.assert_close(*outputs, **CLOSE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_checkpointing_changes_nothing(name):
+    results = []
+    for checkpointing in (False, True):
+        model = shaken(double(name, drop_path_rate=0.2)).train()
+        model.set_grad_checkpointing(checkpointing)
+        torch.manual_seed(4)
+        loss = model(pictures(name, dtype=torch.float64)).square().sum()
+        loss.backward()
+        results.append((loss.detach(), {key: p.grad for key, p in model.named_parameters() if p.grad is not None}))
+    torch.testing.assert_close(results[0], results[1], **CLOSE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_graph_feature_extraction(name):
+    model = shaken(small_model(name)).eval()
+    last = len(model.feature_info) - 1
+    graph = FeatureGraphNet(copy.deepcopy(model), out_indices=(0, last)).eval()
+    for scale in ((1, 1), (1, 2)) if FAMILY[name] != "localvit_swin" else ((1, 1),):
+        image = pictures(name, scale=scale)
+        first, second = graph(image)
+        assert first is not None
+        captured = []
+        module = model.get_submodule(model.feature_info[last]["module"])
+        handle = module.register_forward_hook(lambda module, args, output: captured.append(output))
+        model(image)
+        handle.remove()
+        torch.testing.assert_close(second, captured[0])
+
+
+@pytest.mark.parametrize("name", [*ONE_OF_EACH, *BASELINES])
+def test_compiles_into_one_graph(name):
+    torch._dynamo.reset()
+    model = shaken(small_model(name, drop_path_rate=0.0)).eval()
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
+    for scale in ((1, 1), (1, 2)):
+        image = pictures(name, scale=scale)
+        torch.testing.assert_close(compiled(image), model(image))
+
+
+@pytest.mark.parametrize("name", ["localvit_nano_patch4_32", "localvit_t2t_7"])
+def test_trains_compiled(name):
+    torch._dynamo.reset()
+    losses = []
+    for compiled in (False, True):
+        model = shaken(double(name, drop_path_rate=0.0)).train()
+        forward = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+        loss = forward(pictures(name, dtype=torch.float64)).square().sum()
+        loss.backward()
+        losses.append((loss.detach(), {key: p.grad for key, p in model.named_parameters() if p.grad is not None}))
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-7, atol=1e-9)  # hard sigmoid: 3e-8, see test_parity
+
+
+def test_inductor():
+    torch._dynamo.reset()
+    model = shaken(small_model("localvit_nano_patch4_32", depth=1)).eval()
+    image = pictures("localvit_nano_patch4_32")
+    # float32 with fused sums
+    torch.testing.assert_close(torch.compile(model, fullgraph=True)(image), model(image), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*ONE_OF_EACH, *BASELINES])
+def test_exports(name):
+    model = shaken(small_model(name)).eval()
+    image = pictures(name)
+    program = torch.export.export(model, (image,), strict=False)
+    torch.testing.assert_close(program.module()(image), model(image))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_memory_formats_agree(name):
+    model = shaken(double(name)).eval()
+    image = pictures(name, dtype=torch.float64)
+    expected = model(image)
+    model = model.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(model(image.to(memory_format=torch.channels_last)), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dtype(name, dtype):
+    model = small_model(name, dtype=dtype).eval()
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    logits = model(pictures(name, dtype=dtype))
+    assert logits.dtype == dtype
+    assert torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_meta_device(name):
+    model = timm.create_model(name, device="meta")
+    assert {value.device.type for value in model.state_dict().values()} == {"meta"}
+    assert list(model.state_dict()) == [*dict(model.named_parameters(), **dict(model.named_buffers()))] or set(
+        model.state_dict()
+    ) == {*dict(model.named_parameters()), *(k for k, _ in model.named_buffers() if k in model.state_dict())}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast(name):
+    model = shaken(small_model(name)).eval()
+    image = pictures(name)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.isfinite(model(image)).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_copies_and_pickles(name):
+    model = shaken(small_model(name, drop_path_rate=0.1)).eval()
+    wide = pictures(name, scale=(1, 2))
+    expected = model(wide)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        model(pictures(name))  # Its grid is its own: this must not be the twin's.
+        torch.testing.assert_close(twin(wide), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("coarse", [False, True])
+def test_groups_cover_every_parameter(name, coarse):
+    model = small_model(name)
+    groups = group_parameters(model, model.group_matcher(coarse=coarse))
+    grouped = [parameter for names in groups.values() for parameter in names]
+    assert sorted(grouped) == sorted(key for key, _ in model.named_parameters())
+    assert len(groups) > 2
+    # The embedding comes first, the head last.
+    assert any("embed" in key for key in groups[0])
+    assert any(key.startswith("head") for key in groups[max(groups)])
+
+
+NO_WEIGHT_DECAY = {
+    "localvit_vit": {"pos_embed", "cls_token"},
+    "localvit_pvt": {"cls_token"},
+    "localvit_t2t": {"cls_token"},
+    "localvit_tnt": {"patch_pos", "pixel_pos", "cls_token"},
+    "localvit_swin": set(),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weight_decay_leaves_alone_what_the_paper_did(name):
+    model = small_model(name)
+    named = dict(model.named_parameters())
+    exempt = {key for key in model.no_weight_decay() if key in named and named[key].requires_grad}
+    assert exempt - {key for key in exempt if key.endswith("relative_position_bias_table")} == NO_WEIGHT_DECAY[FAMILY[name]]
+    groups = param_groups_weight_decay(model, 0.05, model.no_weight_decay())
+    spared = {id(p) for group in groups if group["weight_decay"] == 0 for p in group["params"]}
+    assert {key for key in named if id(named[key]) in spared and named[key].ndim > 1} == exempt
