@@ -284,13 +284,17 @@ def _describe(
         "img_size": img_size,
         "class_names": list(class_names) if class_names is not None else None,
         "preprocessing": dict(preprocessing) if preprocessing is not None else None,
-        "about": {
-            "localvit": version("localvit"),
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-            "python": platform.python_version(),
-            **(about or {}),
-        },
+        "about": versions() | dict(about or {}),
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions of what computes, for the record."""
+    return {
+        "localvit": version("localvit"),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "python": platform.python_version(),
     }
 
 

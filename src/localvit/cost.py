@@ -83,7 +83,7 @@ def _copy(model: nn.Module) -> nn.Module:
 
 
 def _run(model: nn.Module, input_size: tuple[int, ...]) -> None:
-    """Run the model on fake tensors, which have the CPU's shapes and types but no numbers, so that nothing is computed."""
+    """Run the model on fake tensors, which have a device and shapes but no numbers, so that nothing is computed."""
     # In plain products: FlopCounterMode does not count the CPU's fused attention. And not on the meta device, which
     # also computes nothing, but which torch.autocast refuses.
     with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH), torch.inference_mode():

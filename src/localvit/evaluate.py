@@ -92,9 +92,11 @@ def evaluate(
     Raises:
         UnreadablePicture: for one that cannot be decoded, on every process, unless `skip_unreadable`.
         DataError: when the data set has classes that the model lacks.
-        ValueError: when no picture could be evaluated.
+        ValueError: for a limit below 1, or when no picture could be evaluated.
         RuntimeError: when a worker process dies, or another process failed.
     """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit} must be at least 1")
     num_classes = len(class_names) if class_names is not None else model.num_classes
     class_of = match_classes(pictures, class_names, num_classes)
     count = len(pictures) if limit is None else min(limit, len(pictures))

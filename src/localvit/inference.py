@@ -4,6 +4,7 @@ Shapes: B pictures of a batch, C channels, H and W pixels, M classes of the mode
 """
 
 import contextlib
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ class ReadyModel:
 
 def names_file(source: str) -> bool:
     """Whether `source` is meant as a checkpoint file, there or not, rather than as a model's name."""
-    return Path(source).suffix in (".safetensors", ".pth", ".pt", ".bin", ".tar") or Path(source).is_file()
+    return Path(source).suffix in CHECKPOINT_SUFFIXES or Path(source).is_file()
 
 
 def ready_model(
@@ -74,7 +75,7 @@ def ready_model(
     loaded: Checkpoint | None = None
     if checkpoint is not None:
         model, loaded = model_from_checkpoint(checkpoint, weights, name=source, **size)
-    elif Path(source).suffix in CHECKPOINT_SUFFIXES or Path(source).is_file():
+    elif names_file(source):
         model, loaded = model_from_checkpoint(source, weights, **size)
     else:
         model = create_model(source, pretrained=True, **size)
@@ -122,6 +123,22 @@ def _collate(items: Sequence[tuple[int, Tensor | str]]) -> tuple[list[int], Tens
     return [index for index, _ in read], torch.stack([picture for _, picture in read]) if read else None, failed
 
 
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold Ctrl-C back while worker processes start; they inherit that, and leave it to the process that started them.
+
+    An interrupted worker would print its traceback, and a half-started one fails to be put away.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def batches(
     prepared: PreparedPictures, indices: Sequence[int], options: InferenceOptions
 ) -> Iterator[tuple[list[int], Tensor | None, list[tuple[int, str]]]]:
@@ -137,7 +154,9 @@ def batches(
         pin_memory=options.device.type == "cuda",
     )
     try:
-        yield from loader
+        with _interrupts_held():
+            loading = iter(loader)
+        yield from loading
     except RuntimeError as error:
         if "exited unexpectedly" in str(error) or "worker" in str(error) and "killed" in str(error):
             raise RuntimeError(

@@ -54,7 +54,9 @@ def predict(
 
 
 @torch.inference_mode()
-def _predict(model: nn.Module, prepared: PreparedPictures, options: InferenceOptions, topk: int) -> Iterator[Prediction]:
+def _predict(
+    model: nn.Module, prepared: PreparedPictures, options: InferenceOptions, topk: int
+) -> Iterator[Prediction]:
     for indices, pictures_BCHW, failed in batches(prepared, range(len(prepared)), options):
         done = {}
         for index, reason in failed:
@@ -77,7 +79,7 @@ def _predict(model: nn.Module, prepared: PreparedPictures, options: InferenceOpt
 
 
 def readable_class_names(class_names: Sequence[str] | None, num_classes: int) -> list[str]:
-    """Names of a model's classes for a person: words for ImageNet's synsets, numbers where the classes have no names."""
+    """A model's class names for a person: words for ImageNet's synsets, numbers where the classes have no names."""
     if class_names is None:
         return [str(index) for index in range(num_classes)]
     return imagenet_words() if list(class_names) == imagenet_synsets() else list(class_names)

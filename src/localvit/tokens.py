@@ -38,6 +38,9 @@ class Grid(nn.Module):
     Called with a channels-last tensor (B, H, W, C), it notes (H, W) and returns the tensor. `follow_output` and
     `follow_input` hang it on a module of the host. It is a module, though without parameters, so that graph tracers
     keep the note-taking in the graph and `deepcopy` keeps the sharing.
+
+    It holds one grid, that of the last forward. Gradient checkpointing runs blocks again in the backward pass: where a
+    step mixes picture sizes, go backward through one before forward through the next.
     """
 
     def __init__(self) -> None:

@@ -27,7 +27,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="localvit",
         description="Locality for vision transformers. Every command takes --debug, which shows where an error came from.",
         args=[argument for argument in arguments if argument != "--debug"],
-        compact_help=True,
     )
     return run(command.run, debug=debug)
 

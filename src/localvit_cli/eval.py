@@ -46,7 +46,7 @@ class Running:
 class Eval:
     """Evaluate a model: each picture exactly once, on one process or many (under torchrun)."""
 
-    model: Annotated[str, tyro.conf.Positional]
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A checkpoint file, or a model's name (its released weights are downloaded unless --checkpoint is given)."""
     data_path: Path | None = None
     """Folder of the data set; only DIGITS has one by default."""
@@ -72,12 +72,10 @@ class Eval:
 
     def run(self) -> None:
         """Evaluate, and print the published program's line last."""
-        from localvit.data.preprocessing import Preprocessing
         from localvit.inference import ready_model
 
         size = square(self.input_size)
         ready = ready_model(self.model, checkpoint=self.checkpoint, weights=self.weights, input_size=size)
-        assert isinstance(ready.preprocessing, Preprocessing)
         run_evaluation(self, ready, self.running.options())
 
 
@@ -91,12 +89,15 @@ def square(sides: tuple[int, ...]) -> tuple[int, int] | None:
 def run_evaluation(asked: Eval, ready, options) -> None:
     """Evaluate a ready model as `asked`, report, and print the published program's line last."""
     import time
+    from dataclasses import replace
 
+    from localvit.checkpoints import versions
     from localvit.data.classes import IMAGENET_SUBSETS, subset_classes
     from localvit.data.datasets import open_pictures
     from localvit.real_labels import real_accuracy
-    from localvit.distributed import is_main, process_group
+    from localvit.distributed import is_main, process_group, rank, world_size
     from localvit.evaluate import evaluate
+    from localvit.predict import readable_class_names
     from localvit.report import write_report
     from localvit_cli.console import progress, say
 
@@ -111,7 +112,7 @@ def run_evaluation(asked: Eval, ready, options) -> None:
         subset = asked.data_set.upper()
         total = len(pictures) if asked.limit is None else min(asked.limit, len(pictures))
         started = time.monotonic()
-        with progress("eval", total) as advance:
+        with progress("eval", len(range(rank(), total, world_size()))) as advance:
             evaluation = evaluate(
                 ready.place(options),
                 pictures,
@@ -137,13 +138,16 @@ def run_evaluation(asked: Eval, ready, options) -> None:
             "device": str(options.device),
             "dtype": str(options.dtype).removeprefix("torch."),
             "seconds": round(seconds, 3),
+            "versions": versions(),
         }
         if asked.real_labels:
             real1, real5, count = real_accuracy(evaluation)
             about["real"] = {"acc1": real1, "acc5": real5, "count": count}
             print(f"ReaL Acc@1 {real1:.3f} Acc@5 {real5:.3f} over {count} pictures")
         if asked.report is not None:
-            written = write_report(evaluation, asked.report, dataset_root=pictures.root, about=about)
+            words = readable_class_names(ready.class_names, len(evaluation.class_names))
+            told = replace(evaluation, class_names=words)
+            written = write_report(told, asked.report, dataset_root=pictures.root, about=about)
             say(f"report: {', '.join(str(path) for path in written)}")
         if evaluation.skipped:
             print(f"{len(evaluation.skipped)} unreadable pictures left out of {total}")

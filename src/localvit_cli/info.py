@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from localvit.checkpoints import Checkpoint
     from localvit.data.preprocessing import Preprocessing
 
@@ -34,7 +32,7 @@ class Info:
         if names_file(self.model):
             facts = _file_facts(Path(self.model))
         else:
-            model = create_model(self.model, device="meta")
+            model: Any = create_model(self.model, device="meta")
             facts = {"file": None, "model": _model_facts(model, Preprocessing.of_cfg(model.pretrained_cfg))}
         # Metrics in a checkpoint may be NaN, which JSON does not have.
         facts = json.loads(json.dumps(facts), parse_constant=lambda constant: None)
@@ -80,7 +78,7 @@ def _described(checkpoint: "Checkpoint", class_names: list[str] | None) -> dict[
     }
 
 
-def _model_facts(model: "nn.Module", preprocessing: "Preprocessing") -> dict[str, Any]:
+def _model_facts(model: Any, preprocessing: "Preprocessing") -> dict[str, Any]:
     from localvit.cost import count_multiply_adds, count_parameters, summarize_blocks
     from localvit.zoo import published_model
 
@@ -149,7 +147,7 @@ def _model_text(model: dict[str, Any]) -> str:
         ("multiply-adds", f"{model['multiply_adds'] / 1e9:.3f} G a picture (half the FLOPs)"),
         ("preprocessing", _listed(model["preprocessing"])),
         ("published", _listed({key: value for key, value in published.items() if value is not None})),
-        ("weights from", model["weights_from"] or "nowhere: none were released"),
+        ("released weights", model["weights_from"] or "-"),
     ]
     blocks = [
         (

@@ -27,7 +27,7 @@ def _facts(name: str) -> dict[str, Any]:
     from localvit.zoo import create_model, published_model
 
     published = published_model(name)
-    model = create_model(name, device="meta")
+    model: Any = create_model(name, device="meta")
     input_size = model.pretrained_cfg["input_size"]
     return {
         "name": name,

@@ -5,9 +5,9 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, TextIO
+from typing import Annotated, Any, Literal, TextIO
 
 import tyro
 
@@ -35,7 +35,7 @@ class Predict:
     """Raw or averaged weights of a checkpoint."""
     input_size: tuple[int, ...] = ()
     """Side of the pictures, or height and width, in pixels; by default the model's own."""
-    running: Annotated[Running, tyro.conf.arg(name="")] = Running()
+    running: Annotated[Running, tyro.conf.arg(name="")] = field(default_factory=Running)
 
     def run(self) -> int:
         """Predict and write as the predictions come; 1 if any picture could not be done."""
@@ -50,7 +50,8 @@ class Predict:
         options = self.running.options()
         say(f"model: {ready.description}; {ready.preprocessing}")
         predictions = predict(ready.place(options), pictures, ready.preprocessing, options, topk=self.topk)
-        names = readable_class_names(ready.class_names, ready.model.num_classes)
+        num_classes: Any = ready.model.num_classes
+        names = readable_class_names(ready.class_names, num_classes)
         failures = 0
 
         def counted() -> Iterator[Prediction]:

@@ -23,7 +23,7 @@ def _row(prediction: "Prediction", names: Sequence[str]) -> dict[str, Any]:
 
 
 def write_jsonl(predictions: Iterable["Prediction"], names: Sequence[str], stream: TextIO) -> None:
-    """One JSON object a line: `file`, `predictions` (best first: `class`, `name`, `probability`) and `error` or null."""
+    """An object a line: `file`, `predictions` (best first, of `class`, `name`, `probability`) and `error` or null."""
     for prediction in predictions:
         stream.write(json.dumps(_row(prediction, names)) + "\n")
         stream.flush()

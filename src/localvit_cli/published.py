@@ -197,6 +197,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Published,
         prog="main.py",
         args=[argument for argument in arguments if argument != "--debug"],
-        compact_help=True,
     )
     return run(asked.run, debug="--debug" in arguments)

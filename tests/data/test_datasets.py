@@ -1,8 +1,10 @@
 """The data sets by name, each on a small copy laid out as the real one is."""
 
 import hashlib
+import io
 import json
 import pickle
+import tarfile
 
 import numpy as np
 import pytest
@@ -127,6 +129,35 @@ def test_a_name_of_timms_factory(cifar):
     pictures = open_pictures("torch/cifar10", root)
     assert pictures.labels == [3, 1, 4, 1, 5, 9, 2]
     np.testing.assert_array_equal(np.asarray(pictures.load(2)), pixels[2].reshape(3, 32, 32).transpose(1, 2, 0))
+
+
+def test_a_streamed_set_becomes_a_fixed_sequence(tmp_path):
+    """Five pictures of distinct widths in a webdataset shard."""
+    pytest.importorskip("webdataset", reason="webdataset is an extra that is not installed")
+    with tarfile.open(tmp_path / "validation-0000.tar", "w") as shard:
+        for number in range(5):
+            packed = io.BytesIO()
+            Image.new("RGB", (8 + number, 8)).save(packed, "JPEG")
+            for ending, content in (("jpg", packed.getvalue()), ("cls", str(number % 3).encode())):
+                entry = tarfile.TarInfo(f"{number:03d}.{ending}")
+                entry.size = len(content)
+                shard.addfile(entry, io.BytesIO(content))
+    split = {"name": "validation", "num_samples": 5, "filenames": ["validation-0000.tar"], "shard_lengths": [5]}
+    (tmp_path / "_info.json").write_text(json.dumps({"splits": {"validation": split}}))
+    pictures = open_pictures("wds/", tmp_path)
+    assert pictures.labels == [0, 1, 2, 0, 1]
+    assert [pictures.load(index).width for index in (4, 0, 2)] == [12, 8, 10]
+
+
+def test_a_hugging_face_set(tmp_path, monkeypatch):
+    """A local folder, which the `datasets` library reads as it reads a hub's."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    pytest.importorskip("datasets", reason="datasets is an extra that is not installed")
+    write(tmp_path / "set", "train/ape/a.png", "validation/ape/b.png", "validation/bat/c.png", "validation/bat/d.png")
+    pictures = open_pictures(f"hfds/{tmp_path / 'set'}", tmp_path / "cache")
+    assert pictures.labels == [0, 1, 1]
+    assert pictures.class_names == ["ape", "bat"]
+    np.testing.assert_array_equal(np.asarray(pictures.load(2)), np.asarray(PICTURE))
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,12 @@
-"""Every published model against what the published program computed: keys, shapes, logits, loss, gradients, statistics."""
+"""Every published model against what the published program computed: keys, logits, loss, gradients, statistics."""
 
 import pytest
 import timm
 import torch
 import weights
-from conftest import GOLDEN, golden_model
 from torch.nn.functional import cross_entropy
 
+from conftest import GOLDEN, golden_model
 from localvit.models._builder import from_published, published_key
 
 NAMES = sorted(path.stem for path in (GOLDEN / "models").glob("*.json"))
@@ -82,7 +82,7 @@ def test_training_step(model, fixture):
     assert norms.keys() == fixture["train_gradient_norms"].keys()
     # torch's hard sigmoid multiplies gradients by a single-precision 1/6, 3e-8 off, even in float64. Nothing needs more
     # room than that, not the 1e-9 of T2T's attention projection either: it is a product with inputs as tiny as that,
-    # free of cancellation. Dead parameters, and they alone, have norm zero: with no absolute room, ours must be exactly.
+    # free of cancellation. Dead parameters, and they alone, have norm zero; with no absolute room ours must be, too.
     assert norms == pytest.approx(fixture["train_gradient_norms"], rel=1e-7, abs=0)
 
     statistics = fixture["train_running_statistics_norms_after"]

@@ -50,7 +50,7 @@ def _find(mention: str) -> list[tuple[str, str | None]]:
         elif Path(mention).exists():
             return [(mention, None)]
         else:
-            matches = map(Path, sorted(glob.glob(mention, recursive=True)))
+            matches = map(Path, sorted(glob.glob(mention, recursive=True)))  # noqa: PTH207 (Path.glob shows hidden files)
             # Once each: `**` matches a folder and what is in it alike.
             pictures = list(dict.fromkeys(path for match in matches for path in _pictures(match)))
             problem = "no picture matches this pattern" if glob.has_magic(mention) else "no such file or folder"

@@ -4,7 +4,6 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -118,7 +117,9 @@ def scan_folder(root: Path) -> tuple[FilePictures, list[str]]:
     Raises DataError when `root` is no folder, has no class folder, or has no picture.
     """
     if not root.is_dir():
-        raise DataError(f"no folder {root}" if not root.exists() else f"{root} is a file, not a folder of class folders")
+        raise DataError(
+            f"no folder {root}" if not root.exists() else f"{root} is a file, not a folder of class folders"
+        )
     visible = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
     hidden = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name.startswith("."))
     if not visible:

@@ -1,5 +1,6 @@
 """What every family's entry points share: timm's builder, the released files, and the friendly names."""
 
+import argparse
 import functools
 import re
 import sys
@@ -8,7 +9,6 @@ from http.client import HTTPException
 from typing import Any
 from urllib.error import URLError
 
-import argparse
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, register_model
@@ -57,20 +57,18 @@ def published_key(model: nn.Module, key: str) -> str:
     return key
 
 
-def from_published(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+def from_published(state_dict: dict[str, Any], model: Any) -> dict[str, Tensor]:
     """Raw weights in our names, out of a published checkpoint or state dict; unknown entries keep their names.
 
     Positions are resampled where the model was made for another grid.
     """
     state_dict = state_dict.get("model", state_dict)
     ours = {published_key(model, key): key for key in model.state_dict()}
-    renamed = {
-        ours.get(key, key): value for key, value in state_dict.items() if not key.endswith(COMPUTED_ENTRIES)
-    }
+    renamed = {ours.get(key, key): value for key, value in state_dict.items() if not key.endswith(COMPUTED_ENTRIES)}
     return resample_state(model, renamed, model.pretrained_cfg["input_size"][1:])
 
 
-def build(model_cls: type[nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+def build(model_cls: type[nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> Any:
     """timm's `build_model_with_cfg` with our way of reading released files: raw weights, strictly, no code run.
 
     Raises RuntimeError when `pretrained` weights cannot be fetched, naming the file and how to pass a copy.
@@ -78,7 +76,7 @@ def build(model_cls: type[nn.Module], variant: str, pretrained: bool, **kwargs: 
     overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
     if pretrained and overlay.get("file"):
         overlay["state_dict"] = read_weight_file(overlay.pop("file"))
-    feature_cfg = dict(out_indices=kwargs.pop("out_indices", 3), feature_cls="getter")
+    feature_cfg = {"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"}
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return build_model_with_cfg(

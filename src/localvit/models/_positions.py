@@ -1,6 +1,7 @@
 """Position embeddings on another grid than the one they were learned on. Both grids are always known, never guessed."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from timm.layers import register_notrace_function, resample_abs_pos_embed
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ def patch_grid(img_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[
 def resample_positions(
     pos_1NC: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], num_prefix_tokens: int
 ) -> Tensor:
-    """The embedding (1, P + H * W, C) brought from `old_grid` to `new_grid`, bicubic; the prefix tokens' stay as they are.
+    """The embedding (1, P + H * W, C) brought from `old_grid` to `new_grid`, bicubic; the prefix tokens' stay.
 
     Raises ValueError, saying both numbers, when the embedding does not fill `old_grid`.
     """
@@ -37,9 +38,7 @@ def resample_positions(
     return resample_abs_pos_embed(pos_1NC, new_grid, old_grid, num_prefix_tokens)
 
 
-def resample_state(
-    model: nn.Module, state_dict: dict[str, Tensor], old_img_size: tuple[int, int]
-) -> dict[str, Tensor]:
+def resample_state(model: Any, state_dict: dict[str, Tensor], old_img_size: tuple[int, int]) -> dict[str, Tensor]:
     """`state_dict` with every position embedding that was learned on `old_img_size` brought to the model's own grid.
 
     Models without absolute positions (Swin) have no `position_grids` and take the dictionary as it is.
@@ -55,7 +54,7 @@ def resample_state(
     return state_dict | resampled
 
 
-def move_positions(model: nn.Module, old: PositionGrids) -> None:
+def move_positions(model: Any, old: PositionGrids) -> None:
     """Bring the model's own position embeddings from their `old` grids to those of its new input size, in place."""
     for name, (grid_size, num_prefix_tokens) in model.position_grids().items():
         owner, _, attribute = name.rpartition(".")

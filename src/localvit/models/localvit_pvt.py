@@ -66,6 +66,9 @@ class LocalPVT(nn.Module):
         )
     )
 
+    stages: Any  # An nn.ModuleList of Stage: typed loosely, for mypy knows nothing of what such a list holds.
+    norm: nn.Module
+
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,
@@ -101,7 +104,7 @@ class LocalPVT(nn.Module):
         self.patch_size = to_2tuple(prod(patch_sizes))
         patch_grid(to_2tuple(img_size), self.patch_size)
         local = select_blocks(local_blocks, sum(depths))
-        drop_paths = calculate_drop_path_rates(drop_path_rate, sum(depths))
+        drop_paths: list[Any] = calculate_drop_path_rates(drop_path_rate, sum(depths))
 
         self.cls_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim, **factory))
         self.stages = nn.ModuleList()
@@ -129,14 +132,15 @@ class LocalPVT(nn.Module):
                 depthwise=depthwise,
                 depthwise_first=depthwise_first,
             )
-            grid = Grid()
-            grid.follow_output(stage.patch_embed)
-            for number, block in enumerate(blocks, start=first):
-                if number in local:
-                    mlp = locality.feed_forward(dim, grid, stage.num_prefix_tokens, **factory)
-                    replace_feed_forward(block, mlp, norm="norm2", drop_path="drop_path2")
+            selected = [block for number, block in enumerate(blocks, start=first) if number in local]
+            if selected:  # A grid that no slot holds is no part of the model, which a graph tracer refuses.
+                grid = Grid()
+                grid.follow_output(stage.patch_embed)
+            for block in selected:
+                mlp = locality.feed_forward(dim, grid, stage.num_prefix_tokens, **factory)
+                replace_feed_forward(block, mlp, norm="norm2", drop_path="drop_path2")
             self.stages.append(stage)
-            self.feature_info.append(dict(module=f"stages.{i}", num_chs=dim, reduction=stride * patch_size))
+            self.feature_info.append({"module": f"stages.{i}", "num_chs": dim, "reduction": stride * patch_size})
         self.norm = nn.LayerNorm(self.embed_dim, eps=1e-6, **factory)
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes, global_pool)
@@ -159,7 +163,7 @@ class LocalPVT(nn.Module):
             (r"^norm", (99999,)),
         ]
         stages = [(r"^stages\.(\d+)", None), (r"^cls_token", (last,)), (r"^norm", (99999,))]
-        return dict(stem=r"^stages\.0\.(?:patch_embed|pos_embed)", blocks=stages if coarse else fine)
+        return {"stem": r"^stages\.0\.(?:patch_embed|pos_embed)", "blocks": stages if coarse else fine}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping what it computed."""
@@ -224,7 +228,7 @@ class LocalPVT(nn.Module):
     def forward_intermediates(
         self,
         x: Tensor,
-        indices: int | Sequence[int] | None = None,
+        indices: int | list[int] | None = None,
         return_prefix_tokens: bool = False,
         norm: bool = False,
         stop_early: bool = False,
@@ -253,7 +257,7 @@ class LocalPVT(nn.Module):
         return intermediates if intermediates_only else (final, intermediates)
 
     def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop what the features in `indices` do not need; returns the indices, all counted from 0."""
         take, last = feature_take_indices(len(self.stages), indices)
@@ -276,11 +280,11 @@ default_cfgs = generate_default_cfgs(
 @also_known_as()
 def localvit_pvt_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """LocalViT-PVT: 78.1 % on ImageNet-1k."""
-    return build(LocalPVT, "localvit_pvt_tiny", pretrained, **dict(out_indices=(0, 1, 2, 3)) | kwargs)
+    return build(LocalPVT, "localvit_pvt_tiny", pretrained, **{"out_indices": (0, 1, 2, 3)} | kwargs)
 
 
 @also_known_as()
 def pvt_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """PVT-Tiny, the baseline with the ordinary feed-forward: no block is local (no weights were released)."""
-    config = dict(local_blocks=(), out_indices=(0, 1, 2, 3))
+    config = {"local_blocks": (), "out_indices": (0, 1, 2, 3)}
     return build(LocalPVT, "pvt_tiny", pretrained, **config | kwargs)

@@ -49,8 +49,10 @@ class LocalSwin(SwinTransformer):
         dtype=None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, mlp_ratio=mlp_ratio, strict_img_size=False, device=device, dtype=dtype, **kwargs)
-        blocks = [block for stage in self.layers for block in stage.blocks]
+        factory = {"device": device, "dtype": dtype}
+        super().__init__(*args, mlp_ratio=mlp_ratio, strict_img_size=False, **factory, **kwargs)  # type: ignore[misc]
+        stages: Any = self.layers
+        blocks = [block for stage in stages for block in stage.blocks]
         for index in sorted(select_blocks(local_blocks, len(blocks))):
             block = blocks[index]
             locality = Locality(
@@ -66,11 +68,16 @@ class LocalSwin(SwinTransformer):
             mlp.apply(init_weights_vit_timm)
             replace_feed_forward(block, mlp, norm="norm2", drop_path="drop_path2")
 
+    def no_weight_decay(self) -> set[str]:
+        """No parameter: timm spares the relative position biases, the published training did not."""
+        return set()
+
     def published_buffers(self) -> dict[str, Tensor]:
         """The entries of a published state dict that are computed: relative position indices and attention masks."""
         computed = {}
-        for name, block in self.named_modules():
-            if isinstance(block, SwinTransformerBlock):
+        for name, module in self.named_modules():
+            if isinstance(module, SwinTransformerBlock):
+                block: Any = module
                 computed[f"{name}.attn.relative_position_index"] = block.attn.relative_position_index
                 weight = block.norm1.weight
                 mask = block.get_attn_mask(device=weight.device, dtype=weight.dtype)
@@ -80,12 +87,21 @@ class LocalSwin(SwinTransformer):
 
 
 default_cfgs = generate_default_cfgs(
-    {"localvit_swin_tiny_patch4_window7_224.in1k": released_cfg("localvit_swin.pth", pool_size=(7, 7), first_conv="patch_embed.proj", classifier="head.fc")}
+    {
+        "localvit_swin_tiny_patch4_window7_224.in1k": released_cfg(
+            "localvit_swin.pth", pool_size=(7, 7), first_conv="patch_embed.proj", classifier="head.fc"
+        )
+    }
 )
 
 
 @also_known_as("localvit_swin_tiny")
 def localvit_swin_tiny_patch4_window7_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """LocalViT-Swin: 81.9 % on ImageNet-1k."""
-    config = dict(patch_size=4, window_size=7, embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24))
-    return build(LocalSwin, "localvit_swin_tiny_patch4_window7_224", pretrained, **config | dict(out_indices=(0, 1, 2, 3)) | kwargs)
+    config = {"patch_size": 4, "window_size": 7, "embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)}
+    return build(
+        LocalSwin,
+        "localvit_swin_tiny_patch4_window7_224",
+        pretrained,
+        **config | {"out_indices": (0, 1, 2, 3)} | kwargs,
+    )

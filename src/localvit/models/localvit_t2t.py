@@ -67,6 +67,7 @@ class TokenPerformer(nn.Module):
         self.proj = nn.Linear(dim, dim, **factory)
         # With locality nothing reads this norm, but published state dicts have it.
         self.norm2 = nn.LayerNorm(dim, eps=1e-5, **factory)
+        self.mlp: nn.Module
         if locality is None:
             self.mlp = nn.Sequential(nn.Linear(dim, dim, **factory), nn.GELU(), nn.Linear(dim, dim, **factory))
         else:
@@ -75,7 +76,7 @@ class TokenPerformer(nn.Module):
             self.mlp = locality.feed_forward(dim, grid, **factory)
 
     def init_weights(self) -> None:
-        """Draw the frozen random features: orthogonal, as long as standard normal vectors are. timm's init calls this."""
+        """Draw the frozen random features: orthogonal, as long as standard normal vectors. timm's init calls this."""
         features = nn.init.orthogonal_(torch.empty(self.w.shape, device=self.w.device))
         with torch.no_grad():
             self.w.copy_(features * math.sqrt(self.w.shape[1]))
@@ -124,7 +125,7 @@ class TokensToToken(PatchEmbed):
         token_dim = 64
         self.attention1 = TokenPerformer(in_chans * 7 * 7, token_dim, locality, **factory)
         self.attention2 = TokenPerformer(token_dim * 3 * 3, token_dim, locality, **factory)
-        self.proj = nn.Linear(token_dim * 3 * 3, embed_dim, **factory)
+        self.proj = nn.Linear(token_dim * 3 * 3, embed_dim, **factory)  # type: ignore[assignment]
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
         height, width = patch_grid(image_BCHW.shape[-2:], self.patch_size)
@@ -157,6 +158,8 @@ class LocalT2T(LocalViT):
         (r"^patch_embed\.", "tokens_to_token."),
         (r"^(blocks\.\d+)\.mlp\.conv\.", r"\1.conv.conv."),
     )
+
+    pos_embed: nn.Parameter
 
     def __init__(
         self,
@@ -199,8 +202,16 @@ default_cfgs = generate_default_cfgs(
 
 
 def _localvit_t2t(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    config = dict(embed_dim=256, depth=7, num_heads=4, mlp_ratio=2.0, qkv_bias=False, reduction=128, out_indices=3)
-    return build(LocalT2T, variant, pretrained, **config | dict(norm_layer=partial(nn.LayerNorm, eps=1e-5)) | kwargs)
+    config = {
+        "embed_dim": 256,
+        "depth": 7,
+        "num_heads": 4,
+        "mlp_ratio": 2.0,
+        "qkv_bias": False,
+        "reduction": 128,
+        "out_indices": 3,
+    }
+    return build(LocalT2T, variant, pretrained, **config | {"norm_layer": partial(nn.LayerNorm, eps=1e-5)} | kwargs)
 
 
 @also_known_as("localvit_t2t_7")
@@ -212,4 +223,4 @@ def localvit_T2t_conv7(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 @also_known_as("t2t_vit_7")
 def T2t_vit_7(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """T2T-ViT-7, the baseline with the ordinary feed-forward: nothing is local (no weights were released)."""
-    return _localvit_t2t("T2t_vit_7", pretrained, **dict(local_blocks=()) | kwargs)
+    return _localvit_t2t("T2t_vit_7", pretrained, **{"local_blocks": ()} | kwargs)

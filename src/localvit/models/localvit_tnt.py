@@ -1,18 +1,17 @@
 """LocalViT on Transformer in Transformer: timm's TNT whose outer feed-forwards hold the locality module.
 
-arXiv 2104.05707, Table 6; TNT is arXiv 2103.00112. The inner transformer, over the pixels of each patch, stays as it is.
+arXiv 2104.05707, Table 6; TNT is arXiv 2103.00112. The inner transformer, over each patch's pixels, stays as it is.
 
 Shapes: B batch, N patches (H x W of them), C outer width, c inner width, n pixels a patch (h x w of them).
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from timm.layers import resample_abs_pos_embed
 from timm.models import checkpoint, generate_default_cfgs
 from timm.models._features import feature_take_indices
-from timm.models.tnt import TNT, Block
+from timm.models.tnt import TNT
 from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
 
@@ -21,8 +20,12 @@ from localvit.models._builder import also_known_as, build, released_cfg
 from localvit.models._positions import PositionGrids, move_positions, patch_grid
 from localvit.tokens import Grid
 
+# These branch on shapes, which a graph tracer cannot follow; timm registers its own for the files of its own models.
+torch.fx.wrap("patch_grid")
+torch.fx.wrap("resample_abs_pos_embed")
 
-def _keep_drop_path(block: Block) -> None:
+
+def _keep_drop_path(block: Any) -> None:
     """Move the block's one stochastic depth to the end of the three branches that keep it.
 
     timm's block calls a single `drop_path` after all four branches; locality replaces the fourth and must have none.
@@ -48,7 +51,7 @@ class LocalTNT(TNT):
         self,
         img_size: int | tuple[int, int] = 224,
         patch_size: int | tuple[int, int] = 16,
-        *args: Any,
+        *,
         act: str | int = "hs+se",
         reduction: int | None = None,
         expand_ratio: float | None = None,
@@ -60,8 +63,8 @@ class LocalTNT(TNT):
         dtype=None,
         **kwargs: Any,
     ) -> None:
-        factory = {"device": device, "dtype": dtype}
-        super().__init__(img_size, patch_size, *args, mlp_ratio=mlp_ratio, legacy=True, **factory, **kwargs)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(img_size, patch_size, mlp_ratio=mlp_ratio, legacy=True, **factory, **kwargs)
         patch_grid(self.pixel_embed.img_size, self.pixel_embed.patch_size)
         locality = Locality(
             act=act,
@@ -93,7 +96,7 @@ class LocalTNT(TNT):
         move_positions(self, old)
 
     def _embed(self, image_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixel tokens (B * N, n, c) and patch tokens (B, 1 + N, C) of a picture of any size that the patches divide."""
+        """Pixel tokens (B * N, n, c) and patch tokens (B, 1 + N, C) of a picture that the patches divide."""
         embed = self.pixel_embed
         batch = image_BCHW.shape[0]
         height, width = patch_grid(image_BCHW.shape[-2:], embed.patch_size)
@@ -125,7 +128,7 @@ class LocalTNT(TNT):
     def forward_intermediates(
         self,
         x: Tensor,
-        indices: int | Sequence[int] | None = None,
+        indices: int | list[int] | None = None,
         return_prefix_tokens: bool = False,
         norm: bool = False,
         stop_early: bool = False,
@@ -155,12 +158,12 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
-_TINY = dict(patch_size=16, embed_dim=192, inner_dim=12, depth=12, num_heads_inner=3, num_heads_outer=3)
-_SMALL = dict(patch_size=16, embed_dim=384, inner_dim=24, depth=12, num_heads_inner=4, num_heads_outer=6)
+_TINY = {"patch_size": 16, "embed_dim": 192, "inner_dim": 12, "depth": 12, "num_heads_inner": 3, "num_heads_outer": 3}
+_SMALL = {"patch_size": 16, "embed_dim": 384, "inner_dim": 24, "depth": 12, "num_heads_inner": 4, "num_heads_outer": 6}
 
 
 def _localvit_tnt(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    return build(LocalTNT, variant, pretrained, **dict(out_indices=3) | kwargs)
+    return build(LocalTNT, variant, pretrained, **{"out_indices": 3} | kwargs)
 
 
 @also_known_as("localvit_tnt_tiny")
@@ -178,4 +181,4 @@ def localvit_tnt_s_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Mo
 @also_known_as("tnt_tiny")
 def tnt_t_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """TNT-T, the baseline with the ordinary feed-forward: no block is local (no weights were released)."""
-    return _localvit_tnt("tnt_t_patch16_224", pretrained, **_TINY | dict(local_blocks=()) | kwargs)
+    return _localvit_tnt("tnt_t_patch16_224", pretrained, **_TINY | {"local_blocks": ()} | kwargs)

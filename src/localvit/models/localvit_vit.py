@@ -18,9 +18,12 @@ from localvit.tokens import Grid
 
 def _add_locality(model: VisionTransformer, local_blocks: BlockSelection, locality: Locality, device, dtype) -> None:
     """Give the selected blocks their locality module and tell it the grid, which the patch embedding knows."""
+    selected = select_blocks(local_blocks, len(model.blocks))
+    if not selected:  # A grid that no slot holds is no part of the model, which a graph tracer refuses.
+        return
     grid = Grid()
     grid.follow_output(model.patch_embed)
-    for index in sorted(select_blocks(local_blocks, len(model.blocks))):
+    for index in sorted(selected):
         mlp = locality.feed_forward(model.embed_dim, grid, model.num_prefix_tokens, device=device, dtype=dtype)
         mlp.apply(init_weights_vit_timm)
         replace_feed_forward(model.blocks[index], mlp, norm="norm2", drop_path="drop_path2")
@@ -41,7 +44,7 @@ class LocalViT(VisionTransformer):
         ValueError: for ablation arguments that name nothing.
     """
 
-    PUBLISHED_KEYS = ((r"\.mlp\.conv\.", ".conv.conv."),)
+    PUBLISHED_KEYS: tuple[tuple[str, str], ...] = ((r"\.mlp\.conv\.", ".conv.conv."),)
 
     def __init__(
         self,
@@ -57,7 +60,8 @@ class LocalViT(VisionTransformer):
         dtype=None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, mlp_ratio=mlp_ratio, dynamic_img_size=True, device=device, dtype=dtype, **kwargs)
+        factory = {"device": device, "dtype": dtype}
+        super().__init__(*args, mlp_ratio=mlp_ratio, dynamic_img_size=True, **factory, **kwargs)  # type: ignore[misc]
         locality = Locality(
             act=act,
             reduction=reduction,
@@ -100,33 +104,33 @@ default_cfgs = generate_default_cfgs(
 @also_known_as("localvit_tiny")
 def localvit_tiny_mlp4_act3_r192(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """LocalViT-T: squeeze-and-excitation bottleneck 4 wide; 74.8 % on ImageNet-1k (README of the release)."""
-    config = dict(patch_size=16, embed_dim=192, depth=12, num_heads=4, reduction=192)
+    config = {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 4, "reduction": 192}
     return _localvit("localvit_tiny_mlp4_act3_r192", pretrained, **config | kwargs)
 
 
 @also_known_as("localvit_tiny_se4")
 def localvit_tiny_mlp4_act3_r4(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """LocalViT-T-SE4: LocalViT-T with a bottleneck 192 wide; 75.7 % on ImageNet-1k."""
-    config = dict(patch_size=16, embed_dim=192, depth=12, num_heads=4, reduction=4)
+    config = {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 4, "reduction": 4}
     return _localvit("localvit_tiny_mlp4_act3_r4", pretrained, **config | kwargs)
 
 
 @also_known_as()
 def localvit_tiny_mlp6_act1(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """LocalViT-T with expand ratio 6, ReLU6 and no gate (an ablation; no weights were released)."""
-    config = dict(patch_size=16, embed_dim=192, depth=12, num_heads=4, mlp_ratio=6.0, act="relu6")
-    return _localvit("localvit_tiny_mlp6_act1", pretrained, **config | kwargs)
+    config = {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 4, "mlp_ratio": 6.0}
+    return _localvit("localvit_tiny_mlp6_act1", pretrained, **config | {"act": "relu6"} | kwargs)
 
 
 @also_known_as("localvit_small")
 def localvit_small_mlp4_act3_r384(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """LocalViT-S: 80.8 % on ImageNet-1k."""
-    config = dict(patch_size=16, embed_dim=384, depth=12, num_heads=8, reduction=384)
+    config = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 8, "reduction": 384}
     return _localvit("localvit_small_mlp4_act3_r384", pretrained, **config | kwargs)
 
 
 @also_known_as()
 def localvit_nano_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """A LocalViT for 32x32 pictures, of this package: small enough to train on two cores."""
-    config = dict(img_size=32, patch_size=4, embed_dim=96, depth=6, num_heads=3, reduction=96)
+    config = {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3, "reduction": 96}
     return _localvit("localvit_nano_patch4_32", pretrained, **config | kwargs)

@@ -29,13 +29,13 @@ def draw_curves(log: Path, picture: Path, title: str = "") -> Path:
     loss, accuracy = figure.subplots(1, 2)
     loss.plot(epochs, [row["train_loss"] for row in rows], color=TRAIN_COLOUR, marker=marker, ms=3, label="training")
     loss.plot(epochs, [row["test_loss"] for row in rows], color=VAL_COLOUR, marker=marker, ms=3, label="validation")
-    loss.set(title="Loss (nats)", xlabel="epoch")
+    loss.set(title="Loss (nats)", xlabel="epochs trained")
     loss.set_ylim(bottom=0)
     loss.legend(frameon=False)
 
     acc1 = [row["test_acc1"] for row in rows]
     accuracy.plot(epochs, acc1, color=VAL_COLOUR, marker=marker, ms=3)
-    accuracy.set(title=f"Validation Acc@1 (%): {acc1[-1]:.2f} at the end", xlabel="epoch")
+    accuracy.set(title=f"Validation Acc@1 (%): {acc1[-1]:.2f} at the end", xlabel="epochs trained")
     accuracy.set_ylim(0, 102)
     for axes in (loss, accuracy):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

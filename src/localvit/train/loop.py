@@ -56,7 +56,7 @@ def fit(
             preprocessing=training.preprocessing.to_dict(),
             config=config.to_dict(),
         )
-        remark(f"epoch {epoch} of 0 to {config.epochs - 1}: train loss {train_loss:.3f} {evaluation.line()}")
+        remark(f"epoch {epoch}: train loss {train_loss:.3f} {evaluation.line()}")
     return state.rows
 
 

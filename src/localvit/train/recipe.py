@@ -127,11 +127,8 @@ def _open(config: TrainConfig, remark: Callable[[str], None]) -> tuple[Pictures,
         )
         for split in ("train", "val")
     )
-    if (
-        train_pictures.root
-        and train_pictures.root == val_pictures.root
-        and train_pictures.name(0) == val_pictures.name(0)
-    ):
+    first, val_first = ((pictures.root, pictures.name(0)) for pictures in (train_pictures, val_pictures))
+    if train_pictures.root and first == val_first:
         raise DataError(
             f"{train_pictures.root} would be trained and evaluated on alike: put the pictures to train on below train/ "
             "there, and others, to evaluate on, below val/"

@@ -1,0 +1,73 @@
+"""The README's commands and snippets, run as they stand, in order, in a folder that holds what they speak of."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from conftest import published_state
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+PROGRAMS = {
+    "localvit": [sys.executable, "-m", "localvit_cli"],
+    "python": [sys.executable],
+    "torchrun": [sys.executable, "-m", "torch.distributed.run"],
+}
+
+
+def make_place(folder: Path) -> None:
+    """A released checkpoint's stand-in, two synsets of an ImageNet, and a user's pictures of three classes."""
+    torch.save({"model": published_state("localvit_tiny_mlp4_act3_r192")}, folder / "localvit_t.pth")
+    (folder / "main.py").symlink_to(ROOT / "main.py")
+    rng = np.random.default_rng(0)
+    classes = [f"imagenet/val/{synset}" for synset in ("n01440764", "n01484850")]
+    classes += [f"pictures/{split}/{name}" for split in ("train", "val") for name in ("ape", "bat", "cow")]
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        for number in range(24 if "train" in name else 2):
+            Image.fromarray(rng.integers(0, 256, (37, 41, 3), dtype=np.uint8)).save(folder / name / f"{number}.png")
+
+
+def run_commands(block: str, folder: Path) -> None:
+    for line in filter(None, map(str.strip, block.splitlines())):
+        words = shlex.split(line, comments=True)
+        if words[0] == "make":  # what `make` runs is this suite, and the demo, which has tests of its own
+            continue
+        command = PROGRAMS[words[0]] + words[1:]
+        environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, timeout=200)
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+
+
+def test_every_block_runs_in_order(tmp_path, monkeypatch):
+    make_place(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    kinds = []
+    for kind, block in BLOCKS:
+        if kind == "bash":
+            run_commands(block, tmp_path)
+        elif kind == "python":
+            exec(compile(block, "README.md", "exec"), names)
+        kinds.append(kind)
+    assert kinds.count("bash") >= 3
+    assert kinds.count("python") >= 4
+    assert names["logits"].shape == (2, 10)
+    assert names["y_BCHW"].shape == (2, 192, 14, 20)
+    assert names["x_BNC"].shape == (2, 281, 192)
+    assert names["checkpoint"].class_names == ["ape", "bat", "cow"]
+    for written in ("report/report.html", "predictions.csv", "mine.pth"):
+        assert (tmp_path / written).is_file()
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target

@@ -1,0 +1,177 @@
+"""The loop: the same bits again, what a step does in closed form, and what it leaves."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import tiny_config
+from torch import nn
+
+from localvit.checkpoints import read_checkpoint
+from localvit.data.datasets import open_pictures
+from localvit.data.pictures import UnreadablePicture
+from localvit.evaluate import evaluate
+from localvit.inference import InferenceOptions, ready_model
+from localvit.train.loop import fit
+from localvit.train.recipe import build
+from localvit.train.state import save_epoch
+
+KEYS = ["train_lr", "train_loss", "test_loss", "test_acc1", "test_acc5", "epoch", "n_parameters"]
+STILL = {"mixup": 0.0, "cutmix": 0.0, "hflip": 0.0, "auto_augment": None, "color_jitter": 0.0, "random_erasing": 0.0}
+
+
+def trained(config):
+    fit(build(config))
+    checkpoint = read_checkpoint(config.output_dir / "last.safetensors")
+    return checkpoint.raw, checkpoint.ema, (config.output_dir / "log.txt").read_text()
+
+
+def same_bits(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_run_again_and_with_workers_gives_the_same_bits(tiny_digits, tmp_path):
+    """With every augmentation on, all three generators draw: Python's, NumPy's and torch's."""
+    raw, ema, log = trained(tiny_config(tiny_digits, tmp_path / "once"))
+    for folder, changes in (("again", {}), ("workers", {"workers": 2})):
+        torch.rand(17)  # what was drawn before must not matter
+        raw_again, ema_again, log_again = trained(tiny_config(tiny_digits, tmp_path / folder, **changes))
+        assert same_bits(raw, raw_again), folder
+        assert same_bits(ema, ema_again), folder
+        assert log == log_again, folder
+    raw_other, _, _ = trained(tiny_config(tiny_digits, tmp_path / "other", seed=1))
+    assert not same_bits(raw, raw_other)
+
+
+def test_epochs_differ_and_each_takes_a_picture_once(tiny_digits, tmp_path):
+    batches = build(tiny_config(tiny_digits, tmp_path, batch_size=13, **STILL)).batches
+    orders = []
+    for epoch in (0, 1):
+        batches.order.epoch = epoch
+        orders.append([index for _, index in batches.order])
+        assert sorted(orders[-1]) == list(range(39))
+    assert orders[0] != orders[1]
+    first, second = (next(batches.epoch(epoch))[0] for epoch in (0, 1))
+    assert not torch.equal(first, second)
+
+
+class NanAt(nn.Module):
+    """The loss, but NaN at one call; keeps the parameters that were there then."""
+
+    def __init__(self, call, model):
+        super().__init__()
+        self.calls_left = call
+        self.model = [model]
+        self.seen = None
+
+    def forward(self, logits_BM, targets):
+        loss = nn.functional.cross_entropy(logits_BM, targets)
+        if self.calls_left == 0:
+            self.seen = [parameter.detach().clone() for parameter in self.model[0].parameters()]
+            loss = loss * float("nan")
+        self.calls_left -= 1
+        return loss
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(tiny_digits, tmp_path):
+    training = build(tiny_config(tiny_digits, tmp_path))
+    criterion = NanAt(3, training.state.model)  # two steps an epoch: the second of epoch 1
+    with pytest.raises(FloatingPointError, match="the loss is nan in epoch 1, step 1"):
+        fit(replace(training, criterion=criterion))
+    parameters = list(training.state.model.parameters())
+    assert all(torch.equal(now, then) for now, then in zip(parameters, criterion.seen, strict=True))
+    assert read_checkpoint(tmp_path / "last.safetensors").about["epoch"] == 0
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 1
+
+
+def one_step(tiny_digits, tmp_path, **changes):
+    """Parameters before and after an epoch of one step, and the training."""
+    training = build(tiny_config(tiny_digits, tmp_path, epochs=1, warmup_epochs=0, batch_size=20, **STILL | changes))
+    before = {key: value.detach().clone() for key, value in training.state.model.state_dict().items()}
+    fit(training)
+    return before, training.state.model.state_dict(), training
+
+
+def test_gradients_are_clipped_to_the_norm(tiny_digits, tmp_path):
+    """SGD without nesterov: the first step is the rate times the gradient."""
+    before, after, training = one_step(tiny_digits, tmp_path, opt="momentum", lr=2.0, weight_decay=0.0, clip_grad=0.25)
+    names = [name for name, _ in training.state.model.named_parameters()]
+    moved = torch.cat([(after[name] - before[name]).double().flatten() for name in names]).norm().item()
+    # Rate 2 * 20 / 512; the difference of float32 weights near 1 is off by 6e-8 each, over 7e5 of them.
+    assert moved == pytest.approx(2.0 * 20 / 512 * 0.25, rel=1e-2)
+
+
+def test_the_average_is_that_of_one_step(tiny_digits, tmp_path):
+    before, after, _ = one_step(tiny_digits, tmp_path, ema_decay=0.75)
+    averaged = read_checkpoint(tmp_path / "last.safetensors").ema
+    for key, value in after.items():
+        if value.is_floating_point():
+            # float32 rounding of weights and statistics around 1
+            torch.testing.assert_close(averaged[key], 0.75 * before[key] + 0.25 * value, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(averaged["head.weight"], after["head.weight"])
+
+
+def test_the_loss_is_that_of_the_labelled_pictures(tiny_digits, tmp_path):
+    """The first loss against torch's on the same batch, made anew from a model that has not trained."""
+    changes = dict(epochs=1, warmup_epochs=0, batch_size=20, label_smoothing=0.0, drop_path_rate=0.0, **STILL)
+    (row,) = fit(build(tiny_config(tiny_digits, tmp_path / "run", **changes)))
+    fresh = build(tiny_config(tiny_digits, tmp_path / "fresh", **changes))
+    ((pictures_BCHW, labels_B),) = fresh.batches.epoch(0)
+    assert len(labels_B.unique()) == 3
+    logits_BM = fresh.state.model.double().train()(pictures_BCHW.double())
+    # float32 training against float64
+    assert row["train_loss"] == pytest.approx(nn.functional.cross_entropy(logits_BM, labels_B).item(), rel=1e-4)
+
+
+def test_the_checkpoint_is_enough_to_evaluate_and_the_log_says_the_same(tiny_digits, tmp_path):
+    config = tiny_config(tiny_digits, tmp_path)
+    fit(build(config))
+    rows = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert [list(row) for row in rows] == [KEYS, KEYS]
+    assert [row["epoch"] for row in rows] == [0, 1]
+
+    ready = ready_model(str(tmp_path / "last.safetensors"))
+    assert ready.class_names == ["0", "1", "2"]
+    assert (ready.preprocessing.input_size, ready.preprocessing.crop_pct) == ((32, 32), 1.0)
+    pictures = open_pictures("DIGITS", tiny_digits)
+    options = InferenceOptions(batch_size=5, workers=0)
+    result = evaluate(ready.model, pictures, ready.preprocessing, options, class_names=ready.class_names)
+    assert result.acc1 == rows[1]["test_acc1"]
+    # Another batch size sums float32 products in another order.
+    assert result.loss == pytest.approx(rows[1]["test_loss"], rel=1e-4)
+
+    about = read_checkpoint(tmp_path / "last.safetensors").about
+    assert about["metrics"] == rows[1]
+    assert type(config).of(about["config"]) == config
+    assert rows[0]["n_parameters"] == sum(parameter.numel() for parameter in ready.model.parameters())
+
+
+def test_best_is_the_first_epoch_of_highest_accuracy(tiny_digits, tmp_path):
+    state = build(tiny_config(tiny_digits, tmp_path)).state
+    for epoch, acc1 in enumerate((40.0, 70.0, 70.0, 60.0)):
+        state.rows.append({"epoch": epoch, "test_acc1": acc1})
+        save_epoch(state, tmp_path, class_names=["a", "b", "c"], preprocessing={}, config={})
+    assert read_checkpoint(tmp_path / "best.safetensors").about["epoch"] == 1
+    assert read_checkpoint(tmp_path / "last.safetensors").about["epoch"] == 3
+    assert {path.name for path in tmp_path.iterdir()} == {"best.safetensors", "last.safetensors", "log.txt"}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_trains(tiny_digits, tmp_path, dtype):
+    before, after, _ = one_step(tiny_digits, tmp_path, dtype=dtype, clip_grad=1.0, input_size=(8,))
+    assert after["head.weight"].dtype == torch.float32
+    assert after["head.weight"].isfinite().all()
+    assert not torch.equal(before["head.weight"], after["head.weight"])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_picture_stops_the_run_and_is_named(tmp_path, tiny_digits, workers):
+    import shutil
+
+    root = tmp_path / "digits"
+    shutil.copytree(tiny_digits, root)
+    bad = min((root / "train" / "1").iterdir())
+    bad.write_bytes(b"no picture")
+    with pytest.raises(UnreadablePicture, match=bad.name):
+        fit(build(tiny_config(root, tmp_path / "run", batch_size=38, workers=workers)))
