@@ -13,8 +13,9 @@ import statistics
 import time
 from pathlib import Path
 
-import localvit
 import torch
+
+import localvit
 from localvit.data.classes import imagenet_synsets
 from localvit.data.datasets import open_pictures
 from localvit.data.pictures import PreparedPictures
@@ -64,8 +65,10 @@ def main() -> None:
     options = InferenceOptions(batch_size=asked.batch_size, workers=asked.workers)
     prepared = PreparedPictures(pictures, preprocessing.transform())
     ready = [batch for _, batch, _ in batches(prepared, range(count), options) if batch is not None]
-    print(f"{count} pictures, batch {asked.batch_size}, {asked.workers} workers, {torch.get_num_threads()} threads, "
-          f"torch {torch.__version__}; medians of {asked.rounds} interleaved rounds, pictures/s")
+    print(
+        f"{count} pictures, batch {asked.batch_size}, {asked.workers} workers, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}; medians of {asked.rounds} interleaved rounds, pictures/s"
+    )
     print(f"{'model':40} {'decode':>8} {'model':>8} {'whole':>8} {'of shared bound':>16} {'of min':>8}")
     for name in asked.models:
         model = localvit.create_model(name).eval()

@@ -4,10 +4,11 @@ import json
 import sys
 from pathlib import Path
 
-import localvit  # noqa: F401  (before anything imports timm: see localvit._torchvision)
 import numpy as np
 import pytest
 import torch
+
+import localvit  # noqa: F401  (before anything imports timm: see localvit._torchvision)
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(__file__).parents[2] / "shared"

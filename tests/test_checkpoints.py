@@ -7,9 +7,9 @@ import pickle
 import pytest
 import safetensors.torch
 import torch
-from conftest import golden_model, published_state
 
 import localvit
+from conftest import golden_model, published_state
 from localvit.weight_files import CheckpointError
 
 NANO = "localvit_nano_patch4_32"
@@ -60,7 +60,7 @@ def test_published_layout_out_has_the_published_keys_and_loads_again(name, tmp_p
     assert {key: list(value.shape) for key, value in written.items()} == {
         key: shape for key, shape, _ in golden_model(name)["state_dict"]
     }
-    again, checkpoint = localvit.model_from_checkpoint(tmp_path / "out.pth")  # names no model: found by its entries
+    again, _ = localvit.model_from_checkpoint(tmp_path / "out.pth")  # names no model: found by its entries
     assert again.made_from["name"] == name
     for key, value in model.state_dict().items():
         torch.testing.assert_close(again.state_dict()[key], value, rtol=0, atol=0)

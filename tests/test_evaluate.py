@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, published_state
 from PIL import Image
 
 import localvit
+from conftest import SHARED, published_state
 from localvit.data.classes import imagenet_synsets, subset_classes
 from localvit.data.datasets import open_pictures
 from localvit.data.pictures import DataError, FilePictures, UnreadablePicture

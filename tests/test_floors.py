@@ -9,7 +9,7 @@ import pytest
 SRC = Path(__file__).parents[1] / "src"
 
 FLOORS = [
-    {"locality", "tokens", "weight_files", "devices", "distributed", "_torchvision"},
+    {"locality", "tokens", "weight_files", "files", "devices", "distributed", "_torchvision"},
     {"localize"},
     {"models"},
     {"zoo", "checkpoints"},

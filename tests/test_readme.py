@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import published_state
 from PIL import Image
+
+from conftest import published_state
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

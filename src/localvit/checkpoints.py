@@ -6,7 +6,6 @@ everything needed to use them (`Checkpoint`'s fields). Published files are torch
 """
 
 import json
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from localvit.files import written_whole
 from localvit.models._builder import COMPUTED_ENTRIES, from_published, published_key
 from localvit.models._positions import resample_state
 from localvit.weight_files import CheckpointError, read_weight_file
@@ -148,7 +148,7 @@ def _load(model: nn.Module, checkpoint: Checkpoint, weights: Literal["raw", "ema
 
 
 def _check_fit(checkpoint: Checkpoint, state_dict: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError, saying what does not fit and what to do, unless the entries are exactly the wanted ones."""
+    """Raise CheckpointError, saying what does not fit and what to do, unless the entries are the wanted ones."""
     path = checkpoint.path
     missing = [key for key in wanted if key not in state_dict]
     surplus = [key for key in state_dict if key not in wanted]
@@ -245,9 +245,7 @@ def save_checkpoint(
     num_classes = getattr(model, "num_classes", None)
     if class_names is not None and len(class_names) != num_classes:
         raise ValueError(f"{len(class_names)} class names for a model of {num_classes} classes")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    try:
+    with written_whole(path) as unfinished:
         if layout == "published":
             averaged = {"model_ema": _published(model, ema)} if ema is not None else {}
             torch.save({"model": _published(model, model.state_dict())} | averaged, unfinished)
@@ -255,14 +253,11 @@ def save_checkpoint(
             tensors = {f"raw/{key}": value for key, value in model.state_dict().items()}
             tensors |= {f"ema/{key}": value for key, value in (ema or {}).items()}
             # Copies, since the format refuses tensors that share memory, and an average may share counters.
-            tensors = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
+            copies = {
+                key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()
+            }
             header = _describe(model, class_names, preprocessing, about)
-            safetensors.torch.save_file(tensors, unfinished, metadata={HEADER: json.dumps(header)})
-        with unfinished.open("rb+") as file:
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+            safetensors.torch.save_file(copies, unfinished, metadata={HEADER: json.dumps(header)})
     return path
 
 
@@ -300,5 +295,5 @@ def versions() -> dict[str, str]:
 
 def _published(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict under the published names, with the entries that the published program computes and stores."""
-    computed = model.published_buffers() if hasattr(model, "published_buffers") else {}
+    computed: dict[str, Tensor] = getattr(model, "published_buffers", dict)()
     return {published_key(model, key): value for key, value in state_dict.items()} | computed

@@ -8,7 +8,7 @@ Shapes: N pictures, B pictures of a batch, M classes of the model, K the kept be
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -97,7 +97,7 @@ def evaluate(
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} must be at least 1")
-    num_classes = len(class_names) if class_names is not None else model.num_classes
+    num_classes = len(class_names) if class_names is not None else cast(int, model.num_classes)
     class_of = match_classes(pictures, class_names, num_classes)
     count = len(pictures) if limit is None else min(limit, len(pictures))
     rows: dict[int, tuple] = {}

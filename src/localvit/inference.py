@@ -5,11 +5,12 @@ Shapes: B pictures of a batch, C channels, H and W pixels, M classes of the mode
 
 import contextlib
 import signal
+import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
-
+from types import TracebackType
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,10 +40,10 @@ class ReadyModel:
     description: str
     """What was loaded from where, for a person."""
 
-    def place(self, options: "InferenceOptions") -> nn.Module:
+    def place(self, options: "InferenceOptions") -> Any:
         """The model where and how `options` want it."""
         layout = torch.channels_last if options.channels_last else torch.preserve_format
-        model = self.model.to(options.device, memory_format=layout)
+        model: Any = self.model.to(options.device).to(memory_format=layout)  # type: ignore[call-overload]
         return torch.compile(model) if options.compile else model
 
 
@@ -71,7 +72,8 @@ def ready_model(
         ValueError: for a name that is not known.
         RuntimeError: when released weights cannot be downloaded.
     """
-    size = {"img_size": input_size} if input_size else {}
+    size: dict[str, Any] = {"img_size": input_size} if input_size else {}
+    model: Any
     loaded: Checkpoint | None = None
     if checkpoint is not None:
         model, loaded = model_from_checkpoint(checkpoint, weights, name=source, **size)
@@ -81,7 +83,9 @@ def ready_model(
         model = create_model(source, pretrained=True, **size)
     name = model.made_from["name"]
     if loaded is not None and loaded.preprocessing is not None:
-        preprocessing = Preprocessing.from_dict(loaded.preprocessing | ({"input_size": input_size} if input_size else {}))
+        preprocessing = Preprocessing.from_dict(
+            loaded.preprocessing | ({"input_size": input_size} if input_size else {})
+        )
     else:
         preprocessing = Preprocessing.of_cfg(model.pretrained_cfg, input_size)
     return ReadyModel(
@@ -101,7 +105,7 @@ class InferenceOptions:
     """Pictures a batch and process."""
     workers: int = 2
     """Processes that decode pictures, beside each process that computes; 0 decodes in that one."""
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     """Where the model runs."""
     dtype: torch.dtype = torch.float32
     """float32, or the half precision that autocast uses."""
@@ -139,6 +143,16 @@ def _interrupts_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def _leave_quietly(worker: int) -> None:
+    """Let a worker process say nothing when the process that it was handing a picture to has gone."""
+
+    def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        if not issubclass(kind, ConnectionError | EOFError):
+            sys.__excepthook__(kind, error, traceback)
+
+    sys.excepthook = hook
+
+
 def batches(
     prepared: PreparedPictures, indices: Sequence[int], options: InferenceOptions
 ) -> Iterator[tuple[list[int], Tensor | None, list[tuple[int, str]]]]:
@@ -152,13 +166,14 @@ def batches(
         num_workers=min(options.workers, -(-len(indices) // options.batch_size)),
         collate_fn=_collate,
         pin_memory=options.device.type == "cuda",
+        worker_init_fn=_leave_quietly,
     )
     try:
         with _interrupts_held():
             loading = iter(loader)
         yield from loading
     except RuntimeError as error:
-        if "exited unexpectedly" in str(error) or "worker" in str(error) and "killed" in str(error):
+        if "exited unexpectedly" in str(error) or ("worker" in str(error) and "killed" in str(error)):
             raise RuntimeError(
                 "a process that decodes pictures died (out of memory, or killed); "
                 "try fewer --workers or a smaller --batch-size"

@@ -6,6 +6,7 @@ Shapes: B batch, C input channels, E expanded (hidden) channels, H and W the pat
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ ACTS = ("relu6", "hs", "hs+se", "hs+eca", "hs+ecah")
 
 
 class SqueezeExcite(nn.Module):
-    """Channel gate from the mean of the whole map (squeeze-and-excitation, arXiv 1709.01507; hard sigmoid of 1905.02244).
+    """Channel gate from the mean of the whole map: squeeze-and-excitation, arXiv 1709.01507, with a hard sigmoid.
 
     Reads and returns (B, E, H, W). `reduction` divides the channels: the bottleneck is `channels // reduction` wide.
     """
@@ -119,7 +120,7 @@ class LocalityFeedForward(nn.Module):
             asked = f"stride={stride}" if stride > 1 else "dp_first=True"
             raise ValueError(f"{asked} needs the depth-wise convolution, which wo_dp_conv=True leaves out")
         act = resolve_act(act)
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
 
         def convolution(inputs: int, outputs: int) -> list[nn.Module]:
             return [nn.Conv2d(inputs, outputs, 1, bias=False, **factory), nn.BatchNorm2d(outputs, **factory)]

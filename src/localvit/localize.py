@@ -29,11 +29,13 @@ def select_blocks(local_blocks: BlockSelection, depth: int) -> frozenset[int]:
     if local_blocks is None:
         return frozenset(range(depth))
     if isinstance(local_blocks, str):
-        numbers = set()
+        numbers: set[int] = set()
         for part in filter(None, re.split(r"[,\s]+", local_blocks.strip())):
             match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
             if not match:
-                raise ValueError(f"local_blocks={local_blocks!r}: {part!r} is neither a block like 3 nor a range like 1-4")
+                raise ValueError(
+                    f"local_blocks={local_blocks!r}: {part!r} is neither a block like 3 nor a range like 1-4"
+                )
             first, last = int(match[1]), int(match[2] or match[1])
             if last < first:
                 raise ValueError(f"local_blocks={local_blocks!r}: the range {part} runs backwards")
@@ -78,7 +80,7 @@ class Locality:
 
 
 def replace_feed_forward(block: nn.Module, mlp: LocalityMlp, *, norm: str, drop_path: str) -> None:
-    """Put `mlp` in the block's feed-forward slot and take away the norm and stochastic depth that served the old one."""
+    """Put `mlp` in the block's feed-forward slot; take away the old one's norm and stochastic depth, by their names."""
     block.mlp = mlp
     setattr(block, norm, nn.Identity())
     setattr(block, drop_path, nn.Identity())

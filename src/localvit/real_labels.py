@@ -22,7 +22,9 @@ def real_accuracy(evaluation: Evaluation) -> tuple[float, float, int]:
     for path, classes in zip(evaluation.paths, evaluation.top_classes_NK.tolist(), strict=True):
         stem = PurePosixPath(path).stem
         if stem not in labels_of:
-            raise DataError(f"{path}: --real-labels needs ImageNet's own file names, such as ILSVRC2012_val_00000001.JPEG")
+            raise DataError(
+                f"{path}: --real-labels needs ImageNet's own file names, such as ILSVRC2012_val_00000001.JPEG"
+            )
         labels = labels_of[stem]
         if labels:
             count += 1

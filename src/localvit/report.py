@@ -4,12 +4,12 @@ import csv
 import io
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 from localvit.calibration import expected_calibration_error, reliability_bins
 from localvit.evaluate import Evaluation
+from localvit.files import written_whole
 from localvit.per_class import ClassRow, correct_pictures, per_class
 from localvit.report_page import render_page
 
@@ -53,9 +53,10 @@ def write_report(
         "per_class.csv": _per_class_csv(evaluation.class_names, rows),
         "report.html": render_page(evaluation, rows, bins, ece, non_finite, dataset_root, about),
     }
-    directory.mkdir(parents=True, exist_ok=True)
     for name, text in contents.items():
-        _replace(directory / name, text)
+        with written_whole(directory / name) as file:
+            # A file name that was no UTF-8 reaches us as lone surrogates, which UTF-8 cannot hold.
+            file.write_bytes(text.encode(errors="backslashreplace"))
     return [directory / name for name in contents]
 
 
@@ -99,13 +100,3 @@ def _per_class_csv(class_names: list[str], rows: list[ClassRow]) -> str:
         accuracy = f"{100 * row.accuracy:.3f}"
         writer.writerow((row.index, row.name, row.pictures, row.correct, accuracy, confidence, wrong))
     return text.getvalue()
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        # A file name that was no UTF-8 reaches us as lone surrogates, which UTF-8 cannot hold.
-        temporary.write_bytes(text.encode(errors="backslashreplace"))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

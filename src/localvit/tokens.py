@@ -107,6 +107,8 @@ class LocalityMlp(LocalityFeedForward):
 
     def forward(self, x_BNC: Tensor) -> Tensor:
         if self.grid.size is None:
-            raise ValueError(f"no patch grid was noted for these {x_BNC.shape[1]} tokens: run the whole model, not a block")
+            raise ValueError(
+                f"no patch grid was noted for these {x_BNC.shape[1]} tokens: run the whole model, not a block"
+            )
         map_BCHW = tokens_to_map(x_BNC, self.grid.size, self.num_prefix_tokens)
         return F.pad(map_to_tokens(self.conv(map_BCHW)), (0, 0, self.num_prefix_tokens, 0))

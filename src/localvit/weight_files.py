@@ -55,4 +55,6 @@ def read_weight_file(path: str | Path) -> dict[str, Any]:
 
 def _damaged(path: Path, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return f"{path} is no checkpoint or is cut off ({path.stat().st_size:,} bytes: {reason[:160]}); fetch or copy it again"
+    return (
+        f"{path} is no checkpoint or is cut off ({path.stat().st_size:,} bytes: {reason[:160]}); fetch or copy it again"
+    )

@@ -144,6 +144,6 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
         close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(close)}?" if close else "; `localvit models` lists ours"
         raise ValueError(f"no model is called {name!r}{hint}")
-    model = timm.create_model(name, pretrained=pretrained, **kwargs)
+    model: Any = timm.create_model(name, pretrained=pretrained, **kwargs)
     model.made_from = {"name": name, "args": {key: value for key, value in kwargs.items() if value is not None}}
     return model

@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -13,6 +14,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     import tyro
 
+    from localvit_cli.demo import Demo
     from localvit_cli.eval import Eval
     from localvit_cli.info import Info
     from localvit_cli.models import Models
@@ -20,18 +22,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from localvit_cli.train import Train
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"train": Train, "eval": Eval, "predict": Predict, "models": Models, "info": Info}
+    commands: dict[str, Callable[..., Any]] = {
+        "train": Train,
+        "eval": Eval,
+        "predict": Predict,
+        "models": Models,
+        "info": Info,
+        "demo": Demo,
+    }
     debug = "--debug" in arguments
     command = tyro.extras.subcommand_cli_from_dict(
         commands,
         prog="localvit",
-        description="Locality for vision transformers. Every command takes --debug, which shows where an error came from.",
+        description="Locality for vision transformers. Every command takes --debug, to show where an error came from.",
         args=[argument for argument in arguments if argument != "--debug"],
     )
     return run(command.run, debug=debug)
 
 
-def run(command, *, debug: bool) -> int:
+class UsageError(ValueError):
+    """A flag's value that makes no sense; the exit status is 2."""
+
+
+def run(command: Callable[[], int | None], *, debug: bool) -> int:
     """Call `command`; turn what it raises into a line for a person and an exit status."""
     try:
         return command() or 0
@@ -46,4 +59,4 @@ def run(command, *, debug: bool) -> int:
             raise
         message = str(error) or type(error).__name__
         print(f"localvit: error: {message}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, UsageError) else 1

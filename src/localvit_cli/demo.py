@@ -1,12 +1,8 @@
-"""`python -m localvit_cli.demo`: train, evaluate and use a model from nothing, in a few minutes on two cores."""
+"""`localvit demo`: train, evaluate and use a model from nothing, in a few minutes on two cores."""
 
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import tyro
 
 if TYPE_CHECKING:
     from localvit.train.config import TrainConfig
@@ -65,20 +61,3 @@ def run_demo(config: "TrainConfig") -> float:
     Predict(model=str(checkpoint), paths=tuple(shown), topk=2).run()
     print(f"checkpoint: {checkpoint}\ncurves:     {curves}\nreport:     {report / 'report.html'}", flush=True)
     return json.loads((report / "results.json").read_text())["acc1"]
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the demo as `arguments` say and return the exit status (see `localvit_cli.run`)."""
-    from localvit_cli import run
-
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    demo = tyro.cli(
-        Demo,
-        prog="python -m localvit_cli.demo",
-        args=[argument for argument in arguments if argument != "--debug"],
-    )
-    return run(demo.run, debug="--debug" in arguments)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

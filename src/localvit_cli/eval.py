@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from localvit_cli import UsageError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Running:
@@ -30,16 +32,20 @@ class Running:
         from localvit.inference import InferenceOptions
         from localvit_cli.console import say
 
-        device, warning = choose_device(self.device)
+        try:
+            device, warning = choose_device(self.device)
+            options = InferenceOptions(
+                batch_size=self.batch_size,
+                workers=self.workers,
+                device=device,
+                dtype=DTYPES[self.dtype],
+                channels_last=self.channels_last,
+                compile=self.compile,
+            )
+        except ValueError as error:
+            raise UsageError(str(error)) from error
         say(f"warning: {warning}" if warning else f"device: {device}")
-        return InferenceOptions(
-            batch_size=self.batch_size,
-            workers=self.workers,
-            device=device,
-            dtype=DTYPES[self.dtype],
-            channels_last=self.channels_last,
-            compile=self.compile,
-        )
+        return options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +86,9 @@ class Eval:
 
 
 def square(sides: tuple[int, ...]) -> tuple[int, int] | None:
-    """Height and width from one side, both, or none. Raises ValueError for more, or for sides below 1."""
+    """Height and width from one side, both, or none. Raises UsageError for more, or for sides below 1."""
     if len(sides) > 2 or any(side < 1 for side in sides):
-        raise ValueError(f"--input-size {' '.join(map(str, sides))}: give one side, or height and width, in pixels")
+        raise UsageError(f"--input-size {' '.join(map(str, sides))}: give one side, or height and width, in pixels")
     return (sides[0], sides[-1]) if sides else None
 
 
@@ -94,10 +100,10 @@ def run_evaluation(asked: Eval, ready, options) -> None:
     from localvit.checkpoints import versions
     from localvit.data.classes import IMAGENET_SUBSETS, subset_classes
     from localvit.data.datasets import open_pictures
-    from localvit.real_labels import real_accuracy
     from localvit.distributed import is_main, process_group, rank, world_size
     from localvit.evaluate import evaluate
     from localvit.predict import readable_class_names
+    from localvit.real_labels import real_accuracy
     from localvit.report import write_report
     from localvit_cli.console import progress, say
 

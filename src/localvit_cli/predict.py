@@ -1,7 +1,6 @@
 """`localvit predict`: the classes that a model sees in pictures."""
 
 import io
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -85,11 +84,10 @@ def _destination(output: Path | None) -> Iterator[TextIO]:
         return
     if output.exists() and not output.is_file():
         raise ValueError(f"--output {output} is no ordinary file; give the path of one, or leave --output out")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_name(f".{output.name}.{os.getpid()}.unfinished")
-    try:
-        with unfinished.open("w", encoding="utf-8", errors="backslashreplace", newline="") as stream:
-            yield stream
-        unfinished.replace(output)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    from localvit.files import written_whole
+
+    with (
+        written_whole(output) as unfinished,
+        unfinished.open("w", encoding="utf-8", errors="backslashreplace", newline="") as stream,
+    ):
+        yield stream

@@ -175,14 +175,16 @@ class Published:
 
     def _given(self) -> str:
         """The flags whose values are not the defaults, for an error message."""
-        given = [f"--{field.name.replace('_', '-')}" for field in fields(self) if getattr(self, field.name) != field.default]
+        given = [
+            f"--{field.name.replace('_', '-')}" for field in fields(self) if getattr(self, field.name) != field.default
+        ]
         return f" ({', '.join(given)})" if given else ""
 
 
 def _fetched(resume: str) -> Path:
     """The checkpoint as a file; an address is downloaded into timm's cache."""
     if resume.startswith(("https://", "http://")):
-        from timm.models import download_cached_file
+        from timm.models._hub import download_cached_file
 
         return Path(download_cached_file(resume))
     return Path(resume)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 import tyro
 
+from localvit_cli import UsageError
+
 
 def _config_module() -> ModuleType:
     """`localvit.train.config` under its own name, from its file alone: importing the package would import torch."""
@@ -64,11 +66,14 @@ class Train:
     flags: Annotated[_flags(), tyro.conf.arg(name="")]  # type: ignore[valid-type]
 
     def to_config(self) -> "training.TrainConfig":
-        """The recipe's settings, the file's, and the flags', later ones first."""
+        """The recipe's settings, the file's, and the flags', later ones first. Raises UsageError for a bad one."""
         merged = training.read_recipe(self.recipe) if self.recipe else {}
         if self.config:
             merged |= training.read_settings(self.config)
-        return training.TrainConfig.of(merged | self.flags)
+        try:
+            return training.TrainConfig.of(merged | self.flags)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
 
     def run(self) -> None:
         """Train, and say where the checkpoints are."""

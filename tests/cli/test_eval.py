@@ -2,8 +2,8 @@
 
 import io
 import json
-import pty
 import os
+import pty
 import subprocess
 import sys
 
@@ -36,13 +36,24 @@ def workplace(tmp_path_factory):
 
 
 def evaluate(workplace, capsys, *arguments) -> tuple[int, str, str]:
-    status = main(["eval", *(argument.replace("@", str(workplace)) for argument in arguments), "--device", "cpu", "--workers", "0"])
+    status = main(
+        [
+            "eval",
+            *(argument.replace("@", str(workplace)) for argument in arguments),
+            "--device",
+            "cpu",
+            "--workers",
+            "0",
+        ]
+    )
     said = capsys.readouterr()
     return status, said.out, said.err
 
 
 def test_the_line_is_all_of_standard_output(workplace, capsys):
-    status, out, err = evaluate(workplace, capsys, "@/good.safetensors", "--data-set", "FOLDER", "--data-path", "@/good")
+    status, out, err = evaluate(
+        workplace, capsys, "@/good.safetensors", "--data-set", "FOLDER", "--data-path", "@/good"
+    )
     assert status == 0
     assert len(out.splitlines()) == 1
     assert out.startswith("* Acc@1 ")
@@ -51,7 +62,15 @@ def test_the_line_is_all_of_standard_output(workplace, capsys):
 
 def test_a_published_layout_without_names_counts_folders(workplace, capsys):
     named = evaluate(workplace, capsys, "@/good.safetensors", "--data-set", "FOLDER", "--data-path", "@/good")
-    arguments = ["localvit_nano_patch4_32", "--checkpoint", "@/nameless.pth", "--data-set", "FOLDER", "--data-path", "@/good"]
+    arguments = [
+        "localvit_nano_patch4_32",
+        "--checkpoint",
+        "@/nameless.pth",
+        "--data-set",
+        "FOLDER",
+        "--data-path",
+        "@/good",
+    ]
     nameless = evaluate(workplace, capsys, *arguments)
     assert nameless[0] == 0
     assert nameless[1] == named[1]
@@ -113,7 +132,10 @@ def test_skipped_pictures_are_counted(workplace, capsys):
         (["@/good.safetensors", "--data-set", "NONE", "--data-path", "@/good"], "--data-set NONE is not known"),
         (["@/good.safetensors", "--data-set", "FOLDER", "--data-path", "@/good", "--weights", "ema"], "no averaged"),
         (["@/good.safetensors", "--data-set", "FOLDER", "--data-path", "@/good", "--batch-size", "0"], "batch_size=0"),
-        (["@/good.safetensors", "--data-set", "FOLDER", "--data-path", "@/good", "--input-size", "0"], "--input-size 0"),
+        (
+            ["@/good.safetensors", "--data-set", "FOLDER", "--data-path", "@/good", "--input-size", "0"],
+            "--input-size 0",
+        ),
         (["@/good.safetensors", "--data-set", "FOLDER", "--data-path", "@/good", "--input-size", "30"], "30"),
         (["@/good.safetensors", "--data-set", "FOLDER", "--data-path", "@/good", "--real-labels"], "ILSVRC2012"),
         (["@/good.safetensors", "--data-set", "FOLDER", "--data-path", "@/good", "--limit", "0"], "limit"),
@@ -145,10 +167,20 @@ def test_bad_usage_is_status_2(capsys):
 
 def test_a_terminal_gets_a_bar(workplace):
     """On a pseudo terminal the progress is a bar that is redrawn; in a pipe it is lines."""
-    command = [sys.executable, "-m", "localvit_cli", "eval", str(workplace / "good.safetensors"), "--data-set", "FOLDER"]
+    command = [
+        sys.executable,
+        "-m",
+        "localvit_cli",
+        "eval",
+        str(workplace / "good.safetensors"),
+        "--data-set",
+        "FOLDER",
+    ]
     command += ["--data-path", str(workplace / "good"), "--device", "cpu", "--workers", "0"]
     leader, follower = pty.openpty()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=follower, env=os.environ | {"TERM": "xterm"}) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=follower, env=os.environ | {"TERM": "xterm"}
+    ) as process:
         os.close(follower)
         seen = io.BytesIO()
         try:

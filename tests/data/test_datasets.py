@@ -64,7 +64,9 @@ def cifar(tmp_path, monkeypatch):
     return tmp_path, pixels
 
 
-@pytest.mark.parametrize(("name", "labels", "count"), [("CIFAR10", [3, 1, 4, 1, 5, 9, 2], 10), ("CIFAR", [31, 41, 59, 26, 53, 58, 97], 100)])
+@pytest.mark.parametrize(
+    ("name", "labels", "count"), [("CIFAR10", [3, 1, 4, 1, 5, 9, 2], 10), ("CIFAR", [31, 41, 59, 26, 53, 58, 97], 100)]
+)
 def test_cifar(cifar, name, labels, count):
     root, pixels = cifar
     pictures = open_pictures(name, root)
@@ -84,7 +86,9 @@ def test_inat(tmp_path, supercategories):
     ]
 
     def split(name, members):
-        images = [{"id": image, "file_name": f"train_val2018/Taxon/{category}/{image}.jpg"} for image, category in members]
+        images = [
+            {"id": image, "file_name": f"train_val2018/Taxon/{category}/{image}.jpg"} for image, category in members
+        ]
         annotations = [{"image_id": image, "category_id": category} for image, category in members]
         (tmp_path / f"{name}2018.json").write_text(json.dumps({"images": images, "annotations": annotations}))
         for image, category in members:

@@ -1,7 +1,6 @@
 """Pictures as users have them: every odd file either works as PIL does it or gives one clear line."""
 
 import io
-import os
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-from localvit.data.pictures import DataError, FilePictures, PreparedPictures, UnreadablePicture, load_picture, scan_folder
+from localvit.data.pictures import (
+    DataError,
+    FilePictures,
+    PreparedPictures,
+    UnreadablePicture,
+    load_picture,
+    scan_folder,
+)
 from localvit.data.preprocessing import Preprocessing
 
 RNG = np.random.default_rng(0)
@@ -115,7 +121,9 @@ def test_scan_equals_torchvision(tmp_path):
     pictures, remarks = scan_folder(tmp_path)
     theirs = ImageFolder(str(tmp_path))
     assert pictures.class_names == theirs.classes
-    assert [(str(tmp_path / path), label) for path, label in zip(pictures.paths, pictures.labels, strict=True)] == theirs.samples
+    assert [
+        (str(tmp_path / path), label) for path, label in zip(pictures.paths, pictures.labels, strict=True)
+    ] == theirs.samples
     assert remarks == []
 
 
@@ -134,7 +142,7 @@ def test_hidden_and_empty_are_left_out_with_a_remark(tmp_path):
 def test_links_are_followed(tmp_path):
     write(tmp_path / "elsewhere", "1.png")
     (tmp_path / "root").mkdir()
-    os.symlink(tmp_path / "elsewhere", tmp_path / "root" / "ape")
+    (tmp_path / "root" / "ape").symlink_to(tmp_path / "elsewhere")
     assert scan_folder(tmp_path / "root")[0].paths == ["ape/1.png"]
 
 

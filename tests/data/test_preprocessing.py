@@ -61,7 +61,8 @@ def test_json_round_trip():
 
 
 @pytest.mark.parametrize(
-    ("fields", "says"), [({"input_size": (0, 3)}, "input_size"), ({"crop_pct": 0.0}, "crop_pct"), ({"crop_pct": 1.2}, "crop_pct")]
+    ("fields", "says"),
+    [({"input_size": (0, 3)}, "input_size"), ({"crop_pct": 0.0}, "crop_pct"), ({"crop_pct": 1.2}, "crop_pct")],
 )
 def test_bad_fields(fields, says):
     with pytest.raises(ValueError, match=says):

@@ -8,9 +8,9 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from conftest import published_state
 
 import localvit
+from conftest import published_state
 
 
 class Counting(SimpleHTTPRequestHandler):

@@ -80,7 +80,9 @@ def _cifar(name: str, data_path: Path, split: str) -> Pictures:
     try:
         dataset = kind(str(data_path), train=split == "train")
     except RuntimeError as error:
-        raise DataError(f"{data_path} has no whole {kind.base_folder}/ (the unpacked archive {kind.filename})") from error
+        raise DataError(
+            f"{data_path} has no whole {kind.base_folder}/ (the unpacked archive {kind.filename})"
+        ) from error
     return _of_torchvision(dataset, name)
 
 
@@ -121,7 +123,7 @@ def _reader_labels(reader: Any) -> list[int]:
 
 
 def _stream_to_memory(dataset: IterableDataset, title: str) -> Pictures:
-    """A streamed data set as a fixed sequence, each picture kept as a lossless file, so that it can be dealt out exactly."""
+    """A streamed data set as a fixed sequence, which can be dealt out exactly; each picture is kept as a lossless file."""
     files, labels = [], []
     for picture, label in dataset:
         packed = io.BytesIO()

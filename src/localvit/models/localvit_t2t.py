@@ -76,10 +76,10 @@ class TokenPerformer(nn.Module):
             self.mlp = locality.feed_forward(dim, grid, **factory)
 
     def init_weights(self) -> None:
-        """Draw the frozen random features: orthogonal, as long as standard normal vectors. timm's init calls this."""
+        """Draw the frozen random features: orthogonal, of length sqrt(M) as T2T-ViT has them. timm's init calls this."""
         features = nn.init.orthogonal_(torch.empty(self.w.shape, device=self.w.device))
         with torch.no_grad():
-            self.w.copy_(features * math.sqrt(self.w.shape[1]))
+            self.w.copy_(features * math.sqrt(self.w.shape[0]))
 
     def forward(self, x_BHWD: Tensor) -> Tensor:
         height, width = x_BHWD.shape[1:3]

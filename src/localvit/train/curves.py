@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from localvit.files import written_whole
 from localvit.train.state import read_log
 
 try:
@@ -45,6 +46,6 @@ def draw_curves(log: Path, picture: Path, title: str = "") -> Path:
         axes.title.set_fontsize(10)
     if title:
         figure.suptitle(title, fontsize=11)
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture)
+    with written_whole(picture) as file:
+        figure.savefig(file, format="png")
     return picture

@@ -4,7 +4,6 @@ Random generators are no part of it, since every draw follows from where it is m
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from localvit.checkpoints import save_checkpoint
+from localvit.files import written_whole
 
 LAST = "last.safetensors"
 BEST = "best.safetensors"
@@ -71,7 +71,8 @@ def save_epoch(
             preprocessing=preprocessing,
             about={"epoch": row["epoch"], "metrics": row, "config": dict(config)},
         )
-    _replace(directory / LOG, "".join(json.dumps(each) + "\n" for each in state.rows))
+    with written_whole(directory / LOG) as log:
+        log.write_text("".join(json.dumps(each) + "\n" for each in state.rows))
 
 
 def read_log(path: Path) -> list[Row]:
@@ -83,12 +84,3 @@ def read_log(path: Path) -> list[Row]:
     if not rows:
         raise ValueError(f"{path} has no finished epoch")
     return rows
-
-
-def _replace(path: Path, text: str) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    try:
-        unfinished.write_text(text)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
