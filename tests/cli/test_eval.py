@@ -117,6 +117,27 @@ def test_skipped_pictures_are_counted(workplace, capsys):
     assert "2.jpg" in err
 
 
+GOOD = ["@/good.safetensors", "--data-set", "FOLDER", "--data-path", "@/good"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([*GOOD, "--batch-size", "0"], "batch_size=0"),
+        ([*GOOD, "--workers", "-1"], "workers=-1"),
+        ([*GOOD, "--input-size", "0"], "--input-size 0"),
+        ([*GOOD, "--input-size", "1", "2", "3"], "--input-size 1 2 3"),
+        ([*GOOD, "--device", "abacus"], "--device abacus"),
+    ],
+)
+def test_flags_that_make_no_sense_are_status_2(workplace, arguments, says, capsys):
+    arguments = [argument.replace("@", str(workplace)) for argument in arguments]
+    assert main(["eval", *arguments]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert says in said.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -131,11 +152,6 @@ def test_skipped_pictures_are_counted(workplace, capsys):
         (["@/good.safetensors", "--data-set", "FOLDER", "--data-path", "@/broken"], "2.jpg"),
         (["@/good.safetensors", "--data-set", "NONE", "--data-path", "@/good"], "--data-set NONE is not known"),
         (["@/good.safetensors", "--data-set", "FOLDER", "--data-path", "@/good", "--weights", "ema"], "no averaged"),
-        (["@/good.safetensors", "--data-set", "FOLDER", "--data-path", "@/good", "--batch-size", "0"], "batch_size=0"),
-        (
-            ["@/good.safetensors", "--data-set", "FOLDER", "--data-path", "@/good", "--input-size", "0"],
-            "--input-size 0",
-        ),
         (["@/good.safetensors", "--data-set", "FOLDER", "--data-path", "@/good", "--input-size", "30"], "30"),
         (["@/good.safetensors", "--data-set", "FOLDER", "--data-path", "@/good", "--real-labels"], "ILSVRC2012"),
         (["@/good.safetensors", "--data-set", "FOLDER", "--data-path", "@/good", "--limit", "0"], "limit"),

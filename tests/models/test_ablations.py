@@ -219,8 +219,8 @@ def test_t2t_positions_are_sinusoids_and_its_random_features_orthogonal():
         assert model.pos_embed[0, position, channel].item() == pytest.approx(expected.item(), abs=1e-12)
     assert model.pos_embed.shape == (1, n, d)
     features = model.patch_embed.attention1.w
-    # drawn in single precision: 1e-6 of the squared length 64
-    torch.testing.assert_close(features @ features.T, 64 * torch.eye(32, dtype=torch.float64), rtol=0, atol=1e-4)
+    # drawn in single precision: 1e-6 of the squared length, which is their number, 32
+    torch.testing.assert_close(features @ features.T, 32 * torch.eye(32, dtype=torch.float64), rtol=0, atol=1e-4)
     assert not features.requires_grad
     assert not model.pos_embed.requires_grad
 

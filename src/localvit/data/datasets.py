@@ -123,7 +123,7 @@ def _reader_labels(reader: Any) -> list[int]:
 
 
 def _stream_to_memory(dataset: IterableDataset, title: str) -> Pictures:
-    """A streamed data set as a fixed sequence, which can be dealt out exactly; each picture is kept as a lossless file."""
+    """A streamed data set as a fixed sequence, which can be dealt out exactly: each picture kept as a lossless file."""
     files, labels = [], []
     for picture, label in dataset:
         packed = io.BytesIO()

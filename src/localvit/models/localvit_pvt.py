@@ -7,20 +7,17 @@ Shapes: B batch, N tokens (class token first in the last stage), P prefix tokens
 """
 
 from collections.abc import Sequence
-from functools import partial
 from math import prod
 from typing import Any
 
 import torch
 from timm.layers import (
-    calculate_drop_path_rates,
-    get_device_dtype,
     global_pool_nlc,
     register_notrace_function,
     to_2tuple,
     trunc_normal_,
 )
-from timm.models import generate_default_cfgs, named_apply
+from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
@@ -104,7 +101,7 @@ class LocalPVT(nn.Module):
         self.patch_size = to_2tuple(prod(patch_sizes))
         patch_grid(to_2tuple(img_size), self.patch_size)
         local = select_blocks(local_blocks, sum(depths))
-        drop_paths: list[Any] = calculate_drop_path_rates(drop_path_rate, sum(depths))
+        drop_paths = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
 
         self.cls_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim, **factory))
         self.stages = nn.ModuleList()
@@ -145,7 +142,9 @@ class LocalPVT(nn.Module):
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes, global_pool)
 
-        named_apply(partial(init_weights_vit_timm, needs_reset=False), self)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                init_weights_vit_timm(module)
         for position in (self.cls_token, *(stage.pos_embed for stage in self.stages)):
             trunc_normal_(position, std=0.02)
 
@@ -181,7 +180,7 @@ class LocalPVT(nn.Module):
                 raise ValueError(f"global_pool={global_pool!r} must be 'token', 'avg' or '' (none)")
             self.global_pool = global_pool
         self.num_classes = num_classes
-        factory = get_device_dtype(self)
+        factory: dict[str, Any] = {"device": self.cls_token.device, "dtype": self.cls_token.dtype}
         self.head = nn.Linear(self.embed_dim, num_classes, **factory) if num_classes > 0 else nn.Identity()
 
     def position_grids(self, img_size: tuple[int, int] | None = None) -> PositionGrids:

@@ -4,6 +4,7 @@ arXiv 2104.05707, Table 6. The gate's reduction is a quarter of each stage's wid
 every block's feed-forward counts. Swin's own drop path default, 0.1, stays.
 """
 
+import inspect
 from typing import Any
 
 from timm.models import generate_default_cfgs
@@ -49,6 +50,9 @@ class LocalSwin(SwinTransformer):
         dtype=None,
         **kwargs: Any,
     ) -> None:
+        unknown = kwargs.keys() - inspect.signature(SwinTransformer.__init__).parameters.keys()
+        if unknown:  # timm before 1.0.30 takes and forgets them
+            raise TypeError(f"LocalSwin takes no argument {', '.join(sorted(unknown))}")
         factory = {"device": device, "dtype": dtype}
         super().__init__(*args, mlp_ratio=mlp_ratio, strict_img_size=False, **factory, **kwargs)  # type: ignore[misc]
         stages: Any = self.layers

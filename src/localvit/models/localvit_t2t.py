@@ -76,7 +76,7 @@ class TokenPerformer(nn.Module):
             self.mlp = locality.feed_forward(dim, grid, **factory)
 
     def init_weights(self) -> None:
-        """Draw the frozen random features: orthogonal, of length sqrt(M) as T2T-ViT has them. timm's init calls this."""
+        """Draw the frozen random features: orthogonal, of length sqrt(M). timm's init calls this."""
         features = nn.init.orthogonal_(torch.empty(self.w.shape, device=self.w.device))
         with torch.no_grad():
             self.w.copy_(features * math.sqrt(self.w.shape[0]))
@@ -186,6 +186,11 @@ class LocalT2T(LocalViT):
         super().init_weights(*args, **kwargs)
         with torch.no_grad():
             self.pos_embed.copy_(sinusoid(*self.pos_embed.shape[1:]))
+        self.pos_embed.requires_grad_(False)
+
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        """timm's, after which the positions are still frozen."""
+        super().set_input_size(*args, **kwargs)
         self.pos_embed.requires_grad_(False)
 
     def no_weight_decay(self) -> set[str]:
