@@ -1,37 +1,17 @@
-"""What every test may use: the golden files, and the shared data that a user's machine may lack."""
+"""What every test runs under."""
 
-import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 import localvit  # noqa: F401  (before anything imports timm: see localvit._torchvision)
 
-GOLDEN = Path(__file__).parent / "golden"
-SHARED = Path(__file__).parents[2] / "shared"
-sys.path.insert(0, str(GOLDEN))
+sys.path.insert(0, str(Path(__file__).parent / "golden"))
 
 
 @pytest.fixture(autouse=True)
 def few_threads():
     """Two cores serve several test processes."""
     torch.set_num_threads(1)
-
-
-def golden_model(name: str) -> dict:
-    """The published program's fixture of a model."""
-    return json.loads((GOLDEN / "models" / f"{name}.json").read_text())
-
-
-def published_state(name: str) -> dict[str, torch.Tensor]:
-    """The stand-in weights of a model under the published names, float32."""
-    import weights
-
-    state = {}
-    for key, shape, _ in golden_model(name)["state_dict"]:
-        if not key.endswith(("relative_position_index", "attn_mask")):
-            state[key] = torch.from_numpy(np.asarray(weights.tensor(key, tuple(shape))))
-    return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}

@@ -9,8 +9,8 @@ import safetensors.torch
 import torch
 
 import localvit
-from conftest import golden_model, published_state
 from localvit.weight_files import CheckpointError
+from published import golden_model, published_state
 
 NANO = "localvit_nano_patch4_32"
 

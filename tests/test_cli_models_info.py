@@ -9,7 +9,6 @@ import pytest
 import torch
 import tyro
 
-from conftest import GOLDEN, golden_model
 from localvit import create_model, list_models, save_checkpoint
 from localvit.cost import count_multiply_adds, count_parameters, summarize_blocks
 from localvit.data.preprocessing import Preprocessing
@@ -17,6 +16,7 @@ from localvit.zoo import ZOO
 from localvit_cli.columns import columns
 from localvit_cli.info import Info
 from localvit_cli.models import Models
+from published import GOLDEN, golden_model
 
 
 def vit_multiply_adds(embed_dim: int, depth: int, tokens: int, patch: int, classes: int, feed_forward: int) -> int:

@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 import localvit
-from conftest import SHARED, published_state
 from localvit.data.classes import imagenet_synsets, subset_classes
 from localvit.data.datasets import open_pictures
 from localvit.data.pictures import DataError, FilePictures, UnreadablePicture
@@ -20,6 +19,7 @@ from localvit.data.preprocessing import Preprocessing
 from localvit.evaluate import Evaluation, evaluate
 from localvit.inference import InferenceOptions
 from localvit.real_labels import real_accuracy
+from published import SHARED, published_state
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = SHARED / "data" / "imagenet-sample"

@@ -11,9 +11,9 @@ import weights
 from numpy.lib.stride_tricks import sliding_window_view
 from torch import nn
 
-from conftest import GOLDEN
 from localvit import LocalityFeedForward
 from localvit.locality import ACTS, EfficientChannelAttention, SqueezeExcite, resolve_act
+from published import GOLDEN
 
 FIXTURES = json.loads((GOLDEN / "locality_feedforward.json").read_text())
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}

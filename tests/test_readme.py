@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from conftest import published_state
+from published import published_state
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

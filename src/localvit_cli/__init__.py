@@ -1,9 +1,20 @@
 """The command line. It stands beside the package so that `localvit --help` need not import torch."""
 
+import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
+
+
+COMMANDS = {
+    "train": "Train a model by a recipe, a file of settings and flags.",
+    "eval": "Evaluate a model: each picture exactly once, on one process or many.",
+    "predict": "Tell the best classes of pictures.",
+    "models": "List the models, with their size, cost and published accuracy.",
+    "info": "Show what a model is, or what a checkpoint file holds.",
+    "demo": "Train, evaluate and use a small model on handwritten digits.",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -14,30 +25,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     import tyro
 
-    from localvit_cli.demo import Demo
-    from localvit_cli.eval import Eval
-    from localvit_cli.info import Info
-    from localvit_cli.models import Models
-    from localvit_cli.predict import Predict
-    from localvit_cli.train import Train
-
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    commands: dict[str, Callable[..., Any]] = {
-        "train": Train,
-        "eval": Eval,
-        "predict": Predict,
-        "models": Models,
-        "info": Info,
-        "demo": Demo,
-    }
     debug = "--debug" in arguments
-    command = tyro.extras.subcommand_cli_from_dict(
-        commands,
-        prog="localvit",
-        description="Locality for vision transformers. Every command takes --debug, to show where an error came from.",
-        args=[argument for argument in arguments if argument != "--debug"],
-    )
-    return run(command.run, debug=debug)
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    commands = {name: _command(name, summary, name in arguments[:1]) for name, summary in COMMANDS.items()}
+
+    def parse_and_run() -> int | None:
+        command = tyro.extras.subcommand_cli_from_dict(
+            commands,
+            prog="localvit",
+            description="Locality for vision transformers. Each command takes --debug, to show where errors come from.",
+            args=arguments,
+        )
+        return command.run()
+
+    return run(parse_and_run, debug=debug)
+
+
+def _command(name: str, summary: str, wanted: bool) -> Callable[..., Any]:
+    """The command's class if it is `wanted`; of the others, whose imports take time, only what the help says."""
+    if wanted:
+        return getattr(importlib.import_module(f"localvit_cli.{name}"), name.capitalize())
+
+    def described() -> None: ...
+
+    described.__doc__ = summary
+    return described
 
 
 class UsageError(ValueError):

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TextIO
 
 import tyro
 
+from localvit_cli import UsageError
 from localvit_cli.eval import Running, square
 from localvit_cli.prediction_formats import WRITERS, printable
 
@@ -43,6 +44,8 @@ class Predict:
         from localvit.predict import Prediction, predict, readable_class_names
         from localvit_cli.console import progress, say
 
+        if not self.paths:
+            raise UsageError("no picture is named; give files, folders or patterns after the model")
         size = square(self.input_size)
         pictures = MentionedPictures(self.paths)
         ready = ready_model(self.model, checkpoint=self.checkpoint, weights=self.weights, input_size=size)

@@ -195,9 +195,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from localvit_cli import run
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    asked = tyro.cli(
-        Published,
-        prog="main.py",
-        args=[argument for argument in arguments if argument != "--debug"],
-    )
-    return run(asked.run, debug="--debug" in arguments)
+    given = [argument for argument in arguments if argument != "--debug"]
+    return run(lambda: tyro.cli(Published, prog="main.py", args=given).run(), debug="--debug" in arguments)

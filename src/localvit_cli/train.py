@@ -1,38 +1,16 @@
 """`localvit train`: train a model by a recipe, a file of settings, and flags."""
 
 import ast
-import importlib
-import importlib.util
 import inspect
-import sys
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Annotated, Any, TypedDict
+from typing import Annotated, Any, TypedDict
 
 import tyro
 
+from localvit.train.config import TrainConfig, read_recipe, read_settings
 from localvit_cli import UsageError
-
-
-def _config_module() -> ModuleType:
-    """`localvit.train.config` under its own name, from its file alone: importing the package would import torch."""
-    name = "localvit.train.config"
-    if "localvit" in sys.modules:
-        return importlib.import_module(name)
-    package: Any = importlib.util.find_spec("localvit")
-    path = Path(package.submodule_search_locations[0], "train", "config.py")
-    spec: Any = importlib.util.spec_from_file_location(name, path)
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-if TYPE_CHECKING:
-    from localvit.train import config as training
-else:
-    training = _config_module()
 
 
 def _flags() -> Any:
@@ -40,7 +18,7 @@ def _flags() -> Any:
 
     Only a dict tells what was given from what was left at its default, which a recipe may change.
     """
-    (class_body,) = (node.body for node in ast.parse(inspect.getsource(training.TrainConfig)).body)  # type: ignore[attr-defined]
+    (class_body,) = (node.body for node in ast.parse(inspect.getsource(TrainConfig)).body)  # type: ignore[attr-defined]
     help_of = {
         named.target.id: text.value.value.replace("`", "")
         for named, text in pairwise(class_body)
@@ -50,7 +28,7 @@ def _flags() -> Any:
         field.name: Annotated[
             field.type, tyro.conf.arg(help=help_of[field.name], help_behavior_hint=f"(default: {field.default})")
         ]
-        for field in fields(training.TrainConfig)
+        for field in fields(TrainConfig)
     }
     return TypedDict("Flags", flags, total=False)  # type: ignore[operator]
 
@@ -65,13 +43,13 @@ class Train:
     """A YAML file of settings, named like the flags with `_` for `-`."""
     flags: Annotated[_flags(), tyro.conf.arg(name="")]  # type: ignore[valid-type]
 
-    def to_config(self) -> "training.TrainConfig":
+    def to_config(self) -> TrainConfig:
         """The recipe's settings, the file's, and the flags', later ones first. Raises UsageError for a bad one."""
-        merged = training.read_recipe(self.recipe) if self.recipe else {}
-        if self.config:
-            merged |= training.read_settings(self.config)
         try:
-            return training.TrainConfig.of(merged | self.flags)
+            merged = read_recipe(self.recipe) if self.recipe else {}
+            if self.config:
+                merged |= read_settings(self.config)
+            return TrainConfig.of(merged | self.flags)
         except ValueError as error:
             raise UsageError(str(error)) from error
 
@@ -80,7 +58,7 @@ class Train:
         run_training(self.to_config())
 
 
-def run_training(config: "training.TrainConfig") -> None:
+def run_training(config: TrainConfig) -> None:
     """Train as told with a live account of it, and print the last epoch's accuracy and where its checkpoint is."""
     from localvit.train.loop import fit
     from localvit.train.recipe import build

@@ -6,8 +6,8 @@ import torch
 import weights
 from torch.nn.functional import cross_entropy
 
-from conftest import GOLDEN, golden_model
 from localvit.models._builder import from_published, published_key
+from published import GOLDEN, golden_model
 
 NAMES = sorted(path.stem for path in (GOLDEN / "models").glob("*.json"))
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import localvit
-from conftest import published_state
+from published import published_state
 
 
 class Counting(SimpleHTTPRequestHandler):

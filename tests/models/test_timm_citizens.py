@@ -11,10 +11,10 @@ from timm.models import FeatureGraphNet, group_parameters
 from timm.optim import param_groups_weight_decay
 from torch import nn
 
-from conftest import GOLDEN
 from localvit.locality import SqueezeExcite
 from localvit.localize import LocalityMlp
 from localvit.models._builder import published_key
+from published import GOLDEN
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 """float64 through a few layers of order one: rounding in another order of summation, no more."""

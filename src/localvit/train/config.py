@@ -1,7 +1,4 @@
-"""What a training run is told, and reading it from a recipe.
-
-Imports nothing that imports torch: the command line loads this file alone, to show its flags at once.
-"""
+"""What a training run is told, and reading it from a recipe."""
 
 import difflib
 import math
