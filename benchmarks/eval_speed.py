@@ -1,6 +1,6 @@
 """How near is `localvit eval` to the speed of its parts?
 
-    python benchmarks/eval_speed.py --data-path FOLDER [--models NAME...] [--pictures 200] [--rounds 3]
+    python benchmarks/eval_speed.py --data-path FOLDER [--models NAME...] [--pictures 1000] [--rounds 3]
 
 For each model, in interleaved rounds on all cores: (a) decode and transform alone, (b) the model alone on prepared
 batches, (c) the whole evaluation. On shared cores the two parts add: per picture the machine spends the work of both,
@@ -11,6 +11,7 @@ cores that the model does not need, it is min(a, b). Both bounds are printed bes
 import argparse
 import statistics
 import time
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ import torch
 import localvit
 from localvit.data.classes import imagenet_synsets
 from localvit.data.datasets import open_pictures
-from localvit.data.pictures import PreparedPictures
+from localvit.data.pictures import FilePictures, PreparedPictures
 from localvit.data.preprocessing import Preprocessing
 from localvit.evaluate import evaluate
 from localvit.inference import InferenceOptions, batches, forward
@@ -42,7 +43,7 @@ def model_alone(model, prepared_batches, options) -> float:
     return sum(len(batch) for batch in prepared_batches) / (time.perf_counter() - started)
 
 
-def whole(model, pictures, preprocessing, options, count: int) -> float:
+def evaluation(model, pictures, preprocessing, options, count: int) -> float:
     """Pictures a second through the whole evaluation."""
     started = time.perf_counter()
     evaluate(model, pictures, preprocessing, options, class_names=imagenet_synsets(), limit=count)
@@ -54,20 +55,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-path", type=Path, required=True, help="folder with val/<synset>/ pictures")
     parser.add_argument("--models", nargs="+", default=["localvit_tiny"])
-    parser.add_argument("--pictures", type=int, default=200)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--pictures", type=int, default=1000, help="taken from the folder in turn, as often as needed")
+    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     asked = parser.parse_args()
-    pictures = open_pictures("IMNET", asked.data_path)
-    count = min(asked.pictures, len(pictures))
+    found = open_pictures("IMNET", asked.data_path)
+    assert isinstance(found, FilePictures)
+    assert found.root is not None
+    assert found.class_names is not None
+    samples = list(islice(cycle(zip(found.paths, found.labels, strict=True)), asked.pictures))
+    pictures, count = FilePictures(found.root, samples, found.class_names), asked.pictures
     preprocessing = Preprocessing.published((224, 224))
     options = InferenceOptions(batch_size=asked.batch_size, workers=asked.workers)
     prepared = PreparedPictures(pictures, preprocessing.transform())
-    ready = [batch for _, batch, _ in batches(prepared, range(count), options) if batch is not None]
+    some = range(min(count, 256))
+    ready = [batch for _, batch, _ in batches(prepared, some, options) if batch is not None]
     print(
         f"{count} pictures, batch {asked.batch_size}, {asked.workers} workers, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}; medians of {asked.rounds} interleaved rounds, pictures/s"
+        f"torch {torch.__version__}; medians over {asked.rounds} interleaved rounds, ratios round by round, pictures/s"
     )
     print(f"{'model':40} {'decode':>8} {'model':>8} {'whole':>8} {'of shared bound':>16} {'of min':>8}")
     for name in asked.models:
@@ -77,9 +83,12 @@ def main() -> None:
         for _ in range(asked.rounds):
             rates["decode"].append(decode_alone(pictures, preprocessing, options, count))
             rates["model"].append(model_alone(model, ready, options))
-            rates["whole"].append(whole(model, pictures, preprocessing, options, count))
-        a, b, c = (statistics.median(rates[part]) for part in ("decode", "model", "whole"))
-        print(f"{name:40} {a:8.1f} {b:8.1f} {c:8.1f} {c * (1 / a + 1 / b):15.0%} {c / min(a, b):8.0%}", flush=True)
+            rates["whole"].append(evaluation(model, pictures, preprocessing, options, count))
+        rounds = list(zip(*rates.values(), strict=True))
+        a, b, c = (statistics.median(part) for part in rates.values())
+        of_shared = statistics.median(whole * (1 / decode + 1 / alone) for decode, alone, whole in rounds)
+        of_min = statistics.median(whole / min(decode, alone) for decode, alone, whole in rounds)
+        print(f"{name:40} {a:8.1f} {b:8.1f} {c:8.1f} {of_shared:15.0%} {of_min:8.0%}", flush=True)
 
 
 if __name__ == "__main__":

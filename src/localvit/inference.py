@@ -101,8 +101,8 @@ def ready_model(
 class InferenceOptions:
     """How pictures are fed to a model and where it runs; none of it changes a result beyond rounding."""
 
-    batch_size: int = 64
-    """Pictures a batch and process."""
+    batch_size: int = 16
+    """Pictures a batch and process. On a CPU larger ones are slower (docs/eval_speed.md)."""
     workers: int = 2
     """Processes that decode pictures, beside each process that computes; 0 decodes in that one."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))

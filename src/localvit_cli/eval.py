@@ -17,8 +17,8 @@ class Running:
     """cuda, mps or cpu; by default the first of these that there is."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Half precisions run under autocast."""
-    batch_size: int = 64
-    """Pictures a batch and process."""
+    batch_size: int | None = None
+    """Pictures a batch and process; by default 16 on a CPU and 128 elsewhere."""
     workers: int = 2
     """Processes that decode pictures; 0 decodes in the main one."""
     channels_last: bool = False
@@ -35,7 +35,7 @@ class Running:
         try:
             device, warning = choose_device(self.device)
             options = InferenceOptions(
-                batch_size=self.batch_size,
+                batch_size=(16 if device.type == "cpu" else 128) if self.batch_size is None else self.batch_size,
                 workers=self.workers,
                 device=device,
                 dtype=DTYPES[self.dtype],

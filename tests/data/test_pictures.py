@@ -139,10 +139,11 @@ def test_hidden_and_empty_are_left_out_with_a_remark(tmp_path):
     assert any("bat" in remark and "no pictures" in remark for remark in remarks)
 
 
-def test_links_are_followed(tmp_path):
+def test_links_are_followed_once(tmp_path):
     write(tmp_path / "elsewhere", "1.png")
     (tmp_path / "root").mkdir()
     (tmp_path / "root" / "ape").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "around").symlink_to(tmp_path / "elsewhere")
     assert scan_folder(tmp_path / "root")[0].paths == ["ape/1.png"]
 
 

@@ -139,10 +139,15 @@ def scan_folder(root: Path) -> tuple[FilePictures, list[str]]:
 def pictures_below(folder: Path) -> list[Path]:
     """The picture files in a folder and its sub-folders, each folder's sorted, hidden files and folders left out.
 
-    Raises OSError for a folder that cannot be listed.
+    Links are followed, to each folder once. Raises OSError for a folder that cannot be listed.
     """
-    found = []
+    found: list[Path] = []
+    walked = set()
     for directory, subdirectories, files in os.walk(folder, onerror=_raise, followlinks=True):
+        if (where := Path(directory).resolve()) in walked:  # a link to a folder above would lead around in circles
+            subdirectories.clear()
+            continue
+        walked.add(where)
         subdirectories[:] = sorted(name for name in subdirectories if not name.startswith("."))
         found += [
             Path(directory, name)
