@@ -106,6 +106,23 @@ def test_positions_are_resampled_for_another_size(nano, tmp_path):
     torch.testing.assert_close(other.eval()(x), nano.eval()(x), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["localvit_tiny", "localvit_tnt_tiny", "localvit_pvt_tiny", "localvit_t2t_7"])
+def test_every_family_keeps_its_size_and_takes_another(name, tmp_path):
+    torch.manual_seed(4)
+    model = localvit.create_model(name, num_classes=3).eval()
+    model.set_input_size((64, 96))
+    path = localvit.save_checkpoint(model, tmp_path / "a.safetensors")
+    pictures = torch.randn(1, 3, 64, 96)
+    again, checkpoint = localvit.model_from_checkpoint(path)
+    assert checkpoint.img_size == (64, 96)
+    assert again.position_grids() == model.position_grids()
+    torch.testing.assert_close(again.eval()(pictures), model(pictures), rtol=0, atol=0)
+    larger, _ = localvit.model_from_checkpoint(path, img_size=(128, 96))
+    taller = torch.randn(1, 3, 128, 96)
+    # The same resampling, once and for all or in the forward; float32 sums in another order.
+    torch.testing.assert_close(larger.eval()(taller), model(taller), rtol=1e-4, atol=1e-5)
+
+
 def test_a_failed_load_leaves_the_model_unchanged(nano, tmp_path):
     path = localvit.save_checkpoint(nano, tmp_path / "a.safetensors")
     other = localvit.create_model(NANO, num_classes=4)

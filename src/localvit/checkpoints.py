@@ -270,17 +270,27 @@ def _describe(
     made_from = getattr(model, "made_from", None)
     if made_from is None:
         raise ValueError("this model does not know how it was made; make it with localvit.create_model")
-    img_size = getattr(getattr(model, "patch_embed", None), "img_size", None) or getattr(model, "img_size", None)
+    img_size = _img_size(model)
+    # What may have changed since the model was made.
+    present = {"num_classes": getattr(model, "num_classes", None)}
+    if img_size and hasattr(model, "set_input_size"):
+        present["img_size"] = img_size
     published = published_model(made_from["name"])
     return {
         "format": FORMAT,
         "name": published.name if published else made_from["name"],
-        "args": made_from["args"] | {"num_classes": getattr(model, "num_classes", None)},
+        "args": made_from["args"] | present,
         "img_size": img_size,
         "class_names": list(class_names) if class_names is not None else None,
         "preprocessing": dict(preprocessing) if preprocessing is not None else None,
         "about": versions() | dict(about or {}),
     }
+
+
+def _img_size(model: nn.Module) -> tuple[int, int] | None:
+    """Height and width that the model's first embedding of patches, if it has one, is made for."""
+    sizes = (getattr(module, "img_size", None) for module in model.modules())
+    return next((size for size in sizes if isinstance(size, tuple)), None)
 
 
 def versions() -> dict[str, str]:
