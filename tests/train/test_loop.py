@@ -18,7 +18,15 @@ from localvit.train.recipe import build
 from localvit.train.state import save_epoch
 
 KEYS = ["train_lr", "train_loss", "test_loss", "test_acc1", "test_acc5", "epoch", "n_parameters"]
-STILL = {"mixup": 0.0, "cutmix": 0.0, "hflip": 0.0, "auto_augment": None, "color_jitter": 0.0, "random_erasing": 0.0}
+STILL = {
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "hflip": 0.0,
+    "auto_augment": None,
+    "color_jitter": 0.0,
+    "random_erasing": 0.0,
+    "repeated_aug": False,
+}
 
 
 def trained(config):
@@ -49,7 +57,7 @@ def test_epochs_differ_and_each_takes_a_picture_once(tiny_digits, tmp_path):
     orders = []
     for epoch in (0, 1):
         batches.order.epoch = epoch
-        orders.append([index for _, index in batches.order])
+        orders.append([index for _, index, _ in batches.order])
         assert sorted(orders[-1]) == list(range(39))
     assert orders[0] != orders[1]
     first, second = (next(batches.epoch(epoch))[0] for epoch in (0, 1))

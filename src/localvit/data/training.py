@@ -9,6 +9,7 @@ Shapes: B pictures of a batch, C channels, H and W pixels.
 import random
 from collections.abc import Callable, Iterator, Sequence
 from enum import IntEnum
+from itertools import islice
 
 import numpy as np
 import torch
@@ -28,47 +29,63 @@ class Draws(IntEnum):
     STEP = 3
 
 
-def seed_draws(seed: int, purpose: Draws, epoch: int = 0, place: int = 0) -> None:
+def seed_draws(seed: int, purpose: Draws, epoch: int = 0, place: int = 0, repeat: int = 0) -> None:
     """Start Python's, NumPy's and torch's generators (augmentations use all three) from these numbers alone."""
-    words = _sequence(seed, purpose, epoch, place).generate_state(4, np.uint32)
+    words = _sequence(seed, purpose, epoch, place, repeat).generate_state(4, np.uint32)
     random.seed(int(words[0]))
     np.random.seed(words[1])
     torch.manual_seed(int(words[2]) << 32 | int(words[3]))
 
 
-def _sequence(seed: int, purpose: Draws, epoch: int, place: int) -> np.random.SeedSequence:
-    return np.random.SeedSequence(seed, spawn_key=(purpose, epoch, place))
+def _sequence(seed: int, purpose: Draws, epoch: int, place: int, repeat: int) -> np.random.SeedSequence:
+    return np.random.SeedSequence(seed, spawn_key=(purpose, epoch, place, repeat))
+
+
+Place = tuple[int, int, int]
+"""A picture as it is trained on: epoch, index in the data set, and which of its repeats in the epoch, all from 0."""
 
 
 class AugmentedPictures(Dataset):
-    """Pictures under a random transform: item (epoch, i) is (tensor (C, H, W), label), or why i cannot be read."""
+    """Pictures under a random transform: a `Place` holds (tensor (C, H, W), label), or why it cannot be read."""
 
     def __init__(self, pictures: Pictures, transform: Callable[[Image.Image], Tensor], seed: int) -> None:
         self.pictures = pictures
         self.prepared = PreparedPictures(pictures, transform)
         self.seed = seed
 
-    def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, int] | str:
-        epoch, index = place
-        seed_draws(self.seed, Draws.PICTURE, epoch, index)
+    def __getitem__(self, place: Place) -> tuple[Tensor, int] | str:
+        epoch, index, repeat = place
+        seed_draws(self.seed, Draws.PICTURE, epoch, index, repeat)
         _, picture = self.prepared[index]
         return picture if isinstance(picture, str) else (picture, self.pictures.labels[index])
 
 
-class ShuffledEpoch(Sampler[tuple[int, int]]):
-    """Each picture of a data set once, as (epoch, index), in an order that follows from the seed and the epoch."""
+class ShuffledEpoch(Sampler[Place]):
+    """The pictures that one process trains on in an epoch, in an order that follows from the seed and the epoch.
 
-    def __init__(self, count: int, seed: int) -> None:
+    Pictures are shuffled, each repeated in a row, and dealt out in turn to the processes. With one repeat each process
+    gets its share of the data set. With more (repeated augmentation, arXiv 1902.05509) it gets no more pictures than
+    that, of a number rounded down to a multiple of 256, so fewer different ones: the published rule, except that a
+    data set of less than 256 pictures counts whole, where the published program would train on nothing.
+    """
+
+    def __init__(self, count: int, seed: int, *, repeats: int = 1, num_processes: int = 1, process: int = 0) -> None:
         self.count = count
         self.seed = seed
+        self.repeats = repeats
+        self.num_processes = num_processes
+        self.process = process
         self.epoch = 0
 
     def __len__(self) -> int:
-        return self.count
+        rounded = self.count // 256 * 256 if self.repeats > 1 else 0
+        return (rounded or self.count) // self.num_processes
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = np.random.default_rng(_sequence(self.seed, Draws.ORDER, self.epoch, 0)).permutation(self.count)
-        return ((self.epoch, int(index)) for index in order)
+    def __iter__(self) -> Iterator[Place]:
+        order = np.random.default_rng(_sequence(self.seed, Draws.ORDER, self.epoch, 0, 0)).permutation(self.count)
+        dealt = ((int(index), repeat) for index in order for repeat in range(self.repeats))
+        mine = islice(dealt, self.process, None, self.num_processes)
+        return ((self.epoch, index, repeat) for index, repeat in islice(mine, len(self)))
 
 
 class TrainingBatches:
@@ -77,12 +94,13 @@ class TrainingBatches:
     Raises ValueError when the pictures do not fill one batch.
     """
 
-    def __init__(self, pictures: AugmentedPictures, *, batch_size: int, workers: int, pin_memory: bool) -> None:
-        count = len(pictures.pictures)
-        if count < batch_size:
-            raise ValueError(f"batch_size={batch_size} is more than the {count} pictures to train on")
+    def __init__(
+        self, pictures: AugmentedPictures, *, batch_size: int, repeats: int, workers: int, pin_memory: bool
+    ) -> None:
         self.batch_size = batch_size
-        self.order = ShuffledEpoch(count, pictures.seed)
+        self.order = ShuffledEpoch(len(pictures.pictures), pictures.seed, repeats=repeats)
+        if len(self.order) < batch_size:
+            raise ValueError(f"batch_size={batch_size} is more than the {len(self.order)} pictures to train on")
         self.loader: DataLoader = DataLoader(
             pictures,
             batch_size=batch_size,

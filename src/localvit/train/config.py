@@ -65,6 +65,8 @@ class TrainConfig:
     """Probability that a batch is mixed, where either is on."""
     mixup_switch_prob: float = 0.5
     """Probability of CutMix rather than mixup, where both are on."""
+    repeated_aug: bool = True
+    """Take each picture three times in a row, differently augmented, and so fewer pictures an epoch."""
     hflip: float = 0.5
     """Probability of a horizontal flip."""
     auto_augment: str | None = "rand-m9-mstd0.5-inc1"

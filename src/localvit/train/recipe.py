@@ -25,6 +25,8 @@ from localvit.train.config import TrainConfig
 from localvit.train.state import LOG, TrainState
 from localvit.zoo import create_model
 
+REPEATS = 3
+"""How often repeated augmentation takes a picture."""
 SMALL = 32
 """Side in pixels up to which a shifted crop takes the place of the resized one."""
 
@@ -89,6 +91,7 @@ def build(config: TrainConfig, remark: Callable[[str], None] = lambda message: N
     batches = TrainingBatches(
         AugmentedPictures(train_pictures, augmentation(config, preprocessing), config.seed),
         batch_size=config.batch_size,
+        repeats=REPEATS if config.repeated_aug else 1,
         workers=config.workers,
         pin_memory=device.type == "cuda",
     )
