@@ -167,7 +167,7 @@ def test_info_of_a_file(capsys, checkpoint):
     content = checkpoint.read_bytes()
     assert (file["bytes"], file["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
     assert (file["layout"], file["name"]) == ("localvit", "localvit_nano_patch4_32")
-    assert file["args"] == {"num_classes": 7, "in_chans": 1, "local_blocks": "1-2"}
+    assert file["args"] == {"num_classes": 7, "in_chans": 1, "local_blocks": "1-2", "img_size": [32, 32]}
     assert file["weights"] == ["raw", "ema"]
     assert file["class_names"][6] == "kind 6"
     assert file["preprocessing"]["input_size"] == [32, 40]
