@@ -120,6 +120,12 @@ class InferenceOptions:
         if self.workers < 0:
             raise ValueError(f"workers={self.workers} must not be negative")
 
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """What a forward runs under: autocast in half precision, nothing in float32."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
 
 def _collate(items: Sequence[tuple[int, Tensor | str]]) -> tuple[list[int], Tensor | None, list[tuple[int, str]]]:
     read = [(index, picture) for index, picture in items if isinstance(picture, Tensor)]
@@ -185,7 +191,5 @@ def forward(model: nn.Module, pictures_BCHW: Tensor, options: InferenceOptions) 
     """Logits (B, M) in float32 of a model in evaluation mode."""
     memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
     pictures_BCHW = pictures_BCHW.to(options.device, non_blocking=True, memory_format=memory_format)
-    half = options.dtype != torch.float32
-    autocast = torch.autocast(options.device.type, options.dtype) if half else contextlib.nullcontext()
-    with autocast:
+    with options.autocast():
         return model(pictures_BCHW).float()

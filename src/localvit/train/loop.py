@@ -3,12 +3,10 @@
 Shapes: B pictures of a batch, C channels, H and W pixels, M classes.
 """
 
-import contextlib
 import math
 from collections.abc import Callable
 from statistics import fmean
 
-import torch
 from torch.nn.utils import clip_grad_norm_
 
 from localvit.data.training import Draws, seed_draws
@@ -63,7 +61,6 @@ def fit(
 def train_epoch(training: Training, epoch: int, progress: Progress = lambda done, note: None) -> float:
     """Train on each batch of `epoch` once; returns the mean loss. Raises as `fit`."""
     config, state, device = training.config, training.state, training.options.device
-    half = training.options.dtype != torch.float32
     learning_rate = state.optimizer.param_groups[0]["lr"]
     losses = []
     state.model.train()
@@ -73,7 +70,7 @@ def train_epoch(training: Training, epoch: int, progress: Progress = lambda done
         labels = labels.to(device, non_blocking=True)
         if training.mixup:
             pictures_BCHW, labels = training.mixup(pictures_BCHW, labels)  # labels (B) become probabilities (B, M)
-        with torch.autocast(device.type, training.options.dtype) if half else contextlib.nullcontext():
+        with training.options.autocast():
             loss = training.criterion(state.model(pictures_BCHW), labels)
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
