@@ -10,7 +10,8 @@ sys.path.insert(0, str(Path(__file__).parent / "train"))
 from tiny import write_some_digits
 
 from localvit.checkpoints import read_checkpoint
-from localvit.train.config import TrainConfig, read_recipe
+from localvit.train.config import TrainConfig
+from localvit.train.settings import read_recipe
 from localvit_cli.demo import run_demo
 
 

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import tyro
 from PIL import Image
 
+from localvit_cli.published import Published, to_config
+from localvit_cli.train import Train
 from published import published_state
 
 ROOT = Path(__file__).parents[1]
@@ -19,13 +22,15 @@ BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.MULTILINE | re.DOT
 PROGRAMS = {
     "localvit": [sys.executable, "-m", "localvit_cli"],
     "python": [sys.executable],
-    "torchrun": [sys.executable, "-m", "torch.distributed.run"],
 }
 
 
 def make_place(folder: Path) -> None:
     """A released checkpoint's stand-in, two synsets of an ImageNet, and a user's pictures of three classes."""
     torch.save({"model": published_state("localvit_tiny_mlp4_act3_r192")}, folder / "localvit_t.pth")
+    downloaded = folder / "torch" / "hub" / "checkpoints"  # where a download would put it
+    downloaded.mkdir(parents=True)
+    (downloaded / "localvit_t.pth").symlink_to(folder / "localvit_t.pth")
     (folder / "main.py").symlink_to(ROOT / "main.py")
     rng = np.random.default_rng(0)
     classes = [f"imagenet/val/{synset}" for synset in ("n01440764", "n01484850")]
@@ -41,10 +46,25 @@ def run_commands(block: str, folder: Path) -> None:
         words = shlex.split(line, comments=True)
         if words[0] == "make":  # what `make` runs is this suite, and the demo, which has tests of its own
             continue
+        if words[0] == "torchrun":  # eight GPUs and 300 epochs: here, that the flags are right
+            check_flags(words[words.index("main.py" if "main.py" in words else "localvit_cli") :])
+            continue
         command = PROGRAMS[words[0]] + words[1:]
-        environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+        if "finetune" in words:
+            command += ["--epochs", "1", "--batch-size", "8"]
+        own = {"XDG_CACHE_HOME": str(folder / "cache"), "TORCH_HOME": str(folder / "torch"), "OMP_NUM_THREADS": "1"}
+        environment = os.environ | own
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, timeout=200)
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+
+
+def check_flags(words: list[str]) -> None:
+    if words[0] == "main.py":
+        config = to_config(tyro.cli(Published, args=words[1:]))
+    else:
+        assert words[1] == "train"
+        config = tyro.cli(Train, args=words[2:]).to_config()
+    assert (config.batch_size, config.epochs) == (128, 300)
 
 
 def test_every_block_runs_in_order(tmp_path, monkeypatch):
@@ -64,7 +84,7 @@ def test_every_block_runs_in_order(tmp_path, monkeypatch):
     assert names["y_BCHW"].shape == (2, 192, 14, 20)
     assert names["x_BNC"].shape == (2, 281, 192)
     assert names["checkpoint"].class_names == ["ape", "bat", "cow"]
-    for written in ("report/report.html", "predictions.csv", "mine.pth"):
+    for written in ("report/report.html", "predictions.csv", "mine.pth", "runs.png", "runs/mine/summary.md"):
         assert (tmp_path / written).is_file()
 
 

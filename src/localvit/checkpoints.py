@@ -5,6 +5,7 @@ everything needed to use them (`Checkpoint`'s fields). Published files are torch
 `model_ema` and `args`.
 """
 
+import functools
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from localvit.files import written_whole
-from localvit.models._builder import COMPUTED_ENTRIES, from_published, published_key
+from localvit.models._builder import COMPUTED_ENTRIES, own_names, published_key
 from localvit.models._positions import resample_state
 from localvit.weight_files import CheckpointError, read_weight_file
 from localvit.zoo import ZOO, create_model, published_model
@@ -77,21 +78,14 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if header is not None:
         raw = {key.removeprefix("raw/"): value for key, value in content.items() if key.startswith("raw/")}
         ema = {key.removeprefix("ema/"): value for key, value in content.items() if key.startswith("ema/")}
-        return Checkpoint(
-            path=path,
-            layout="localvit",
-            raw=raw,
-            ema=ema or None,
-            name=header["name"],
-            args=header["args"],
-            img_size=tuple(header["img_size"]) if header["img_size"] else None,
-            class_names=header["class_names"],
-            preprocessing=header["preprocessing"],
-            about=header["about"],
-        )
+        return Checkpoint(path=path, layout="localvit", raw=raw, ema=ema or None, **_described(header))
     raw = content.get("model", content.get("state_dict", content))
     if not isinstance(raw, Mapping) or not raw or not all(isinstance(value, Tensor) for value in raw.values()):
         raise CheckpointError(f"{path} holds no weights: expected tensors, or an entry 'model' of tensors")
+    if isinstance(content.get(HEADER), Mapping):  # a training state of ours
+        return Checkpoint(
+            path=path, layout="published", raw=dict(raw), ema=content.get("model_ema"), **_described(content[HEADER])
+        )
     asked = content.get("args")
     return Checkpoint(
         path=path,
@@ -102,6 +96,12 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         args={"num_classes": _classes_of(dict(raw))} if _classes_of(dict(raw)) else {},
         about={"epoch": content["epoch"]} if isinstance(content.get("epoch"), int) else {},
     )
+
+
+def _described(header: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `Checkpoint` that a header of `describe` holds."""
+    fields = {key: header[key] for key in ("name", "args", "class_names", "preprocessing", "about")}
+    return fields | {"img_size": tuple(header["img_size"]) if header["img_size"] else None}
 
 
 def _header(path: Path) -> dict[str, Any] | None:
@@ -132,30 +132,37 @@ def load_checkpoint(model: nn.Module, path: str | Path, weights: Literal["raw", 
             of another class count, or has missing or surplus keys. The model is then unchanged.
     """
     checkpoint = read_checkpoint(path)
-    _load(model, checkpoint, weights)
+    load_weights(model, checkpoint, weights)
     return checkpoint
 
 
-def _load(model: nn.Module, checkpoint: Checkpoint, weights: Literal["raw", "ema"]) -> None:
-    held = checkpoint.weights(weights)
-    if checkpoint.layout == "published":
-        state_dict = from_published(held, model) if hasattr(model, "PUBLISHED_KEYS") else dict(held)
-    else:
-        state_dict = resample_state(model, held, checkpoint.img_size) if checkpoint.img_size else dict(held)
-    wanted = model.state_dict()
-    _check_fit(checkpoint, state_dict, wanted)
+def load_weights(model: Any, checkpoint: Checkpoint, weights: Literal["raw", "ema"] = "raw") -> None:
+    """What `load_checkpoint` does, for a file that is read already. Raises as it does."""
+    state_dict = weights_for(model, checkpoint, weights)
+    img_size = checkpoint.img_size
+    if checkpoint.layout == "published" and hasattr(model, "PUBLISHED_KEYS"):
+        img_size = img_size or model.pretrained_cfg["input_size"][1:]
+    if img_size:
+        state_dict = resample_state(model, state_dict, img_size)
+    _check_fit(checkpoint, state_dict, model.state_dict())
     model.load_state_dict(state_dict)
+
+
+def weights_for(model: nn.Module, checkpoint: Checkpoint, weights: Literal["raw", "ema"] = "raw") -> dict[str, Tensor]:
+    """A checkpoint's weights under the model's names; unknown entries keep theirs."""
+    held = checkpoint.weights(weights)
+    published = checkpoint.layout == "published" and hasattr(model, "PUBLISHED_KEYS")
+    # A plain state dict may have our names, some of which are also published ones, of other entries.
+    return own_names(held, model) if published and held.keys() != model.state_dict().keys() else held
 
 
 def _check_fit(checkpoint: Checkpoint, state_dict: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError, saying what does not fit and what to do, unless the entries are the wanted ones."""
     path = checkpoint.path
-    missing = [key for key in wanted if key not in state_dict]
-    surplus = [key for key in state_dict if key not in wanted]
-    misshapen = [key for key in wanted if key in state_dict and state_dict[key].shape != wanted[key].shape]
-    if not (missing or surplus or misshapen):
+    wrong = misfit(state_dict, wanted)
+    if not wrong:
         return
-    if not (missing or surplus) and all(key.startswith("head") for key in misshapen):
+    if wrong.keys() == {"of another shape"} and all(key.startswith("head") for key in wrong["of another shape"]):
         holds, has = _classes_of(state_dict), _classes_of(wanted)
         raise CheckpointError(
             f"{path} has {holds} classes and the model {has}: make the model with num_classes={holds} to load it, "
@@ -164,13 +171,27 @@ def _check_fit(checkpoint: Checkpoint, state_dict: Mapping[str, Tensor], wanted:
     known = None if checkpoint.layout == "localvit" else _known_model(checkpoint.raw)
     if checkpoint.layout == "localvit" and checkpoint.name:
         known = checkpoint.name
+    advice = f"; it is a {known}" if known else ""
+    raise CheckpointError(f"{path} does not fit the model{advice}: {said_misfit(wrong)}")
+
+
+def misfit(state_dict: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """The entries that are not as wanted, by what is wrong with them; nothing where all fit."""
+    wrong = {
+        "missing": [key for key in wanted if key not in state_dict],
+        "surplus": [key for key in state_dict if key not in wanted],
+        "of another shape": [key for key in wanted if key in state_dict and state_dict[key].shape != wanted[key].shape],
+    }
+    return {what: keys for what, keys in wrong.items() if keys}
+
+
+def said_misfit(wrong: Mapping[str, Sequence[str]]) -> str:
+    """What `misfit` found, for a person."""
     parts = [
         f"{len(keys)} {what} ({', '.join(keys[:_NAMED])}{', ...' if len(keys) > _NAMED else ''})"
-        for what, keys in (("missing", missing), ("surplus", surplus), ("of another shape", misshapen))
-        if keys
+        for what, keys in wrong.items()
     ]
-    advice = f"; it is a {known}" if known else ""
-    raise CheckpointError(f"{path} does not fit the model{advice}: entries {', '.join(parts)}")
+    return f"entries {', '.join(parts)}"
 
 
 def _known_model(state_dict: Mapping[str, Tensor]) -> str | None:
@@ -180,12 +201,14 @@ def _known_model(state_dict: Mapping[str, Tensor]) -> str | None:
         for key, value in state_dict.items()
         if not key.startswith("head") and not key.endswith(COMPUTED_ENTRIES)
     }
-    for published in ZOO:
-        model = create_model(published.name, device="meta")
-        own = {published_key(model, key): value.shape for key, value in model.state_dict().items()}
-        if {key: shape for key, shape in own.items() if not key.startswith("head")} == shapes:
-            return published.name
-    return None
+    return next((published.name for published in ZOO if _published_shapes(published.name) == shapes), None)
+
+
+@functools.cache
+def _published_shapes(name: str) -> dict[str, torch.Size]:
+    model = create_model(name, device="meta")
+    entries = ((published_key(model, key), value.shape) for key, value in model.state_dict().items())
+    return {key: shape for key, shape in entries if not key.startswith("head")}
 
 
 def model_from_checkpoint(
@@ -211,7 +234,7 @@ def model_from_checkpoint(
         said = f"says its model is {checkpoint.name!r}, which is not known" if checkpoint.name else "names no model"
         raise CheckpointError(f"{path} {said}, and no published model has its entries: give the model's name")
     model = create_model(name, **checkpoint.args | overrides)
-    _load(model, checkpoint, weights)
+    load_weights(model, checkpoint, weights)
     return model, checkpoint
 
 
@@ -247,8 +270,8 @@ def save_checkpoint(
         raise ValueError(f"{len(class_names)} class names for a model of {num_classes} classes")
     with written_whole(path) as unfinished:
         if layout == "published":
-            averaged = {"model_ema": _published(model, ema)} if ema is not None else {}
-            torch.save({"model": _published(model, model.state_dict())} | averaged, unfinished)
+            averaged = {"model_ema": published_state(model, ema)} if ema is not None else {}
+            torch.save({"model": published_state(model, model.state_dict())} | averaged, unfinished)
         else:
             tensors = {f"raw/{key}": value for key, value in model.state_dict().items()}
             tensors |= {f"ema/{key}": value for key, value in (ema or {}).items()}
@@ -256,21 +279,22 @@ def save_checkpoint(
             copies = {
                 key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()
             }
-            header = _describe(model, class_names, preprocessing, about)
+            header = describe(model, class_names, preprocessing, about)
             safetensors.torch.save_file(copies, unfinished, metadata={HEADER: json.dumps(header)})
     return path
 
 
-def _describe(
+def describe(
     model: nn.Module,
     class_names: Sequence[str] | None,
     preprocessing: Mapping[str, Any] | None,
     about: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
+    """What a checkpoint says of a model, beside its weights, in plain values. Arguments are `save_checkpoint`'s."""
     made_from = getattr(model, "made_from", None)
     if made_from is None:
         raise ValueError("this model does not know how it was made; make it with localvit.create_model")
-    img_size = _img_size(model)
+    img_size = img_size_of(model)
     # What may have changed since the model was made.
     present = {"num_classes": getattr(model, "num_classes", None)}
     if img_size and hasattr(model, "set_input_size"):
@@ -287,7 +311,7 @@ def _describe(
     }
 
 
-def _img_size(model: nn.Module) -> tuple[int, int] | None:
+def img_size_of(model: nn.Module) -> tuple[int, int] | None:
     """Height and width that the model's first embedding of patches, if it has one, is made for."""
     sizes = (getattr(module, "img_size", None) for module in model.modules())
     return next((size for size in sizes if isinstance(size, tuple)), None)
@@ -297,13 +321,13 @@ def versions() -> dict[str, str]:
     """The versions of what computes, for the record."""
     return {
         "localvit": version("localvit"),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # its own class is no plain text
         "timm": timm.__version__,
         "python": platform.python_version(),
     }
 
 
-def _published(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def published_state(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict under the published names, with the entries that the published program computes and stores."""
     computed: dict[str, Tensor] = getattr(model, "published_buffers", dict)()
     return {published_key(model, key): value for key, value in state_dict.items()} | computed

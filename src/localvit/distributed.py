@@ -1,7 +1,7 @@
 """The few words of torch.distributed that the package needs, true in a single process too."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,6 +31,46 @@ def gather(value: Any) -> list[Any]:
     gathered: list[Any] = [None] * world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+def together(work: Callable[[], Any]) -> Any:
+    """What `work` returns here; where it raises on any process, all of them stop, and none waits for another.
+
+    Raises what `work` raises here, or RuntimeError with what it raised elsewhere.
+    """
+    failure: Exception | None = None
+    result = None
+    try:
+        result = work()
+    except Exception as error:
+        failure = error
+    told = gather(None if failure is None else f"{type(failure).__name__}: {failure}")
+    if failure is not None:
+        raise failure
+    for process, words in enumerate(told):
+        if words:
+            raise RuntimeError(f"process {process} of {world_size()} failed: {words}")
+    return result
+
+
+def from_main(work: Callable[[], Any]) -> Any:
+    """What `work` returns on the first process, which alone calls it, on every process."""
+    told = [together(lambda: work() if rank() == 0 else None)]
+    if world_size() > 1:
+        dist.broadcast_object_list(told)
+    return told[0]
+
+
+def check_agreement(facts: Mapping[str, Any]) -> None:
+    """Raise ValueError on every process, naming what differs and where, unless all processes hold the same facts."""
+    everyone = gather(dict(facts))
+    for name in everyone[0]:
+        for process, theirs in enumerate(everyone):
+            if theirs.get(name) != everyone[0][name]:
+                raise ValueError(
+                    f"the processes disagree about {name}: {everyone[0][name]!r} on process 0, {theirs.get(name)!r} on "
+                    f"process {process}; start them all with the same flags, data and installation"
+                )
 
 
 @contextmanager

@@ -15,7 +15,10 @@ def written_whole(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
+        unfinished.touch()
+        usual_mode = unfinished.stat().st_mode  # some writers leave their files to their owner alone
         yield unfinished
+        unfinished.chmod(usual_mode)
         with unfinished.open("rb+") as file:
             os.fsync(file.fileno())
         unfinished.replace(path)

@@ -4,12 +4,9 @@ Shapes: B pictures of a batch, C channels, H and W pixels, M classes of the mode
 """
 
 import contextlib
-import signal
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import torch
@@ -20,6 +17,7 @@ from localvit.checkpoints import Checkpoint, model_from_checkpoint
 from localvit.data.classes import model_class_names
 from localvit.data.pictures import PreparedPictures
 from localvit.data.preprocessing import Preprocessing
+from localvit.data.workers import leave_quietly, loaded
 from localvit.zoo import create_model
 
 CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
@@ -133,32 +131,6 @@ def _collate(items: Sequence[tuple[int, Tensor | str]]) -> tuple[list[int], Tens
     return [index for index, _ in read], torch.stack([picture for _, picture in read]) if read else None, failed
 
 
-@contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Hold Ctrl-C back while worker processes start; they inherit that, and leave it to the process that started them.
-
-    An interrupted worker would print its traceback, and a half-started one fails to be put away.
-    """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _leave_quietly(worker: int) -> None:
-    """Let a worker process say nothing when the process that it was handing a picture to has gone."""
-
-    def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        if not issubclass(kind, ConnectionError | EOFError):
-            sys.__excepthook__(kind, error, traceback)
-
-    sys.excepthook = hook
-
-
 def batches(
     prepared: PreparedPictures, indices: Sequence[int], options: InferenceOptions
 ) -> Iterator[tuple[list[int], Tensor | None, list[tuple[int, str]]]]:
@@ -172,19 +144,9 @@ def batches(
         num_workers=min(options.workers, -(-len(indices) // options.batch_size)),
         collate_fn=_collate,
         pin_memory=options.device.type == "cuda",
-        worker_init_fn=_leave_quietly,
+        worker_init_fn=leave_quietly,
     )
-    try:
-        with _interrupts_held():
-            loading = iter(loader)
-        yield from loading
-    except RuntimeError as error:
-        if "exited unexpectedly" in str(error) or ("worker" in str(error) and "killed" in str(error)):
-            raise RuntimeError(
-                "a process that decodes pictures died (out of memory, or killed); "
-                "try fewer --workers or a smaller --batch-size"
-            ) from error
-        raise
+    yield from loaded(loader)
 
 
 def forward(model: nn.Module, pictures_BCHW: Tensor, options: InferenceOptions) -> Tensor:

@@ -10,6 +10,8 @@ from typing import Any
 COMMANDS = {
     "train": "Train a model by a recipe, a file of settings and flags.",
     "eval": "Evaluate a model: each picture exactly once, on one process or many.",
+    "check-data": "Find what would hurt in a folder of pictures before training on it.",
+    "compare": "Put training runs side by side.",
     "predict": "Tell the best classes of pictures.",
     "models": "List the models, with their size, cost and published accuracy.",
     "info": "Show what a model is, or what a checkpoint file holds.",
@@ -45,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _command(name: str, summary: str, wanted: bool) -> Callable[..., Any]:
     """The command's class if it is `wanted`; of the others, whose imports take time, only what the help says."""
     if wanted:
-        return getattr(importlib.import_module(f"localvit_cli.{name}"), name.capitalize())
+        module = importlib.import_module(f"localvit_cli.{name.replace('-', '_')}")
+        return getattr(module, name.title().replace("-", ""))
 
     def described() -> None: ...
 

@@ -28,7 +28,8 @@ class Demo:
         import torch
 
         from localvit.data.datasets import default_digits_folder
-        from localvit.train.config import TrainConfig, read_recipe
+        from localvit.train.config import TrainConfig
+        from localvit.train.settings import read_recipe
 
         # How sums are split over threads changes their rounding; with one, a seed gives the same bits on any number of
         # cores.
@@ -43,21 +44,21 @@ def run_demo(config: "TrainConfig") -> float:
     """Train on digits as told, evaluate the last checkpoint, predict with it, say where it all is; returns Acc@1."""
     import json
 
-    from localvit.train.curves import draw_curves
-    from localvit.train.state import BEST, LAST, LOG
+    from localvit.train.files import BEST, LAST, LOG, STATE
+    from localvit.train.watch import CURVES
     from localvit_cli.eval import Eval
     from localvit_cli.predict import Predict
     from localvit_cli.train import run_training
 
     assert config.data_path is not None
-    for name in (LAST, BEST, LOG):
+    for name in (LAST, BEST, LOG, STATE):
         (config.output_dir / name).unlink(missing_ok=True)
     run_training(config)
 
     checkpoint, report = config.output_dir / LAST, config.output_dir / "report"
-    curves = draw_curves(config.output_dir / LOG, config.output_dir / "curves.png", "LocalViT-nano on digits")
     Eval(model=str(checkpoint), data_set="DIGITS", data_path=config.data_path, report=report).run()
     shown = [str(min((config.data_path / "val" / str(digit)).iterdir())) for digit in range(SHOWN)]
     Predict(model=str(checkpoint), paths=tuple(shown), topk=2).run()
+    curves = config.output_dir / CURVES
     print(f"checkpoint: {checkpoint}\ncurves:     {curves}\nreport:     {report / 'report.html'}", flush=True)
     return json.loads((report / "results.json").read_text())["acc1"]

@@ -2,14 +2,19 @@
 
 import ast
 import inspect
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 import tyro
+import yaml
 
-from localvit.train.config import TrainConfig, read_recipe, read_settings
+from localvit.train.config import TrainConfig
+from localvit.train.files import CONFIG
+from localvit.train.settings import read_recipe, read_settings
 from localvit_cli import UsageError
 
 
@@ -24,12 +29,16 @@ def _flags() -> Any:
         for named, text in pairwise(class_body)
         if isinstance(named, ast.AnnAssign) and isinstance(named.target, ast.Name)
     }
-    flags = {
+    flags: dict[str, Any] = {
         field.name: Annotated[
             field.type, tyro.conf.arg(help=help_of[field.name], help_behavior_hint=f"(default: {field.default})")
         ]
         for field in fields(TrainConfig)
+        if field.name != "model_args"
     }
+    flags["model_args"] = Annotated[
+        tuple[str, ...], tyro.conf.arg(help=help_of["model_args"], metavar="NAME=VALUE ...")
+    ]
     return TypedDict("Flags", flags, total=False)  # type: ignore[operator]
 
 
@@ -41,35 +50,83 @@ class Train:
     """A recipe that comes with the package, like digits."""
     config: Path | None = None
     """A YAML file of settings, named like the flags with `_` for `-`."""
+    resume: str | None = None
+    """auto goes on with the run in the output folder, under its settings, or begins one; a file goes on from it."""
+    dry_run: bool = False
+    """Build everything, take two steps, evaluate a batch, and say what the run would be."""
     flags: Annotated[_flags(), tyro.conf.arg(name="")]  # type: ignore[valid-type]
 
     def to_config(self) -> TrainConfig:
         """The recipe's settings, the file's, and the flags', later ones first. Raises UsageError for a bad one."""
         try:
             merged = read_recipe(self.recipe) if self.recipe else {}
-            if self.config:
-                merged |= read_settings(self.config)
-            return TrainConfig.of(merged | self.flags)
+            if config := self.config or self._config_to_resume():
+                merged |= read_settings(config)
+            given = self.flags
+            if "model_args" in given:
+                given = given | {"model_args": merged.get("model_args", {}) | _named_values(given["model_args"])}
+            return TrainConfig.of(merged | given)
         except ValueError as error:
             raise UsageError(str(error)) from error
 
-    def run(self) -> None:
+    def _config_to_resume(self) -> Path | None:
+        """What the run in the output folder was told, where nothing else is said."""
+        written = Path(self.flags.get("output_dir", TrainConfig.output_dir)) / CONFIG
+        return written if self.resume == "auto" and not self.recipe and written.exists() else None
+
+    def run(self) -> int:
         """Train, and say where the checkpoints are."""
-        run_training(self.to_config())
+        config = self.to_config()
+        return run_training(config, self.resume, dry_run=self.dry_run)
 
 
-def run_training(config: TrainConfig) -> None:
-    """Train as told with a live account of it, and print the last epoch's accuracy and where its checkpoint is."""
+def _named_values(texts: Sequence[str]) -> dict[str, Any]:
+    """The values of `name=value` texts, each read as YAML. Raises ValueError for another text."""
+    pairs = [text.partition("=") for text in texts]
+    for text, (name, equals, _) in zip(texts, pairs, strict=True):
+        if not (name and equals):
+            raise ValueError(f"--model-args {text} must be NAME=VALUE, such as depthwise=false")
+    return {name: yaml.safe_load(value) for name, _, value in pairs}
+
+
+def run_training(config: TrainConfig, resume: str | None = None, *, dry_run: bool = False) -> int:
+    """Train as told with a live account of it, and print the last epoch's accuracy and where its checkpoint is.
+
+    Returns the exit status: 0, or what stands for the signal that stopped the run. A process that torchrun started
+    again goes on by itself. A dry run says what the run would be, and leaves nothing.
+    """
+    from localvit.devices import choose_device
+    from localvit.distributed import is_main, process_group
+    from localvit.train.files import LAST
     from localvit.train.loop import fit
     from localvit.train.recipe import build
-    from localvit.train.state import BEST, LAST
+    from localvit.train.rehearsal import rehearse
+    from localvit.train.stopping import Stopped
+    from localvit.train.summary import summary_rows, write_summary
+    from localvit_cli.columns import columns
     from localvit_cli.console import progress, say
 
-    run = build(config, say)
-    train_pictures = len(run.batches.order)
-    say(f"model: {config.model}, {train_pictures:,} pictures to train on, {len(run.val_pictures):,} to evaluate on")
-    with progress("train", run.total_pictures) as advance:
-        rows = fit(run, advance, say)
-    best = max(rows, key=lambda row: row["test_acc1"])
-    say(f"best of the epochs: Acc@1 {best['test_acc1']:.3f} in epoch {best['epoch']:.0f}, {config.output_dir / BEST}")
-    print(f"Acc@1 {rows[-1]['test_acc1']:.3f} {config.output_dir / LAST}", flush=True)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+        resume = "auto"
+    with process_group(choose_device(config.device)[0]):
+        run = build(config, say, resume)
+        if dry_run:
+            rehearsed = rehearse(run)
+            if is_main():
+                print(columns(list(rehearsed.items())), flush=True)
+            return 0
+        train_pictures = len(run.batches.pictures.pictures)
+        say(f"model: {config.model}, {train_pictures:,} pictures to train on, {len(run.val_pictures):,} to evaluate on")
+        try:
+            with progress("train", run.pictures_left) as advance:
+                rows = fit(run, advance, say)
+        except Stopped as stopped:
+            say(f"localvit: {stopped}")
+            return stopped.exit_status
+        if not rows or not is_main():
+            return 0
+        told = (config, run.state.metrics, run.options.device)
+        say(columns(summary_rows(*told)))
+        say(f"report: {write_summary(*told)}")
+        print(f"Acc@1 {rows[-1]['test_acc1']:.3f} {config.output_dir / LAST}", flush=True)
+    return 0

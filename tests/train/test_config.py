@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from localvit.train.config import RECIPES, TrainConfig, read_recipe, read_settings
+from localvit.train.config import TrainConfig
+from localvit.train.settings import RECIPES, read_recipe, read_settings
 from localvit_cli import main
 
 
@@ -25,7 +26,6 @@ from localvit_cli import main
         ("min_lr", -1e-5, "at least 0"),
         ("warmup_lr", math.nan, "at least 0"),
         ("warmup_epochs", -1, "at least 0"),
-        ("warmup_epochs", 300, "fewer than epochs=300"),
         ("weight_decay", -0.05, "at least 0"),
         ("clip_grad", 0.0, "above 0"),
         ("ema_decay", 1.0, "in [0, 1)"),
@@ -42,9 +42,31 @@ from localvit_cli import main
         ("interpolation", "lanczos", "one of bicubic, bilinear, random"),
         ("dtype", "fp16", "one of float32, bfloat16, float16"),
         ("input_size", (32, 32, 32), "one side, or height and width"),
-        ("input_size", (0,), "at least 1 pixel"),
+        ("input_size", (0,), "at least 1"),
         ("input_size", (32.5,), "whole numbers"),
         ("seed", -1, "at least 0"),
+        ("grad_accum", 0, "at least 1"),
+        ("keep", 0, "at least 1"),
+        ("checkpoint_steps", 0, "at least 1"),
+        ("early_stopping", 0, "at least 1"),
+        ("layer_decay", 0.0, "in (0, 1]"),
+        ("val_fraction", 1.0, "in (0, 1)"),
+        ("opt_eps", 0.0, "above 0"),
+        ("opt_betas", (0.9,), "two numbers"),
+        ("opt_betas", (0.9, 1.0), "in [0, 1)"),
+        ("momentum", 1.1, "in [0, 1]"),
+        ("cutmix_minmax", (0.2,), "two parts of a side"),
+        ("cutmix_minmax", (0.2, 1.2), "in [0, 1]"),
+        ("lr_noise", (0.1, 0.2, 0.3), "one or two parts"),
+        ("decay_milestones", (0,), "at least 1"),
+        ("distillation_tau", 0.0, "above 0"),
+        ("distillation_alpha", math.nan, "in [0, 1]"),
+        ("random_erasing_mode", "blur", "one of pixel, rand, const"),
+        ("sched", "linear", "one of cosine"),
+        ("nonfinite", "ignore", "one of stop, skip"),
+        ("model_args", ["depthwise"], "names with values"),
+        ("freeze", "blocks", "a list of texts"),
+        ("wandb", True, "text or none"),
         ("workers", -1, "at least 0"),
         ("model", None, "text"),
         ("output_dir", 7, "a path"),
@@ -66,7 +88,8 @@ def test_an_odd_batch_is_fine_where_nothing_is_mixed():
 
 
 def test_plain_values_come_back():
-    config = TrainConfig(input_size=(28, 36), data_path=Path("somewhere"), clip_grad=1.5)
+    changes = {"freeze": ("pos_embed",), "model_args": {"depthwise": False}, "finetune": "a.pth", "clip_grad": 1.5}
+    config = TrainConfig(input_size=(28, 36), data_path=Path("somewhere"), teacher_checkpoint=Path("t.pth"), **changes)
     assert TrainConfig.of(config.to_dict()) == config
 
 
@@ -102,6 +125,20 @@ def test_flags_go_before_the_file_and_the_file_before_the_recipe(tmp_path):
     asked = tyro.cli(Train, args=["--recipe", "digits", "--config", str(path), "--lr", "0.0005"])
     config = asked.to_config()
     assert (config.lr, config.epochs, config.model) == (0.0005, 7, "localvit_nano_patch4_32")
+
+
+def test_arguments_of_the_model_are_merged_by_name(tmp_path):
+    import tyro
+
+    from localvit_cli import UsageError
+    from localvit_cli.train import Train
+
+    path = tmp_path / "settings.yaml"
+    path.write_text("model_args: {act: relu6, reduction: 4}\n")
+    asked = tyro.cli(Train, args=["--config", str(path), "--model-args", "reduction=8", "local_blocks=[]"])
+    assert asked.to_config().model_args == {"act": "relu6", "reduction": 8, "local_blocks": []}
+    with pytest.raises(UsageError, match="--model-args depthwise must be NAME=VALUE"):
+        tyro.cli(Train, args=["--model-args", "depthwise"]).to_config()
 
 
 def test_the_command_line_shows_every_setting(capsys):

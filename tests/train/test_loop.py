@@ -1,11 +1,10 @@
 """The loop: the same bits again, what a step does in closed form, and what it leaves."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
-from tiny import tiny_config
+from tiny import STILL, tiny_config
 from torch import nn
 
 from localvit.checkpoints import read_checkpoint
@@ -13,20 +12,11 @@ from localvit.data.datasets import open_pictures
 from localvit.data.pictures import UnreadablePicture
 from localvit.evaluate import evaluate
 from localvit.inference import InferenceOptions, ready_model
+from localvit.train.files import save_epoch
 from localvit.train.loop import fit
 from localvit.train.recipe import build
-from localvit.train.state import save_epoch
 
 KEYS = ["train_lr", "train_loss", "test_loss", "test_acc1", "test_acc5", "epoch", "n_parameters"]
-STILL = {
-    "mixup": 0.0,
-    "cutmix": 0.0,
-    "hflip": 0.0,
-    "auto_augment": None,
-    "color_jitter": 0.0,
-    "random_erasing": 0.0,
-    "repeated_aug": False,
-}
 
 
 def trained(config):
@@ -62,35 +52,6 @@ def test_epochs_differ_and_each_takes_a_picture_once(tiny_digits, tmp_path):
     assert orders[0] != orders[1]
     first, second = (next(batches.epoch(epoch))[0] for epoch in (0, 1))
     assert not torch.equal(first, second)
-
-
-class NanAt(nn.Module):
-    """The loss, but NaN at one call; keeps the parameters that were there then."""
-
-    def __init__(self, call, model):
-        super().__init__()
-        self.calls_left = call
-        self.model = [model]
-        self.seen = None
-
-    def forward(self, logits_BM, targets):
-        loss = nn.functional.cross_entropy(logits_BM, targets)
-        if self.calls_left == 0:
-            self.seen = [parameter.detach().clone() for parameter in self.model[0].parameters()]
-            loss = loss * float("nan")
-        self.calls_left -= 1
-        return loss
-
-
-def test_a_loss_that_is_not_finite_stops_before_the_step(tiny_digits, tmp_path):
-    training = build(tiny_config(tiny_digits, tmp_path))
-    criterion = NanAt(3, training.state.model)  # two steps an epoch: the second of epoch 1
-    with pytest.raises(FloatingPointError, match="the loss is nan in epoch 1, step 1"):
-        fit(replace(training, criterion=criterion))
-    parameters = list(training.state.model.parameters())
-    assert all(torch.equal(now, then) for now, then in zip(parameters, criterion.seen, strict=True))
-    assert read_checkpoint(tmp_path / "last.safetensors").about["epoch"] == 0
-    assert len((tmp_path / "log.txt").read_text().splitlines()) == 1
 
 
 def one_step(tiny_digits, tmp_path, **changes):
@@ -156,10 +117,10 @@ def test_the_checkpoint_is_enough_to_evaluate_and_the_log_says_the_same(tiny_dig
 
 
 def test_best_is_the_first_epoch_of_highest_accuracy(tiny_digits, tmp_path):
-    state = build(tiny_config(tiny_digits, tmp_path)).state
+    training = build(tiny_config(tiny_digits, tmp_path))
     for epoch, acc1 in enumerate((40.0, 70.0, 70.0, 60.0)):
-        state.rows.append({"epoch": epoch, "test_acc1": acc1})
-        save_epoch(state, tmp_path, class_names=["a", "b", "c"], preprocessing={}, config={})
+        training.state.finish_epoch({"epoch": epoch, "test_acc1": acc1}, {})
+        save_epoch(training.state, tmp_path, training.describe())
     assert read_checkpoint(tmp_path / "best.safetensors").about["epoch"] == 1
     assert read_checkpoint(tmp_path / "last.safetensors").about["epoch"] == 3
     assert {path.name for path in tmp_path.iterdir()} == {"best.safetensors", "last.safetensors", "log.txt"}

@@ -6,6 +6,17 @@ from pathlib import Path
 from localvit.data.digits import write_digits
 from localvit.train.config import TrainConfig
 
+STILL = {
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "hflip": 0.0,
+    "auto_augment": None,
+    "color_jitter": 0.0,
+    "random_erasing": 0.0,
+    "repeated_aug": False,
+}
+"""No augmentation but the shifted crop."""
+
 
 def write_some_digits(root: Path, *, classes: int, train: int, val: int) -> Path:
     """The first `classes` digits, with `train` and `val` pictures each."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from localvit.data.pictures import Pictures, PreparedPictures, UnreadablePicture
+from localvit.data.workers import leave_quietly, loaded
 
 
 class Draws(IntEnum):
@@ -48,15 +49,24 @@ Place = tuple[int, int, int]
 class AugmentedPictures(Dataset):
     """Pictures under a random transform: a `Place` holds (tensor (C, H, W), label), or why it cannot be read."""
 
-    def __init__(self, pictures: Pictures, transform: Callable[[Image.Image], Tensor], seed: int) -> None:
+    def __init__(
+        self,
+        pictures: Pictures,
+        transform: Callable[[Image.Image], Tensor],
+        seed: int,
+        *,
+        first_transform: Callable[[Image.Image], Tensor] | None = None,
+    ) -> None:
+        """`first_transform` is for the first of a picture's repeats, where that differs."""
         self.pictures = pictures
-        self.prepared = PreparedPictures(pictures, transform)
+        self.repeated = PreparedPictures(pictures, transform)
+        self.first = PreparedPictures(pictures, first_transform or transform)
         self.seed = seed
 
     def __getitem__(self, place: Place) -> tuple[Tensor, int] | str:
         epoch, index, repeat = place
         seed_draws(self.seed, Draws.PICTURE, epoch, index, repeat)
-        _, picture = self.prepared[index]
+        _, picture = (self.repeated if repeat else self.first)[index]
         return picture if isinstance(picture, str) else (picture, self.pictures.labels[index])
 
 
@@ -89,39 +99,80 @@ class ShuffledEpoch(Sampler[Place]):
 
 
 class TrainingBatches:
-    """The full batches of each epoch: pictures (B, C, H, W) and labels (B), int64.
+    """The full batches that a process trains on in each epoch: pictures (B, C, H, W) and labels (B), int64.
 
-    Raises ValueError when the pictures do not fill one batch.
+    Raises ValueError when the pictures do not fill one step of `batches_per_step` batches.
     """
 
     def __init__(
-        self, pictures: AugmentedPictures, *, batch_size: int, repeats: int, workers: int, pin_memory: bool
+        self,
+        pictures: AugmentedPictures,
+        *,
+        batch_size: int,
+        repeats: int,
+        workers: int,
+        pin_memory: bool,
+        batches_per_step: int = 1,
+        num_processes: int = 1,
+        process: int = 0,
     ) -> None:
         self.batch_size = batch_size
-        self.order = ShuffledEpoch(len(pictures.pictures), pictures.seed, repeats=repeats)
-        if len(self.order) < batch_size:
-            raise ValueError(f"batch_size={batch_size} is more than the {len(self.order)} pictures to train on")
+        self.pictures = pictures
+        self.order = ShuffledEpoch(
+            len(pictures.pictures), pictures.seed, repeats=repeats, num_processes=num_processes, process=process
+        )
+        if len(self.order) < batch_size * batches_per_step:
+            times = f" times grad_accum={batches_per_step}" if batches_per_step > 1 else ""
+            raise ValueError(
+                f"batch_size={batch_size}{times} is more than the {len(self.order)} pictures to train on"
+                + (" in each process" if num_processes > 1 else "")
+            )
+        self._batches = _BatchesFrom(self.order, batch_size)
         self.loader: DataLoader = DataLoader(
             pictures,
-            batch_size=batch_size,
-            sampler=self.order,
+            batch_sampler=self._batches,
             num_workers=workers,
             persistent_workers=workers > 0,
             collate_fn=_collate,
-            drop_last=True,
             pin_memory=pin_memory,
+            worker_init_fn=leave_quietly,
         )
 
     def __len__(self) -> int:
-        return len(self.loader)
+        return len(self.order) // self.batch_size
 
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of one epoch. Raises UnreadablePicture, or RuntimeError when a worker process dies."""
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of one epoch, from number `first`.
+
+        Raises UnreadablePicture, or RuntimeError when a worker process dies.
+        """
         self.order.epoch = epoch
-        for batch in self.loader:
-            if isinstance(batch, str):
-                raise UnreadablePicture(batch)
-            yield batch
+        self._batches.first = first
+        for batch in loaded(self.loader):
+            yield _checked(batch)
+
+    def batch(self, epoch: int, number: int) -> tuple[Tensor, Tensor, list[str]]:
+        """One batch of `epoch`, made here and now, and the names of its pictures."""
+        self.order.epoch = epoch
+        places = list(islice(self.order, number * self.batch_size, (number + 1) * self.batch_size))
+        pictures_BCHW, labels_B = _checked(_collate([self.pictures[place] for place in places]))
+        return pictures_BCHW, labels_B, [self.pictures.pictures.name(index) for _, index, _ in places]
+
+
+class _BatchesFrom(Sampler[list[Place]]):
+    """The full batches of an order, from number `first`."""
+
+    def __init__(self, order: ShuffledEpoch, batch_size: int) -> None:
+        self.order = order
+        self.batch_size = batch_size
+        self.first = 0
+
+    def __iter__(self) -> Iterator[list[Place]]:
+        places = iter(self.order)
+        for number in range(len(self.order) // self.batch_size):
+            batch = list(islice(places, self.batch_size))
+            if number >= self.first:
+                yield batch
 
 
 def _collate(items: Sequence[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor] | str:
@@ -130,3 +181,9 @@ def _collate(items: Sequence[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor]
             return item
     pictures, labels = zip(*items, strict=True)
     return torch.stack(pictures), torch.tensor(labels)
+
+
+def _checked(batch: tuple[Tensor, Tensor] | str) -> tuple[Tensor, Tensor]:
+    if isinstance(batch, str):
+        raise UnreadablePicture(batch)
+    return batch

@@ -4,7 +4,7 @@ import argparse
 import functools
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from http.client import HTTPException
 from typing import Any
 from urllib.error import URLError
@@ -57,15 +57,22 @@ def published_key(model: nn.Module, key: str) -> str:
     return key
 
 
-def from_published(state_dict: dict[str, Any], model: Any) -> dict[str, Tensor]:
+def own_names(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Weights of published names in ours; unknown entries keep their names, computed ones are left out."""
+    ours = {published_key(model, key): key for key in model.state_dict()}
+    return {ours.get(key, key): value for key, value in state_dict.items() if not key.endswith(COMPUTED_ENTRIES)}
+
+
+def from_published(
+    state_dict: dict[str, Any], model: Any, img_size: tuple[int, int] | None = None
+) -> dict[str, Tensor]:
     """Raw weights in our names, out of a published checkpoint or state dict; unknown entries keep their names.
 
-    Positions are resampled where the model was made for another grid.
+    Positions, learned on `img_size` (by default that of the released files), are resampled where the model was made
+    for another grid.
     """
-    state_dict = state_dict.get("model", state_dict)
-    ours = {published_key(model, key): key for key in model.state_dict()}
-    renamed = {ours.get(key, key): value for key, value in state_dict.items() if not key.endswith(COMPUTED_ENTRIES)}
-    return resample_state(model, renamed, model.pretrained_cfg["input_size"][1:])
+    renamed = own_names(state_dict.get("model", state_dict), model)
+    return resample_state(model, renamed, img_size or model.pretrained_cfg["input_size"][1:])
 
 
 def build(model_cls: type[nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> Any:

@@ -1,16 +1,12 @@
-"""What a training run is told, and reading it from a recipe."""
+"""What a training run is told."""
 
-import difflib
 import math
-import types
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal
 
-import yaml
-
-RECIPES = Path(__file__).parent.parent / "recipes"
+from localvit.train.settings import check_kind, closest, converted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +18,14 @@ class TrainConfig:
 
     model: str = "localvit_tiny"
     """Name of the model: ours or timm's."""
+    model_args: dict[str, Any] = field(default_factory=dict)
+    """More arguments of the model, such as depthwise=false or local_blocks=1-4."""
+    finetune: str | None = None
+    """Weights to begin with: a checkpoint file, or a model's name for its released ones."""
+    freeze: tuple[str, ...] = ()
+    """Parameters that stay as they are, by name, with * for anything, such as blocks.0.*"""
+    drop_rate: float = 0.0
+    """Dropout before the head and in the positions."""
     drop_path_rate: float = 0.1
     """Stochastic depth: rate of the last block, linear from 0 at the first."""
     input_size: tuple[int, ...] = ()
@@ -33,38 +37,79 @@ class TrainConfig:
     """Folder of the data set; only DIGITS has one by default."""
     inat_category: str = "name"
     """Level of the taxonomy that INAT and INAT19 are labelled at."""
+    val_fraction: float = 0.15
+    """Part of each class to evaluate on, where FOLDER has no val/; drawn by the seed."""
 
     epochs: int = 300
     """Times that the training pictures are gone through."""
     batch_size: int = 128
-    """Pictures a step; those of an epoch that fill no batch are left out of it."""
+    """Pictures a process and forward; those of an epoch that fill no batch are left out of it."""
+    grad_accum: int = 1
+    """Batches whose gradients make one step."""
     opt: str = "adamw"
     """timm's name of the optimiser."""
+    opt_eps: float = 1e-8
+    """Epsilon of the optimiser."""
+    opt_betas: tuple[float, ...] = ()
+    """Betas of the optimiser; by default its own."""
+    momentum: float = 0.9
+    """Momentum of an optimiser that has one."""
     lr: float = 5e-4
-    """Highest learning rate, for 512 pictures a step; scaled by the batch size."""
-    warmup_epochs: int = 5
+    """Highest learning rate, for 512 pictures a step; scaled by the pictures a step over all processes."""
+    layer_decay: float | None = None
+    """Factor on the learning rate a layer further from the head; None is 1."""
+    weight_decay: float = 0.05
+    """Weight decay; none for 1-D parameters, biases and what the model's no_weight_decay names."""
+    clip_grad: float | None = None
+    """Largest norm of all gradients together; None leaves them."""
+
+    sched: Literal["cosine", "tanh", "step", "multistep", "poly", "plateau"] = "cosine"
+    """timm's schedule of the learning rate; plateau follows Acc@1."""
+    sched_on_updates: bool = False
+    """Move the learning rate every step rather than every epoch."""
+    warmup_epochs: float = 5
     """Epochs in which the learning rate rises linearly."""
     warmup_lr: float = 1e-6
     """Learning rate that the rise starts from."""
     min_lr: float = 1e-5
-    """Learning rate that the cosine falls to."""
-    weight_decay: float = 0.05
-    """Weight decay; none for 1-D parameters, biases and what the model's `no_weight_decay` names."""
-    clip_grad: float | None = None
-    """Largest norm of all gradients together; None leaves them."""
+    """Learning rate that the schedule falls to."""
+    decay_epochs: float = 30
+    """Epochs between the falls of a step schedule."""
+    decay_milestones: tuple[int, ...] = (90, 180, 270)
+    """Epochs of the falls of a multistep schedule."""
+    decay_rate: float = 0.1
+    """Factor of a fall (step, multistep, plateau), or the power of poly."""
+    patience_epochs: int = 10
+    """Epochs without a better Acc@1 before a plateau schedule falls."""
+    lr_noise: tuple[float, ...] = ()
+    """Parts of the schedule between which the learning rate is noisy."""
+    lr_noise_pct: float = 0.67
+    """Largest noise, as a part of the learning rate."""
+    lr_noise_std: float = 1.0
+    """Standard deviation of the noise."""
     ema_decay: float | None = 0.99996
-    """Decay, a step, of the running average of the weights; None keeps no average."""
+    """Decay, a step, of the running average of weights and buffers; None keeps no average."""
+    ema_on_cpu: bool = False
+    """Keep the average in the CPU's memory."""
+    early_stopping: int | None = None
+    """End after so many epochs without a better Acc@1; None trains to the last."""
 
     label_smoothing: float = 0.1
     """Probability spread over all classes."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """Weigh the loss of each class by one over its number of pictures, scaled to a mean of 1."""
     mixup: float = 0.8
     """Alpha of mixup (arXiv 1710.09412); 0 is off."""
     cutmix: float = 1.0
     """Alpha of CutMix (arXiv 1905.04899); 0 is off."""
+    cutmix_minmax: tuple[float, ...] = ()
+    """Smallest and largest side of the pasted rectangle, as parts of the picture's, instead of cutmix's alpha."""
     mixup_prob: float = 1.0
-    """Probability that a batch is mixed, where either is on."""
+    """Probability of mixing, where either is on."""
     mixup_switch_prob: float = 0.5
     """Probability of CutMix rather than mixup, where both are on."""
+    mixup_mode: Literal["batch", "pair", "elem"] = "batch"
+    """Draw how to mix for a batch, a pair, or each picture."""
     repeated_aug: bool = True
     """Take each picture three times in a row, differently augmented, and so fewer pictures an epoch."""
     hflip: float = 0.5
@@ -72,50 +117,88 @@ class TrainConfig:
     auto_augment: str | None = "rand-m9-mstd0.5-inc1"
     """timm's augmentation policy; None for none."""
     color_jitter: float = 0.4
-    """Strength of colour jitter, which acts only where `auto_augment` is None."""
+    """Strength of colour jitter, which acts only where auto_augment is None."""
     interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
     """Filter for resizing while training."""
     random_erasing: float = 0.25
-    """Probability of erasing a rectangle with noise (arXiv 1708.04896)."""
+    """Probability of erasing rectangles (arXiv 1708.04896)."""
+    random_erasing_mode: Literal["pixel", "rand", "const"] = "pixel"
+    """Fill a rectangle with noise, with one random colour, or with the mean."""
+    random_erasing_count: int = 1
+    """Most rectangles of a picture."""
+    resplit: bool = False
+    """Leave the first of each picture's repeats unerased."""
 
+    distillation: Literal["none", "soft", "hard"] = "none"
+    """Learn from a teacher through the distillation token (DeiT, arXiv 2012.12877)."""
+    teacher: str = "regnety_160"
+    """Name of the teacher, or a checkpoint file of ours."""
+    teacher_checkpoint: Path | None = None
+    """Weights of the teacher of that name; by default its released ones."""
+    distillation_alpha: float = 0.5
+    """Weight of the teacher's part of the loss."""
+    distillation_tau: float = 1.0
+    """Temperature of soft distillation."""
+
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """When a loss is not finite: stop the run, or skip the step (and stop after 10 in a row)."""
+    checkpoint_steps: int | None = None
+    """Save the state every so many steps, beside every epoch."""
+    keep: int = 2
+    """How many of the newest states to keep."""
     seed: int = 0
     """What every random draw of the run follows from."""
     device: str | None = None
     """cuda, mps or cpu; by default the first of these that there is."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Half precisions run under autocast."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Half precisions run under autocast; by default bfloat16 on CUDA devices that have it."""
+    compile: bool = False
+    """Compile the model."""
+    channels_last: bool = False
+    """Lay pictures and weights out channels-last."""
+    grad_checkpointing: bool = False
+    """Compute activations anew in the backward pass, for less memory."""
+    sync_bn: bool = False
+    """BatchNorm over the pictures of all processes."""
     workers: int = 2
-    """Processes that prepare pictures; 0 prepares them in the main one. It changes no result."""
+    """Processes that prepare pictures, beside each that trains; 0 prepares them there. It changes no result."""
     output_dir: Path = Path("runs/train")
-    """Where last.safetensors, best.safetensors and log.txt go."""
+    """Folder of everything that the run leaves."""
+    tensorboard: bool = False
+    """Write TensorBoard's event files."""
+    wandb: str | None = None
+    """Project of Weights & Biases to log to."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if not _is(value, field.type):
-                raise ValueError(f"{field.name}={value!r} must be {_said(field.type)}{_yaml_hint(value)}")
+        for each in fields(self):
+            check_kind(each.name, getattr(self, each.name), each.type)
         for rule, holds, names in _RULES:
             for name in names:
                 value = getattr(self, name)
-                if value is not None and not holds(value):
-                    raise ValueError(f"{name}={value} must be {rule}")
-        if len(self.input_size) > 2 or any(side < 1 for side in self.input_size):
-            raise ValueError(f"input_size={self.input_size} must be one side, or height and width, of at least 1 pixel")
-        if self.warmup_epochs >= self.epochs:
-            raise ValueError(f"warmup_epochs={self.warmup_epochs} must be fewer than epochs={self.epochs}")
-        if (self.mixup or self.cutmix) and self.batch_size % 2:
+                for number in value if isinstance(value, tuple) else (value,):
+                    if number is not None and not holds(number):
+                        raise ValueError(f"{name}={value} must be {rule}")
+        for name, lengths, rule in _LENGTHS:
+            if len(getattr(self, name)) not in lengths:
+                raise ValueError(f"{name}={getattr(self, name)} must be {rule}")
+        if self.mixes and self.batch_size % 2:
             raise ValueError(f"batch_size={self.batch_size} must be even to mix pictures in pairs (mixup, cutmix)")
+        if self.sched == "plateau" and self.sched_on_updates:
+            raise ValueError("sched=plateau follows the epochs' accuracy, so sched_on_updates must be false")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether pictures and labels are mixed."""
+        return bool(self.mixup or self.cutmix or self.cutmix_minmax)
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "TrainConfig":
         """A config of plain values, as YAML gives them. Raises ValueError, also for a name that is no field."""
-        kinds = {field.name: field.type for field in fields(cls)}
+        kinds = {each.name: each.type for each in fields(cls)}
         for name in values:
             if name not in kinds:
-                close = difflib.get_close_matches(str(name), kinds, n=1)
-                hint = f"; did you mean {close[0]}?" if close else ""
-                raise ValueError(f"{name} is no training setting{hint}")
-        return cls(**{name: _converted(value, kinds[name]) for name, value in values.items()})
+                raise ValueError(f"{name} is no training setting{closest(name, kinds)}")
+        return cls(**{name: converted(value, kinds[name]) for name, value in values.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, which `of` reads back."""
@@ -125,79 +208,42 @@ class TrainConfig:
         }
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """The settings of a YAML file, to be merged with others and given to `TrainConfig.of`.
-
-    Raises FileNotFoundError, or ValueError when it is no YAML mapping.
-    """
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} must hold settings, a line each, like `epochs: 100`")
-    return settings
-
-
-def read_recipe(name: str) -> dict[str, Any]:
-    """The settings of a recipe that comes with the package. Raises ValueError for an unknown name."""
-    known = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-    if name not in known:
-        raise ValueError(f"no recipe is called {name!r}; there is {', '.join(known)}")
-    return read_settings(RECIPES / f"{name}.yaml")
-
-
 _RULES = (
-    ("at least 1", lambda value: value >= 1, ("epochs", "batch_size")),
-    ("at least 0", lambda value: value >= 0, ("warmup_epochs", "workers", "seed")),
-    ("above 0 and finite", lambda value: 0 < value < math.inf, ("lr", "clip_grad")),
+    (
+        "at least 1",
+        lambda value: value >= 1,
+        ("epochs", "batch_size", "grad_accum", "early_stopping", "checkpoint_steps", "keep", "patience_epochs"),
+    ),
+    ("at least 1", lambda value: value >= 1, ("random_erasing_count", "input_size", "decay_milestones")),
+    ("at least 0", lambda value: value >= 0, ("workers", "seed")),
+    (
+        "above 0 and finite",
+        lambda value: 0 < value < math.inf,
+        ("lr", "clip_grad", "opt_eps", "decay_epochs", "decay_rate", "distillation_tau"),
+    ),
     (
         "at least 0 and finite",
         lambda value: 0 <= value < math.inf,
-        ("warmup_lr", "min_lr", "weight_decay", "mixup", "cutmix", "color_jitter"),
+        ("warmup_epochs", "warmup_lr", "min_lr", "weight_decay", "lr_noise_pct", "lr_noise_std"),
     ),
-    ("in [0, 1]", lambda value: 0 <= value <= 1, ("mixup_prob", "mixup_switch_prob", "hflip", "random_erasing")),
-    ("in [0, 1)", lambda value: 0 <= value < 1, ("drop_path_rate", "label_smoothing", "ema_decay")),
+    ("at least 0 and finite", lambda value: 0 <= value < math.inf, ("mixup", "cutmix", "color_jitter")),
+    (
+        "in [0, 1]",
+        lambda value: 0 <= value <= 1,
+        ("mixup_prob", "mixup_switch_prob", "cutmix_minmax", "hflip", "random_erasing", "distillation_alpha"),
+    ),
+    ("in [0, 1]", lambda value: 0 <= value <= 1, ("lr_noise", "momentum")),
+    (
+        "in [0, 1)",
+        lambda value: 0 <= value < 1,
+        ("drop_rate", "drop_path_rate", "label_smoothing", "ema_decay", "opt_betas"),
+    ),
+    ("in (0, 1]", lambda value: 0 < value <= 1, ("layer_decay",)),
+    ("in (0, 1)", lambda value: 0 < value < 1, ("val_fraction",)),
 )
-
-
-def _is(value: Any, kind: Any) -> bool:
-    """Whether `value` is of the annotated type; whole numbers are numbers, truth values are not."""
-    origin = get_origin(kind)
-    if origin in (Union, types.UnionType):
-        return any(_is(value, option) for option in get_args(kind))
-    if origin is Literal:
-        return value in get_args(kind)
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_is(item, get_args(kind)[0]) for item in value)
-    if kind in (int, float):
-        return isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
-    return isinstance(value, kind)
-
-
-def _said(kind: Any) -> str:
-    origin = get_origin(kind)
-    if origin in (Union, types.UnionType):
-        return " or ".join(_said(option) for option in get_args(kind))
-    if origin is Literal:
-        return f"one of {', '.join(get_args(kind))}"
-    names = {int: "a whole number", float: "a number", str: "text", Path: "a path", types.NoneType: "none"}
-    return names.get(kind, "whole numbers")
-
-
-def _yaml_hint(value: Any) -> str:
-    """YAML 1.1 wants a point before an exponent, which nobody remembers."""
-    try:
-        number = float(value) if isinstance(value, str) else None
-    except ValueError:
-        number = None
-    return "" if number is None else f"; YAML reads {value} as text, so write {number!r}"
-
-
-def _converted(value: Any, kind: Any) -> Any:
-    """Lists as tuples, and text as a path, where the field is one."""
-    if isinstance(value, list):
-        return tuple(value)
-    return Path(value) if isinstance(value, str) and (kind is Path or Path in get_args(kind)) else value
+_LENGTHS = (
+    ("input_size", (0, 1, 2), "one side, or height and width"),
+    ("cutmix_minmax", (0, 2), "two parts of a side, the smallest and the largest"),
+    ("lr_noise", (0, 1, 2), "one or two parts of the schedule"),
+    ("opt_betas", (0, 2, 3), "two numbers, or three for an optimiser that takes them"),
+)

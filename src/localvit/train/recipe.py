@@ -1,34 +1,37 @@
-"""What a config builds: the data, the model, and everything that trains it, each by timm where timm has it."""
+"""What a config builds: the data, the model, what trains it, and the state that it begins or goes on with."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
-from timm.data import Mixup, create_transform
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
-from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3
+from timm.data import Mixup
 from torch import Tensor, nn
-from torchvision import transforms
 
+from localvit.checkpoints import describe, versions
 from localvit.data.classes import match_classes
-from localvit.data.datasets import open_pictures
-from localvit.data.pictures import DataError, Pictures
+from localvit.data.pictures import Pictures
 from localvit.data.preprocessing import Preprocessing
-from localvit.data.training import AugmentedPictures, Draws, TrainingBatches, seed_draws
+from localvit.data.training import TrainingBatches
 from localvit.devices import DTYPES, choose_device
+from localvit.distributed import check_agreement, from_main, together, world_size
 from localvit.inference import InferenceOptions
 from localvit.train.config import TrainConfig
-from localvit.train.state import LOG, TrainState
-from localvit.zoo import create_model
+from localvit.train.distillation import DistillationLoss, build_teacher, check_student
+from localvit.train.files import LOG, STATE, newest_state, read_state
+from localvit.train.model import build_average, build_model, over_processes
+from localvit.train.optimization import build_optimizer, build_scheduler
+from localvit.train.pictures import mixing, open_both, training_batches
+from localvit.train.state import TrainState
+from localvit.train.sync_batch_norm import synchronise_batch_norms
+from localvit.weight_files import CheckpointError
 
-REPEATS = 3
-"""How often repeated augmentation takes a picture."""
-SMALL = 32
-"""Side in pixels up to which a shifted crop takes the place of the resized one."""
+Remark = Callable[[str], None]
+"""Told what a person should know: the device, pictures left out."""
+Criterion = Callable[[Tensor, Any, Tensor], Tensor]
+"""Loss of pictures, what the model gave for them, and labels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,8 @@ class Training:
     """What it was told."""
     state: TrainState
     """What changes while it goes."""
+    trained: nn.Module
+    """The state's model as a training step calls it: over all processes, compiled."""
     batches: TrainingBatches
     """The pictures to train on."""
     val_pictures: Pictures
@@ -49,158 +54,192 @@ class Training:
     """How pictures are prepared for evaluation."""
     mixup: Mixup | None
     """Mixes the pictures and labels of a batch."""
-    criterion: nn.Module
-    """Loss of logits and labels."""
+    criterion: Criterion
+    """What training makes small."""
     options: InferenceOptions
     """Where and how the model runs."""
 
     @property
-    def total_pictures(self) -> int:
-        """Pictures that the rest of the run trains on."""
-        return (self.config.epochs - self.state.epoch) * len(self.batches) * self.batches.batch_size
+    def steps_per_epoch(self) -> int:
+        """Steps of an epoch."""
+        return len(self.batches) // self.config.grad_accum
+
+    @property
+    def pictures_per_step(self) -> int:
+        """Pictures of a step, over all processes."""
+        return _pictures_per_step(self.config)
+
+    @property
+    def pictures_left(self) -> int:
+        """Pictures that the rest of the run trains on, over all processes."""
+        steps = (self.config.epochs - self.state.epoch) * self.steps_per_epoch - self.state.step
+        return steps * self.pictures_per_step
+
+    def describe(self) -> dict[str, Any]:
+        """What checkpoints say of the model and of the run."""
+        about = {"config": self.config.to_dict(), "pictures_per_step": self.pictures_per_step}
+        return describe(self.state.model, self.class_names, self.preprocessing.to_dict(), about)
 
 
-def build(config: TrainConfig, remark: Callable[[str], None] = lambda message: None) -> Training:
-    """Open the data, make the model and what trains it, and make the output folder.
+def build(config: TrainConfig, remark: Remark = lambda message: None, resume: str | None = None) -> Training:
+    """Open the data, make the model and what trains it, and bring them where a run to go on with stopped.
 
     Args:
-        remark: told what a person should know: the device, pictures left out.
+        resume: None for a new run; "auto" for the newest state in the output folder, if there is one; or a state's
+            file, ours or the published program's.
 
     Raises:
         DataError: for a data set that cannot be trained on.
-        ValueError: for a model, optimiser or device that is not known, or a batch larger than the data set.
-        FileExistsError: when the output folder holds another run.
+        ValueError: for a model, optimiser or device that is not known, a batch larger than the data set, or processes
+            that disagree about the run.
+        FileExistsError: when a new run's output folder holds another.
+        FileNotFoundError, CheckpointError: for a file to resume or to fine-tune from that cannot be used.
     """
-    if (config.output_dir / LOG).exists():
-        raise FileExistsError(f"{config.output_dir} holds another run; give another --output-dir, or remove that one")
+    told = {f"the settings: {key}": value for key, value in config.to_dict().items() if key not in _OWN_TO_A_PROCESS}
+    check_agreement({f"the version of {name}": number for name, number in versions().items()} | told)
+    entries = from_main(lambda: _entries(config, remark, resume))
     device, warning = choose_device(config.device)
     remark(f"warning: {warning}" if warning else f"device: {device}")
-    train_pictures, val_pictures = _open(config, remark)
+    if config.warmup_epochs >= config.epochs:
+        remark(
+            f"warning: the learning rate never reaches its highest, for {config.epochs} epochs end inside the "
+            f"{config.warmup_epochs} of warm-up"
+        )
+    train_pictures, val_pictures = together(lambda: open_both(config, remark))
+    check_agreement({"the pictures": {"train": _fingerprint(train_pictures), "val": _fingerprint(val_pictures)}})
+    training = together(lambda: _assemble(config, device, train_pictures, val_pictures, remark))
+    if entries is not None:
+        together(lambda: _resume(training, entries, remark))
+    return training
+
+
+_OWN_TO_A_PROCESS = ("data_path", "output_dir", "workers")
+
+
+def _entries(config: TrainConfig, remark: Remark, resume: str | None) -> dict[str, Any] | None:
+    """The state to go on from, if any."""
+    if resume not in (None, "auto"):
+        return read_state(Path(str(resume)))
+    if resume == "auto" and (entries := newest_state(config.output_dir, remark)) is not None:
+        return entries
+    if (config.output_dir / LOG).exists() or (config.output_dir / STATE).exists():
+        raise FileExistsError(
+            f"{config.output_dir} holds another run: --resume auto goes on with it; for a new one give another "
+            "--output-dir, or remove that one"
+        )
+    if resume == "auto":
+        remark(f"no state in {config.output_dir}: beginning anew")
+    return None
+
+
+def _fingerprint(pictures: Pictures) -> str:
+    """The number of pictures and a hash of their names, labels and classes."""
+    said = (
+        pictures.class_names,
+        list(pictures.labels),
+        [pictures.name(index) for index in range(len(pictures))],
+    )
+    return f"{len(pictures):,} pictures, {hashlib.sha256(repr(said).encode()).hexdigest()[:12]}"
+
+
+def _assemble(
+    config: TrainConfig, device: torch.device, train_pictures: Pictures, val_pictures: Pictures, remark: Remark
+) -> Training:
     class_names = train_pictures.class_names
     num_classes = len(class_names) if class_names else max(train_pictures.labels) + 1
     match_classes(val_pictures, class_names, num_classes)  # now, rather than after the first epoch
-
-    seed_draws(config.seed, Draws.WEIGHTS)
-    made: dict[str, Any] = {"num_classes": num_classes, "drop_path_rate": config.drop_path_rate}
-    if config.input_size:
-        made["img_size"] = (config.input_size[0], config.input_size[-1])
-    model: Any = create_model(config.model, **made)
-    preprocessing = Preprocessing.published(made.get("img_size") or model.pretrained_cfg["input_size"][1:])
-    model.to(device)
-
-    batches = TrainingBatches(
-        AugmentedPictures(train_pictures, augmentation(config, preprocessing), config.seed),
-        batch_size=config.batch_size,
-        repeats=REPEATS if config.repeated_aug else 1,
-        workers=config.workers,
-        pin_memory=device.type == "cuda",
-    )
+    model, preprocessing = build_model(config, num_classes, class_names, remark)
+    model.to(device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
+    batches = training_batches(config, train_pictures, preprocessing, pin_memory=device.type == "cuda")
     mixup = mixing(config, num_classes)
-    optimizer = build_optimizer(config, model)
-    config.output_dir.mkdir(parents=True, exist_ok=True)
+    criterion = _criterion(
+        config, model, train_pictures, preprocessing, num_classes, device, mixes=mixup is not None, remark=remark
+    )
+    if config.sync_bn and world_size() > 1:
+        synchronise_batch_norms(model, device)
+    optimizer = build_optimizer(config, model, _pictures_per_step(config))
+    dtype = _dtype(config, device)
     return Training(
         config=config,
         state=TrainState(
             model=model,
-            ema=None if config.ema_decay is None else ModelEmaV3(model, decay=config.ema_decay),
+            ema=build_average(config, model),
             optimizer=optimizer,
-            scheduler=build_scheduler(config, optimizer),
-            scaler=torch.amp.GradScaler(device.type, enabled=config.dtype == "float16"),
+            scheduler=build_scheduler(config, optimizer, len(batches) // config.grad_accum),
+            scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         ),
+        trained=over_processes(config, model, device, preprocessing.input_size),
         batches=batches,
         val_pictures=val_pictures,
         class_names=class_names,
         preprocessing=preprocessing,
         mixup=mixup,
-        criterion=nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else config.label_smoothing),
+        criterion=criterion,
         options=InferenceOptions(
-            batch_size=config.batch_size, workers=config.workers, device=device, dtype=DTYPES[config.dtype]
+            batch_size=config.batch_size,
+            workers=config.workers,
+            device=device,
+            dtype=dtype,
+            channels_last=config.channels_last,
         ),
     )
 
 
-def _open(config: TrainConfig, remark: Callable[[str], None]) -> tuple[Pictures, Pictures]:
-    train_pictures, val_pictures = (
-        open_pictures(
-            config.data_set,
-            config.data_path,
-            split=split,
-            inat_category=config.inat_category,
-            remark=lambda message: remark(f"warning: {message}"),
+def _criterion(
+    config: TrainConfig,
+    model: Any,
+    pictures: Pictures,
+    preprocessing: Preprocessing,
+    num_classes: int,
+    device: torch.device,
+    *,
+    mixes: bool,
+    remark: Remark,
+) -> Criterion:
+    weight = None
+    if config.class_weights == "balanced":
+        counts = torch.tensor(pictures.labels).bincount(minlength=num_classes).clamp(min=1)
+        weight = (counts.reciprocal() / counts.reciprocal().mean()).to(device)
+    base = nn.CrossEntropyLoss(weight=weight, label_smoothing=0.0 if mixes else config.label_smoothing)
+    if config.distillation == "none":
+        return lambda pictures_BCHW, outputs, targets: base(outputs, targets)
+    check_student(model)
+    model.set_distilled_training(True)
+    teacher = build_teacher(
+        config.teacher,
+        config.teacher_checkpoint,
+        num_classes,
+        pictures.class_names,
+        device,
+        input_size=preprocessing.input_size,
+        remark=remark,
+    )
+    return DistillationLoss(
+        base, teacher, config.distillation, alpha=config.distillation_alpha, tau=config.distillation_tau
+    )
+
+
+def _dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    if config.dtype:
+        return DTYPES[config.dtype]
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def _pictures_per_step(config: TrainConfig) -> int:
+    return config.batch_size * config.grad_accum * world_size()
+
+
+def _resume(training: Training, entries: dict[str, Any], remark: Remark) -> None:
+    """Bring the state where `entries` stopped, and say with what other settings it goes on."""
+    about = entries.get("localvit", {}).get("about", {})
+    training.state.load_entries(entries)
+    then = about.get("pictures_per_step", training.pictures_per_step)
+    if training.state.step and then != training.pictures_per_step:
+        raise CheckpointError(
+            f"the state lies inside an epoch of {then} pictures a step, and this run takes "
+            f"{training.pictures_per_step}: resume with the same --batch-size, --grad-accum and number of processes"
         )
-        for split in ("train", "val")
-    )
-    first, val_first = ((pictures.root, pictures.name(0)) for pictures in (train_pictures, val_pictures))
-    if train_pictures.root and first == val_first:
-        raise DataError(
-            f"{train_pictures.root} would be trained and evaluated on alike: put the pictures to train on below train/ "
-            "there, and others, to evaluate on, below val/"
-        )
-    return train_pictures, val_pictures
-
-
-def augmentation(config: TrainConfig, preprocessing: Preprocessing) -> Callable[[Image.Image], Tensor]:
-    """timm's training transform: PIL image to normalised tensor (3, H, W).
-
-    For pictures of 32 pixels or less a random crop with a padding of 4 takes the place of the resized one, as in the
-    published program; a picture of another size is first resized as for evaluation.
-    """
-    size = preprocessing.input_size
-    geometry, colour, tensor = create_transform(
-        size,
-        is_training=True,
-        hflip=config.hflip,
-        color_jitter=config.color_jitter,
-        auto_augment=config.auto_augment,
-        interpolation=config.interpolation,
-        mean=preprocessing.mean,
-        std=preprocessing.std,
-        re_prob=config.random_erasing,
-        re_mode="pixel",
-        separate=True,
-    )
-    steps = [*geometry.transforms, *colour.transforms, *tensor.transforms]
-    if max(size) <= SMALL:
-        resize = transforms.Resize(min(size), transforms.InterpolationMode.BICUBIC)
-        steps[:1] = [resize, transforms.RandomCrop(size, padding=4, pad_if_needed=True)]
-    return transforms.Compose(steps)
-
-
-def mixing(config: TrainConfig, num_classes: int) -> Mixup | None:
-    """timm's mixup and CutMix, which smooths the labels as well; None when both are off."""
-    if not (config.mixup or config.cutmix):
-        return None
-    return Mixup(
-        mixup_alpha=config.mixup,
-        cutmix_alpha=config.cutmix,
-        prob=config.mixup_prob,
-        switch_prob=config.mixup_switch_prob,
-        label_smoothing=config.label_smoothing,
-        num_classes=num_classes,
-    )
-
-
-def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """timm's optimiser at the scaled rate, without decay for 1-D parameters, biases and the model's own list.
-
-    Raises ValueError for an optimiser that timm does not know.
-    """
-    lr = config.lr * config.batch_size / 512
-    return create_optimizer_v2(model, opt=config.opt, lr=lr, weight_decay=config.weight_decay)
-
-
-def build_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer) -> Scheduler:
-    """timm's cosine with a linear warm-up. `set_learning_rate` puts it in force."""
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        num_epochs=config.epochs,
-        min_lr=config.min_lr,
-        warmup_lr=config.warmup_lr,
-        warmup_epochs=config.warmup_epochs,
-    )
-    return scheduler
-
-
-def set_learning_rate(scheduler: Scheduler, epoch: int) -> None:
-    """Put the learning rate of `epoch` in force: the published one, whose schedule first moves after two epochs."""
-    scheduler.step(max(epoch - 1, 0))
+    now = training.config.to_dict()
+    for name, value in about.get("config", {}).items():
+        if name in now and now[name] != value and name not in ("workers", "output_dir", "device", "keep"):
+            remark(f"warning: going on with {name}={now[name]!r}, where the run began with {value!r}")

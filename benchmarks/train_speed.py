@@ -1,0 +1,146 @@
+"""What does the training loop cost, beside the model and the pictures?
+
+    python benchmarks/train_speed.py loop|loader|memory --data-path FOLDER [--model localvit_tiny] [--rounds 5]
+
+`loop` times whole steps of `localvit train` against the bare forward, backward and update of the same model on the same
+batches, in interleaved rounds. `loader` reads the pictures with `localvit train`'s batches and with timm's own loader,
+the same transforms, batch size and workers, in interleaved rounds. `memory` trains 1,000 steps and prints what the
+process holds every 100. FOLDER holds train/<class>/ or class folders.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from localvit.train.config import TrainConfig
+from localvit.train.recipe import Training, build
+from localvit.train.step import train_step
+
+from timm.data import create_dataset, create_loader  # isort: skip  (after localvit: see localvit._torchvision)
+
+
+def build_run(asked: argparse.Namespace, **changes) -> Training:
+    """A run of the published settings on the asked pictures."""
+    settings = {
+        "model": asked.model,
+        "data_set": "FOLDER",
+        "data_path": asked.data_path,
+        "batch_size": asked.batch_size,
+        "workers": asked.workers,
+        "output_dir": Path("runs/speed"),
+        "repeated_aug": False,
+        "ema_decay": None,
+        "warmup_epochs": 0,
+    }
+    return build(TrainConfig(**settings | changes))
+
+
+def bare_step(model: nn.Module, optimizer: torch.optim.Optimizer, pictures_BCHW, targets) -> float:
+    """Forward, backward and update, and no more."""
+    model.train()
+    optimizer.zero_grad()
+    loss = nn.functional.cross_entropy(model(pictures_BCHW), targets)
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def loop(asked: argparse.Namespace) -> None:
+    """Seconds a step, bare and whole, on batches that lie ready."""
+    run = build_run(asked, mixup=0.0, cutmix=0.0, label_smoothing=0.0, workers=0)
+    ready = list(islice(run.batches.epoch(0), asked.steps))
+    seconds: dict[str, list[float]] = {"bare": [], "whole": []}
+    for _ in range(asked.rounds):
+        for name in seconds:
+            started = time.perf_counter()
+            batches = iter(ready)
+            for pictures_BCHW, labels_B in ready:
+                if name == "bare":
+                    bare_step(run.state.model, run.state.optimizer, pictures_BCHW, labels_B)
+                else:
+                    train_step(run, batches, stop=False)
+            seconds[name].append((time.perf_counter() - started) / len(ready))
+    ratios = [whole / bare - 1 for bare, whole in zip(*seconds.values(), strict=True)]
+    bare, whole = (statistics.median(part) for part in seconds.values())
+    print(
+        f"{asked.model}, batch {asked.batch_size}: bare {bare:.4f} s a step, whole {whole:.4f} s; "
+        f"the loop costs {statistics.median(ratios):+.2%} (rounds {', '.join(f'{ratio:+.2%}' for ratio in ratios)})"
+    )
+
+
+def loader(asked: argparse.Namespace) -> None:
+    """Pictures a second of both loaders."""
+    run = build_run(asked)
+    pictures = run.batches.pictures.pictures
+    folder = asked.data_path / "train" if (asked.data_path / "train").is_dir() else asked.data_path
+    transform = run.batches.pictures.repeated.transform
+    dataset = create_dataset("", root=str(folder), split="train")
+    theirs = create_loader(
+        dataset,
+        input_size=(3, *run.preprocessing.input_size),
+        batch_size=asked.batch_size,
+        is_training=True,
+        use_prefetcher=False,
+        num_workers=asked.workers,
+        persistent_workers=True,
+        device=torch.device("cpu"),
+    )
+    dataset.transform = transform  # the very same one
+    rates: dict[str, list[float]] = {"ours": [], "timm's": []}
+    list(islice(run.batches.epoch(0), 2)), list(islice(theirs, 2))  # start the workers
+    for number in range(asked.rounds):
+        for name in rates:
+            batches = run.batches.epoch(number) if name == "ours" else theirs
+            started, count = time.perf_counter(), 0
+            for pictures_BCHW, _ in batches:
+                count += len(pictures_BCHW)
+            rates[name].append(count / (time.perf_counter() - started))
+    ratios = [ours / other for ours, other in zip(*rates.values(), strict=True)]
+    ours, other = (statistics.median(part) for part in rates.values())
+    rounds = ", ".join(f"{ratio:.3f}" for ratio in ratios)
+    print(
+        f"{len(pictures)} pictures, batch {asked.batch_size}, {asked.workers} workers: ours {ours:.0f} pictures/s, "
+        f"timm's {other:.0f}; ratio {statistics.median(ratios):.3f} (rounds {rounds})"
+    )
+
+
+def memory(asked: argparse.Namespace) -> None:
+    """What the process holds every 100 of 1,000 steps, in MB."""
+    run = build_run(asked, epochs=1000, ema_decay=0.99)
+    page, taken = os.sysconf("SC_PAGE_SIZE"), 0
+    for epoch in range(1000):
+        run.state.epoch = epoch
+        batches = run.batches.epoch(epoch)
+        for step in range(run.steps_per_epoch):
+            run.state.step = step
+            train_step(run, batches, stop=False)
+            taken += 1
+            if taken % 100 == 0:
+                pages = int(Path("/proc/self/statm").read_text().split()[1])
+                print(f"step {taken}: {pages * page / 1e6:.0f} MB", flush=True)
+            if taken == 1000:
+                return
+
+
+def main() -> None:
+    """Measure what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("question", choices=["loop", "loader", "memory"])
+    parser.add_argument("--data-path", type=Path, required=True)
+    parser.add_argument("--model", default="localvit_tiny")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=8, help="of a round of `loop`")
+    parser.add_argument("--rounds", type=int, default=5)
+    asked = parser.parse_args()
+    {"loop": loop, "loader": loader, "memory": memory}[asked.question](asked)
+
+
+if __name__ == "__main__":
+    main()

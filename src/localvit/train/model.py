@@ -1,0 +1,81 @@
+"""The model in training: made, begun from other weights, frozen in part, averaged, and put over all processes."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from localvit.data.preprocessing import Preprocessing
+from localvit.data.training import Draws, seed_draws
+from localvit.distributed import world_size
+from localvit.train.config import TrainConfig
+from localvit.train.finetune import load_pretrained
+from localvit.train.optimization import freeze
+from localvit.zoo import create_model
+
+
+def build_model(
+    config: TrainConfig,
+    num_classes: int,
+    class_names: Sequence[str] | None,
+    remark: Callable[[str], None] = lambda message: None,
+) -> tuple[Any, Preprocessing]:
+    """The model to train, on the CPU, and how its pictures are prepared.
+
+    Raises ValueError for a model or arguments that are not known, and for `freeze` that matches nothing;
+    FileNotFoundError or CheckpointError for weights to begin from that cannot be used.
+    """
+    size = (config.input_size[0], config.input_size[-1]) if config.input_size else None
+    model = _create(config, num_classes, size)
+    if config.finetune:
+        load_pretrained(model, config.finetune, class_names=class_names, remark=remark)
+    if config.grad_checkpointing:
+        model.set_grad_checkpointing(True)
+    freeze(model, config.freeze)
+    return model, Preprocessing.published(size or model.pretrained_cfg["input_size"][1:])
+
+
+def _create(config: TrainConfig, num_classes: int, size: tuple[int, int] | None) -> Any:
+    seed_draws(config.seed, Draws.WEIGHTS)
+    made: dict[str, Any] = {"drop_rate": config.drop_rate, "drop_path_rate": config.drop_path_rate} | config.model_args
+    try:
+        return create_model(config.model, num_classes=num_classes, **made | ({"img_size": size} if size else {}))
+    except TypeError as error:
+        if size is None or "img_size" not in str(error):
+            raise
+    seed_draws(config.seed, Draws.WEIGHTS)
+    return create_model(config.model, num_classes=num_classes, **made)  # a convolutional network is of no size
+
+
+def build_average(config: TrainConfig, model: nn.Module) -> ModelEmaV3 | None:
+    """The running average of parameters and buffers, if one is wanted."""
+    if config.ema_decay is None:
+        return None
+    return ModelEmaV3(model, decay=config.ema_decay, device=torch.device("cpu") if config.ema_on_cpu else None)
+
+
+def over_processes(config: TrainConfig, model: nn.Module, device: torch.device, size: tuple[int, int]) -> Any:
+    """The model, if there are several processes with gradients averaged over them, compiled if asked for."""
+    trained = model
+    if world_size() > 1:
+        trained = DistributedDataParallel(
+            model,
+            device_ids=[device] if device.type == "cuda" else None,
+            find_unused_parameters=_has_unused_parameters(model, size, device),
+        )
+    return torch.compile(trained) if config.compile else trained
+
+
+def _has_unused_parameters(model: nn.Module, size: tuple[int, int], device: torch.device) -> bool:
+    """Whether some parameter gets no gradient (LocalViT-T2T's tokeniser keeps a published norm that nothing reads)."""
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    outputs = model.train()(torch.zeros(2, 3, *size, device=device))
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    gradients = torch.autograd.grad([output.sum() for output in outputs], parameters, allow_unused=True)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(before[name])
+    return any(gradient is None for gradient in gradients)

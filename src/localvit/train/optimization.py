@@ -1,0 +1,91 @@
+"""What moves the weights: timm's optimiser over the published parameter groups, and timm's schedule of its rate."""
+
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+
+from localvit.train.config import TrainConfig
+
+
+def freeze(model: nn.Module, patterns: tuple[str, ...]) -> None:
+    """Keep the parameters whose names match a pattern (`*` is anything) out of training.
+
+    Raises ValueError for a pattern that matches none, or when none is left to train.
+    """
+    for pattern in patterns:
+        matching = [parameter for name, parameter in model.named_parameters() if fnmatch(name, pattern)]
+        if not matching:
+            some = ", ".join(name for name, _ in list(model.named_parameters())[:4])
+            raise ValueError(f"freeze={pattern} matches no parameter; they are called {some}, ...")
+        for parameter in matching:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"freeze={', '.join(patterns)} leaves no parameter to train")
+
+
+def build_optimizer(config: TrainConfig, model: nn.Module, pictures_per_step: int) -> torch.optim.Optimizer:
+    """timm's optimiser at the scaled rate, without decay for 1-D parameters, biases and the model's own list.
+
+    Raises ValueError for an optimiser that timm does not know, or settings that it does not take.
+    """
+    settings: dict[str, Any] = {"betas": config.opt_betas} if config.opt_betas else {}
+    if config.opt.lower() == "adamw":
+        settings["fused"] = True
+    try:
+        return create_optimizer_v2(
+            model,
+            opt=config.opt,
+            lr=scaled_learning_rate(config, pictures_per_step),
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            eps=config.opt_eps,
+            layer_decay=config.layer_decay,
+            **settings,
+        )
+    except TypeError as error:
+        raise ValueError(f"opt={config.opt} does not take the settings given: {error}") from error
+
+
+def scaled_learning_rate(config: TrainConfig, pictures_per_step: int) -> float:
+    """The highest learning rate: the configured one is for 512 pictures a step (DeiT, arXiv 2012.12877, section 5)."""
+    return config.lr * pictures_per_step / 512
+
+
+def build_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Scheduler:
+    """timm's schedule with a linear warm-up. `set_learning_rate` puts it in force."""
+    noise: Any = list(config.lr_noise) or None
+    # timm's plateau begins with this rate even without a warm-up, and would stay there.
+    warmup_lr = config.warmup_lr if config.warmup_epochs else optimizer.param_groups[0]["lr"]
+    warmup_epochs: Any = config.warmup_epochs  # a part of an epoch is fine where the rate moves every step
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched=config.sched,
+        num_epochs=config.epochs,
+        min_lr=config.min_lr,
+        warmup_lr=warmup_lr,
+        warmup_epochs=warmup_epochs,
+        decay_epochs=config.decay_epochs,
+        decay_milestones=list(config.decay_milestones),
+        decay_rate=config.decay_rate,
+        patience_epochs=config.patience_epochs,
+        noise=noise,
+        noise_pct=config.lr_noise_pct,
+        noise_std=config.lr_noise_std,
+        noise_seed=config.seed,
+        step_on_epochs=not config.sched_on_updates,
+        updates_per_epoch=steps_per_epoch,
+    )
+    return scheduler
+
+
+def set_learning_rate(scheduler: Scheduler, epoch: int, acc1: float | None = None) -> None:
+    """Put the learning rate of `epoch` in force: the published one, whose schedule first moves after two epochs.
+
+    Call it once an epoch, with the accuracy of the epoch before, which a plateau schedule follows.
+    """
+    scheduler.step(max(epoch - 1, 0), acc1)

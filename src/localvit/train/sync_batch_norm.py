@@ -1,0 +1,59 @@
+"""BatchNorm over the pictures of all processes: torch's where there is an accelerator, and the same on CPUs.
+
+Shapes: N pictures of this process, C channels, S positions of a picture (H x W, or any others).
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def synchronise_batch_norms(model: nn.Module, device: torch.device) -> nn.Module:
+    """`model` with every BatchNorm taking its statistics over all processes; names and values stay."""
+    if device.type != "cpu":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if isinstance(child, _BatchNorm):
+                setattr(parent, name, _GatheredBatchNorm(child))
+    return model
+
+
+class _GatheredBatchNorm(_BatchNorm):
+    """A BatchNorm whose training statistics are of all processes, which torch's own has for accelerators alone."""
+
+    def __init__(self, norm: _BatchNorm) -> None:
+        super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+        self.weight, self.bias = norm.weight, norm.bias
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            setattr(self, name, getattr(norm, name))
+        self.train(norm.training)
+
+    def _check_input_dim(self, input: Tensor) -> None: ...
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        x_NCS = input.float().flatten(2) if input.dtype != torch.float64 else input.flatten(2)
+        counted = x_NCS.new_tensor([x_NCS.shape[0] * x_NCS.shape[2]])
+        sums_and_count = all_reduce(torch.cat((x_NCS.sum((0, 2)), counted)))
+        count = sums_and_count[-1]
+        mean_C = sums_and_count[:-1] / count
+        centred_NCS = x_NCS - mean_C[:, None]
+        var_C = all_reduce(centred_NCS.square().sum((0, 2))) / count
+        if self.running_mean is not None:
+            self._follow(mean_C.detach(), (var_C * count / (count - 1)).detach())
+        normal_NCS = centred_NCS * (var_C + self.eps).rsqrt()[:, None]
+        if self.affine:
+            normal_NCS = normal_NCS * self.weight[:, None] + self.bias[:, None]
+        return normal_NCS.to(input.dtype).view_as(input)
+
+    def _follow(self, mean_C: Tensor, var_C: Tensor) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        momentum = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean_C.to(self.running_mean.dtype), momentum)
+        self.running_var.lerp_(var_C.to(self.running_var.dtype), momentum)

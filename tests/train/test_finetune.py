@@ -1,0 +1,425 @@
+"""Fine-tuning begins with the weights that it should, for every family, size and number of classes, or not at all."""
+
+import copy
+import dataclasses
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+import localvit
+from localvit.data.classes import imagenet_synsets
+from localvit.train.finetune import load_pretrained
+from localvit.weight_files import CheckpointError
+from published import published_state
+
+NANO = ("localvit_nano_patch4_32", {"depth": 2})
+VIT = {"depth": 2, "embed_dim": 48, "num_heads": 4}
+SWIN = {"embed_dim": 24, "depths": (2, 1, 1, 1), "num_heads": (1, 2, 3, 4), "window_size": 4}
+TNT = {"depth": 2, "embed_dim": 48, "inner_dim": 12, "num_heads_inner": 3, "num_heads_outer": 3}
+PVT = {"embed_dims": (8, 16, 24, 32), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 3, 4)}
+PVT_GRIDS = {
+    "stages.0.pos_embed": ((16, 16), (24, 40), 0),
+    "stages.1.pos_embed": ((8, 8), (12, 20), 0),
+    "stages.2.pos_embed": ((4, 4), (6, 10), 0),
+    "stages.3.pos_embed": ((2, 2), (3, 5), 1),
+}
+# Offsets reach from 1 - side to side - 1, and a window is no larger than its stage's grid.
+SWIN_GRIDS = {
+    "layers.2.blocks.0.attn.relative_position_bias_table": ((7, 7), (7, 3), None),
+    "layers.3.blocks.0.attn.relative_position_bias_table": ((3, 3), (5, 1), None),
+}
+BEIT_GRIDS = {f"blocks.{block}.attn.relative_position_bias_table": ((7, 7), (5, 9), None) for block in range(2)}
+FAMILIES = {
+    "vit": (*NANO, (24, 24), (28, 44), {"pos_embed": ((6, 6), (7, 11), 1)}),
+    "distilled": (NANO[0], {"depth": 2, "distilled": True}, (24, 24), (28, 44), {"pos_embed": ((6, 6), (7, 11), 2)}),
+    "pvt": ("localvit_pvt_tiny", PVT, (64, 64), (96, 160), PVT_GRIDS),
+    "tnt": ("localvit_tnt_tiny", TNT, (64, 64), (48, 80), {"patch_pos": ((4, 4), (3, 5), 1)}),
+    "t2t": ("localvit_t2t_7", VIT | {"reduction": 4}, (64, 64), (48, 80), {"pos_embed": ((4, 4), (3, 5), 1)}),
+    "swin": ("localvit_swin_tiny", SWIN, (64, 64), (96, 32), SWIN_GRIDS),
+    "plain tnt": ("tnt_tiny", TNT, (64, 64), (48, 80), {"patch_pos": ((4, 4), (3, 5), 1)}),
+    "timm vit": ("vit_tiny_patch16_224", VIT, (64, 64), (48, 80), {"pos_embed": ((4, 4), (3, 5), 1)}),
+    "timm deit": ("deit_tiny_distilled_patch16_224", VIT, (64, 64), (48, 80), {"pos_embed": ((4, 4), (3, 5), 2)}),
+    "timm swin": ("swin_tiny_patch4_window7_224", SWIN, (64, 64), (96, 32), SWIN_GRIDS),
+    "timm beit": ("beit_base_patch16_224", VIT, (64, 64), (48, 80), BEIT_GRIDS),
+    "timm resnet": ("resnet10t", {}, None, None, {}),
+    "timm efficientnet": ("test_efficientnet", {}, None, None, {}),
+}
+"""A name, arguments that make it small, two picture sizes, and each position entry's two grids and prefix tokens."""
+DYNAMIC = ["vit", "distilled", "pvt", "tnt", "t2t", "plain tnt"]
+"""Those that take pictures of other sizes without being told, resampling their positions on the way."""
+
+
+def make(name, arguments, img_size=None, num_classes=5, seed=0):
+    torch.manual_seed(seed)
+    return localvit.create_model(
+        name, num_classes=num_classes, **arguments, **({"img_size": img_size} if img_size else {})
+    )
+
+
+def shaken(model, seed=7):
+    """The model with random weights and statistics, so that nothing is as it was initialised."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for value in model.state_dict().values():
+            if value.is_floating_point():
+                value += 0.1 * torch.rand(value.shape, generator=generator)
+    return model
+
+
+def pictures(img_size, seed=5):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(2, 3, *(img_size or (64, 64)), generator=generator)
+
+
+def saved(model, path, kind, **about):
+    """The model in a file of each kind that `--finetune` takes."""
+    if kind == "ours":
+        return str(localvit.save_checkpoint(model, path.with_suffix(".safetensors"), **about))
+    if kind == "published":
+        return str(localvit.save_checkpoint(model, path.with_suffix(".pth"), layout="published"))
+    torch.save(model.state_dict(), path.with_suffix(".pt"))
+    return str(path.with_suffix(".pt"))
+
+
+def head_entries(model):
+    return {key for key in model.state_dict() if key.startswith(("head", "fc.", "classifier."))}
+
+
+def same(left, right):
+    torch.testing.assert_close(left, right, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["ours", "published", "plain"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_classes_same_features(family, kind, tmp_path):
+    name, arguments, img_size, _, _ = FAMILIES[family]
+    source = shaken(make(name, arguments, img_size)).eval()
+    path = saved(source, tmp_path / "source", kind)
+    model = make(name, arguments, img_size, num_classes=3, seed=1)
+    fresh = copy.deepcopy(model.state_dict())
+    parameters = {key: (parameter, parameter.requires_grad) for key, parameter in model.named_parameters()}
+    remarks = []
+    load_pretrained(model, path, class_names=["a", "b", "c"], remark=remarks.append)
+    assert remarks == [f"{path}: head of 5 classes left out; the model has 3"]
+    assert all(module.training for module in model.modules())
+    for key, parameter in model.named_parameters():
+        assert parameter is parameters[key][0], key
+        assert parameter.requires_grad == parameters[key][1], key
+    heads = head_entries(model)
+    assert heads
+    for key, value in model.state_dict().items():
+        same(value, (fresh if key in heads else source.state_dict())[key])
+    images = pictures(img_size)
+    same(model.eval().forward_features(images), source.forward_features(images))
+
+
+def interpolated(entry, old_grid, new_grid, num_prefix_tokens):
+    """An entry on another grid, in float64: absolute positions (1, P + N, C), or offsets (R, M) where P is None."""
+    absolute = num_prefix_tokens is not None
+    rows = entry.double()[0] if absolute else entry.double()
+    # Class tokens stand before the positions, and their biases behind the offsets.
+    first = num_prefix_tokens if absolute else 0
+    kept = [rows[:first], rows[first + old_grid[0] * old_grid[1] :]]
+    grid = rows[first : first + old_grid[0] * old_grid[1]].reshape(1, *old_grid, -1).permute(0, 3, 1, 2)
+    moved = F.interpolate(grid, new_grid, mode="bicubic", antialias=absolute, align_corners=False)
+    moved = moved[0].flatten(1).T
+    rows = torch.cat([kept[0], moved, kept[1]])
+    return rows[None] if absolute else rows
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if FAMILIES[family][3]])
+def test_positions_on_another_grid(family, tmp_path):
+    name, arguments, img_size, other_size, grids = FAMILIES[family]
+    source = shaken(make(name, arguments, img_size)).eval()
+    path = saved(source, tmp_path / "source", "ours")
+    model = make(name, arguments, other_size, num_classes=3, seed=1).double()
+    remarks = []
+    load_pretrained(model, path, remark=remarks.append)
+    assert remarks[1:] == [f"{path}: positions ({', '.join(grids)}) resampled to the model's grid"]
+    heads = head_entries(model)
+    for key, value in model.state_dict().items():
+        if key in grids:
+            # float32 interpolation of values of order one against float64
+            torch.testing.assert_close(value, interpolated(source.state_dict()[key], *grids[key]), rtol=1e-5, atol=1e-6)
+        elif key not in heads:
+            torch.testing.assert_close(value, source.state_dict()[key], rtol=0, atol=0, check_dtype=False)
+    images = pictures(other_size)
+    features = model.float().eval().forward_features(images)
+    assert torch.isfinite(features).all()
+    if family in DYNAMIC:
+        # The same resampling once and for all as in the forward; float32 sums in another order.
+        torch.testing.assert_close(features, source.forward_features(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "img_size", "other_size", "grids"),
+    [
+        ("vit", (20, 80), (40, 40), {"pos_embed": ((5, 20), (10, 10), 1)}),
+        ("timm vit", (80, 320), (160, 160), {"pos_embed": ((5, 20), (10, 10), 1)}),
+        ("swin", (96, 32), (64, 64), {key: (new, old, None) for key, (old, new, _) in SWIN_GRIDS.items()}),
+        ("timm swin", (96, 32), (64, 64), {key: (new, old, None) for key, (old, new, _) in SWIN_GRIDS.items()}),
+    ],
+)
+def test_back_from_a_picture_that_is_not_square(family, img_size, other_size, grids, tmp_path):
+    """The old grid is the file's own, not the square root of a count: 5 x 20 patches would pass for 10 x 10."""
+    name, arguments, *_ = FAMILIES[family]
+    source = shaken(make(name, arguments, img_size))
+    model = make(name, arguments, other_size, num_classes=3)
+    load_pretrained(model, saved(source, tmp_path / "source", "ours"))
+    for key, grid in grids.items():
+        expected = interpolated(source.state_dict()[key], *grid).float()
+        # float32 interpolation of values of order one against float64
+        torch.testing.assert_close(model.state_dict()[key], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["published", "plain"])
+@pytest.mark.parametrize("size", [(32, 32), (28, 44)])
+def test_a_file_that_does_not_say_its_size(kind, size, tmp_path):
+    """It is the released models' (32 x 32) or the model's own, whichever its positions fill."""
+    source = shaken(make(*NANO, size))
+    model = make(*NANO, (28, 44), num_classes=3)
+    load_pretrained(model, saved(source, tmp_path / "source", kind))
+    expected = source.pos_embed if size == (28, 44) else interpolated(source.pos_embed, (8, 8), (7, 11), 1).float()
+    torch.testing.assert_close(model.pos_embed.detach(), expected.detach(), rtol=1e-5, atol=1e-6)
+
+
+ABC = ["ape", "bat", "cat"]
+
+
+@pytest.mark.parametrize(
+    ("source_names", "names", "left_out"),
+    [
+        (ABC, ABC, None),
+        (ABC, ["ape", "bat", "cow"], "they are not the model's, which has 'cow' in place of 'cat'"),
+        (ABC, ["bat", "ape", "cat"], "they are not the model's, which has 'bat' in place of 'ape'"),
+        (None, ABC, "it does not say which"),
+        (ABC, None, "the model's are not named"),
+        (ABC, ["ape", "bat"], "the model has 2"),
+        (ABC, [*ABC, "dog"], "the model has 4"),
+    ],
+)
+@pytest.mark.parametrize("distilled", [False, True])
+def test_the_head_loads_where_the_classes_are_the_same(source_names, names, left_out, distilled, tmp_path):
+    arguments = NANO[1] | {"distilled": distilled}
+    source = shaken(make(NANO[0], arguments, num_classes=3))
+    path = saved(source, tmp_path / "source", "ours", class_names=source_names)
+    model = make(NANO[0], arguments, num_classes=len(names or ABC), seed=1)
+    fresh = copy.deepcopy(model.state_dict())
+    remarks = []
+    load_pretrained(model, path, class_names=names, remark=remarks.append)
+    assert remarks == ([f"{path}: head of 3 classes left out; {left_out}"] if left_out else [])
+    heads = ["head.weight", "head.bias", *(["head_dist.weight", "head_dist.bias"] if distilled else [])]
+    for key in heads:
+        same(model.state_dict()[key], (fresh if left_out else source.state_dict())[key])
+
+
+@pytest.mark.parametrize(
+    ("names", "loads"), [(None, True), (imagenet_synsets(), True), ([str(number) for number in range(1000)], False)]
+)
+def test_a_thousand_classes_are_imagenets(names, loads, tmp_path):
+    source = shaken(make(*NANO, num_classes=1000))
+    model = make(*NANO, num_classes=1000, seed=1)
+    load_pretrained(model, saved(source, tmp_path / "source", "published"), class_names=names)
+    assert torch.equal(model.head.weight, source.head.weight) == loads
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def released(tmp_path, monkeypatch):
+    """Put a file on a server as the released weights of a model."""
+    (tmp_path / "release").mkdir()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path / "release")))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+
+    def release(name, content):
+        torch.save(content, tmp_path / "release" / f"{name}.pth")
+        cfg = timm.get_pretrained_cfg(name)
+        url = f"http://127.0.0.1:{server.server_port}/{name}.pth"
+        served = dataclasses.replace(cfg, url=url, hf_hub_id=None, file=None, custom_load=False)
+        monkeypatch.setitem(timm.models._registry._model_pretrained_cfgs, name, served)
+
+    yield release
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize("num_classes", [1000, 7])
+def test_released_weights_of_ours(num_classes, released):
+    state = published_state("localvit_tiny_mlp4_act3_r192")
+    released("localvit_tiny_mlp4_act3_r192", {"model": state})
+    model = make("localvit_tiny_mlp4_act3_r192", {}, (160, 208), num_classes)
+    fresh = model.head.weight.detach().clone()
+    remarks = []
+    load_pretrained(model, "localvit_tiny_mlp4_act3_r192", remark=remarks.append)
+    same(model.head.weight.detach(), state["head.weight"] if num_classes == 1000 else fresh)
+    same(model.blocks[5].mlp.conv[3].weight.detach(), state["blocks.5.conv.conv.3.weight"])
+    expected = interpolated(state["pos_embed"], (14, 14), (10, 13), 1).float()
+    # float32 interpolation of values of order one against float64
+    torch.testing.assert_close(model.pos_embed.detach(), expected, rtol=1e-5, atol=2e-6)
+    assert len(remarks) == (1 if num_classes == 1000 else 2)
+
+
+def test_released_weights_of_timms(released):
+    source = shaken(make("test_vit", {}, num_classes=1000))
+    released("test_vit", source.state_dict())
+    model = make("test_vit", {}, (96, 208))
+    load_pretrained(model, "test_vit")
+    same(model.blocks[1].mlp.fc1.weight.detach(), source.blocks[1].mlp.fc1.weight.detach())
+    expected = interpolated(source.pos_embed.detach(), (10, 10), (6, 13), 1).float()
+    # float32 interpolation of values of order one against float64
+    torch.testing.assert_close(model.pos_embed.detach(), expected, rtol=1e-5, atol=1e-6)
+
+
+def research_swin(source, path):
+    """A file of the research code: it merges patches at a stage's end, names the head otherwise, stores more."""
+    entries = {
+        "layers.0.blocks.0.attn.relative_position_index": torch.zeros(16, 16),
+        "layers.1.attn_mask": torch.ones(3),
+    }
+    for key, value in source.state_dict().items():
+        for stage in (1, 2, 3):
+            if key.startswith(f"layers.{stage}.downsample"):
+                key = key.replace(f"layers.{stage}", f"layers.{stage - 1}")
+                break
+        entries[key.replace("head.fc.", "head.")] = value
+    torch.save({"model": entries}, path)
+    return str(path)
+
+
+def test_timms_swin_from_a_file_of_the_research_code(tmp_path):
+    source = shaken(make("swin_tiny_patch4_window7_224", SWIN)).eval()
+    model = make("swin_tiny_patch4_window7_224", SWIN, num_classes=3, seed=1)
+    load_pretrained(model, research_swin(source, tmp_path / "swin.pth"))
+    images = pictures((224, 224))
+    same(model.eval().forward_features(images), source.forward_features(images))
+
+
+def test_a_window_is_never_guessed(tmp_path):
+    """timm would take a table of unknown origin to be of a square window, and resample it."""
+    source = make("swin_tiny_patch4_window7_224", SWIN | {"window_size": 3})
+    model = make("swin_tiny_patch4_window7_224", SWIN)
+    with pytest.raises(
+        CheckpointError, match=r"5 of another shape \(layers\.0\.blocks\.0\.attn\.relative_position_bias"
+    ):
+        load_pretrained(model, research_swin(source, tmp_path / "swin.pth"))
+
+
+def test_other_arguments_are_remarked_on(tmp_path):
+    """Shapes agree, but not what is computed."""
+    source = make(NANO[0], NANO[1] | {"act": "relu6", "drop_path_rate": 0.3})
+    path = saved(source, tmp_path / "source", "ours", class_names=list("abcde"))
+    remarks = []
+    model = make(NANO[0], NANO[1] | {"act": "hs"})
+    load_pretrained(model, path, class_names=list("abcde"), remark=remarks.append)
+    assert len(remarks) == 1
+    assert 'act "relu6", here "hs"' in remarks[0]
+    assert "drop_path_rate" not in remarks[0]
+
+
+def _nothing(tmp_path):
+    return str(tmp_path / "nowhere.pth")
+
+
+def _folder(tmp_path):
+    return str(tmp_path)
+
+
+def _cut_off(tmp_path):
+    path = saved(make(*NANO), tmp_path / "cut", "published")
+    with open(path, "r+b") as file:  # noqa: PTH123 (text is what Path writes)
+        file.truncate(5000)
+    return path
+
+
+def _other_family(kind, tmp_path):
+    return saved(make("localvit_pvt_tiny", PVT, (64, 64)), tmp_path / "pvt", kind)
+
+
+def _other_depth(tmp_path):
+    return saved(make(NANO[0], {"depth": 3}), tmp_path / "deep", "ours")
+
+
+def _missing_and_surplus(tmp_path):
+    state = make(*NANO).state_dict()
+    del state["norm.bias"]
+    torch.save({"model": state | {"extra.weight": torch.zeros(2)}}, tmp_path / "keys.pth")
+    return str(tmp_path / "keys.pth")
+
+
+def _released_otherwise(tmp_path):
+    torch.save({"model": published_state("localvit_swin_tiny_patch4_window7_224")}, tmp_path / "swin.pth")
+    return str(tmp_path / "swin.pth")
+
+
+def _positions_of_no_known_size(tmp_path):
+    return saved(make(*NANO, (20, 20)), tmp_path / "twenty", "plain")
+
+
+def _distilled(kind, tmp_path):
+    return saved(make(NANO[0], NANO[1] | {"distilled": True}), tmp_path / "distilled", kind)
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "says"),
+    [
+        (_nothing, FileNotFoundError, ["nowhere.pth"]),
+        (_folder, CheckpointError, ["is a folder"]),
+        (_cut_off, CheckpointError, ["cut.pth", "cut off"]),
+        (
+            partial(_other_family, "ours"),
+            CheckpointError,
+            ["does not fit", "localvit_pvt_tiny", "missing (", "surplus ("],
+        ),
+        (
+            partial(_other_family, "plain"),
+            CheckpointError,
+            ["does not fit", "missing (", "of another shape (cls_token"],
+        ),
+        (_other_depth, CheckpointError, [NANO[0], "surplus (blocks.2."]),
+        (_missing_and_surplus, CheckpointError, ["1 missing (norm.bias)", "1 surplus (extra.weight)"]),
+        (_released_otherwise, CheckpointError, ["it is a localvit_swin_tiny_patch4_window7_224"]),
+        (_positions_of_no_known_size, CheckpointError, ["1 of another shape (pos_embed)"]),
+        (partial(_distilled, "ours"), CheckpointError, ["has a distillation token", "distilled=true"]),
+        (partial(_distilled, "plain"), CheckpointError, ["has a distillation token", "distilled=true"]),
+        (lambda _: "localvit_tinny", ValueError, ["no model is called 'localvit_tinny'", "localvit_tiny"]),
+        (lambda _: NANO[0], CheckpointError, [f"no weights of {NANO[0]} were released"]),
+    ],
+)
+def test_refused_with_one_clear_line(source, error, says, tmp_path):
+    model = make(*NANO, (36, 28), num_classes=3)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(error) as refusal:
+        load_pretrained(model, source(tmp_path))
+    message = str(refusal.value)
+    assert "\n" not in message
+    for part in says:
+        assert part in message
+    for key, value in model.state_dict().items():
+        same(value, before[key])
+
+
+@pytest.mark.parametrize("kind", ["ours", "plain"])
+def test_a_distilled_model_needs_a_distilled_source(kind, tmp_path):
+    path = saved(make(*NANO), tmp_path / "source", kind)
+    with pytest.raises(CheckpointError, match=r"the model has a distillation token and .* has none"):
+        load_pretrained(make(NANO[0], NANO[1] | {"distilled": True}), path)
+
+
+def test_a_model_of_unknown_origin(tmp_path):
+    path = saved(make(*NANO), tmp_path / "source", "ours")
+    with pytest.raises(ValueError, match=r"made; make it with localvit\.create_model"):
+        load_pretrained(timm.create_model(NANO[0]), path)
+    with pytest.raises(ValueError, match="2 class names for a model of 5 classes"):
+        load_pretrained(make(*NANO), path, class_names=["a", "b"])

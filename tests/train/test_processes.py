@@ -1,0 +1,115 @@
+"""Several processes against one, over gloo; and what happens when one of them dies or disagrees."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from tiny import tiny_config
+
+STILL = {"mixup": 0.0, "cutmix": 0.0, "drop_path_rate": 0.0}
+"""What is drawn for a whole batch, and so differs when it is dealt out."""
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launched(processes, config_file, *flags, restarts=0):
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
+    address = ["--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+    return subprocess.Popen(
+        [sys.executable, *launcher, *address, "-m", "localvit_cli", "train", "--config", str(config_file), *flags],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def written(path, config):
+    path.write_text(yaml.safe_dump(config.to_dict()))
+    return path
+
+
+def log_of(processes, data, folder, **changes):
+    config = tiny_config(data, folder / f"run{processes}", batch_size=12 // processes, **changes)
+    run = launched(processes, written(folder / f"c{processes}.yaml", config))
+    told, _ = run.communicate(timeout=180)
+    assert run.returncode == 0, told
+    return [json.loads(line) for line in (config.output_dir / "log.txt").read_text().splitlines()]
+
+
+def test_processes_compute_what_one_does(tiny_digits, tmp_path):
+    """The same global batch, BatchNorm over all of it: equal to rounding."""
+    changes = dict(STILL, sync_bn=True, opt="momentum", lr=0.5)
+    one = log_of(1, tiny_digits, tmp_path, **changes)
+    for processes in (2, 4):
+        rows = log_of(processes, tiny_digits, tmp_path, **changes)
+        for row, wanted in zip(rows, one, strict=True):
+            assert row["train_lr"] == wanted["train_lr"]
+            # float32 sums in another order, through six BatchNorm networks and six steps
+            assert row["train_loss"] == pytest.approx(wanted["train_loss"], rel=1e-3)
+            assert row["test_loss"] == pytest.approx(wanted["test_loss"], rel=1e-2)
+
+
+def test_without_shared_statistics_the_first_process_s_are_everyone_s(tiny_digits, tmp_path):
+    """Each process evaluates its share of the pictures: the result is that of the saved model only if all agree."""
+    from localvit.data.datasets import open_pictures
+    from localvit.evaluate import evaluate
+    from localvit.inference import InferenceOptions, ready_model
+
+    (_, row) = log_of(2, tiny_digits, tmp_path, **STILL, lr=0.5)
+    ready = ready_model(str(tmp_path / "run2" / "last.safetensors"))
+    options = InferenceOptions(batch_size=3, workers=0)
+    pictures = open_pictures("DIGITS", tiny_digits)
+    result = evaluate(ready.model, pictures, ready.preprocessing, options, class_names=ready.class_names)
+    # Another batch size sums float32 products in another order.
+    assert row["test_loss"] == pytest.approx(result.loss, rel=1e-4)
+
+
+def test_a_killed_process_goes_on_by_itself(tiny_digits, tmp_path):
+    """torchrun starts both again; what they end with is what an undisturbed run ends with."""
+    changes = {"epochs": 3, "checkpoint_steps": 1}
+    wanted = log_of(2, tiny_digits, tmp_path, **changes)
+    config = tiny_config(tiny_digits, tmp_path / "killed", batch_size=6, **changes)
+    run = launched(2, written(tmp_path / "killed.yaml", config), restarts=2)
+    log = tmp_path / "killed" / "log.txt"
+    while not log.exists() and run.poll() is None:
+        time.sleep(0.05)
+    trainers = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True, check=True).stdout.split()
+    os.kill(int(trainers[0]), signal.SIGKILL)
+    told, _ = run.communicate(timeout=180)
+    assert run.returncode == 0, told
+    assert "resuming from" in told
+    assert [json.loads(line) for line in log.read_text().splitlines()] == wanted
+
+
+def test_processes_that_disagree_stop_and_say_about_what(tiny_digits, tmp_path):
+    """Each process reads its own settings file."""
+    for rank, lr in enumerate((0.1, 0.2)):
+        written(tmp_path / f"settings{rank}.yaml", tiny_config(tiny_digits, tmp_path / "run", lr=lr))
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-m", "localvit_cli", "train", "--config", str(tmp_path / f"settings{rank}.yaml")],
+            env=os.environ | address | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    for run in runs:
+        _, told = run.communicate(timeout=120)
+        assert run.returncode == 1
+        assert "the processes disagree about the settings: lr" in told
+        assert "0.1" in told
+        assert "0.2" in told
+    assert not (tmp_path / "run").exists()

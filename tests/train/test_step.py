@@ -1,0 +1,133 @@
+"""A step: ways to take it that must not change what it computes, and those that must."""
+
+import numpy as np
+import pytest
+import torch
+from tiny import STILL, tiny_config
+from torch import nn
+from torchvision import transforms
+
+from localvit.train.loop import fit
+from localvit.train.recipe import build
+from localvit.train.step import train_step
+
+CALM = STILL | {"label_smoothing": 0.0, "drop_path_rate": 0.0, "opt": "momentum", "lr": 0.5, "weight_decay": 0.0}
+
+
+def after_one_step(tiny_digits, folder, **changes):
+    """The loss of the first step and the weights it leaves, float64."""
+    training = build(tiny_config(tiny_digits, folder, **CALM | changes))
+    result = train_step(training, training.batches.epoch(0), stop=False)
+    return result.loss, {name: value.double() for name, value in training.state.model.named_parameters()}, training
+
+
+@pytest.mark.parametrize(
+    ("changes", "tolerance"),
+    [
+        ({"channels_last": True}, 1e-5),
+        ({"grad_checkpointing": True}, 1e-6),
+        ({"compile": True}, 1e-4),
+        ({"ema_on_cpu": True}, 0.0),
+    ],
+    ids=["channels_last", "grad_checkpointing", "compile", "ema_on_cpu"],
+)
+def test_another_way_to_the_same_numbers(tiny_digits, tmp_path, changes, tolerance):
+    """float32 rounding of sums in another order, where the tolerance is not 0."""
+    small = {"batch_size": 6}
+    wanted_loss, wanted, _ = after_one_step(tiny_digits, tmp_path / "plain", **small)
+    loss, weights, _ = after_one_step(tiny_digits, tmp_path / "other", **small, **changes)
+    assert loss == pytest.approx(wanted_loss, rel=tolerance)
+    for name, value in wanted.items():
+        torch.testing.assert_close(weights[name], value, rtol=tolerance, atol=tolerance, msg=name)
+
+
+def test_accumulated_gradients_are_those_of_one_batch(tiny_digits, tmp_path):
+    """With BatchNorm in evaluation mode, since its statistics are of a batch."""
+    found = []
+    for batch_size, grad_accum in ((12, 1), (4, 3)):
+        changes = CALM | {"batch_size": batch_size, "grad_accum": grad_accum}
+        training = build(tiny_config(tiny_digits, tmp_path / str(grad_accum), **changes))
+        for module in training.state.model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.train = lambda mode=True, module=module: module
+                module.training = False
+        result = train_step(training, training.batches.epoch(0), stop=False)
+        weights = torch.cat([each.detach().double().flatten() for each in training.state.model.parameters()])
+        found.append((result.loss, weights, training.steps_per_epoch, training.pictures_per_step))
+    (loss, weights, steps, pictures), (loss_in_parts, weights_in_parts, steps_in_parts, pictures_in_parts) = found
+    # float32 sums in another order
+    assert loss_in_parts == pytest.approx(loss, rel=1e-5)
+    torch.testing.assert_close(weights_in_parts, weights, rtol=1e-5, atol=1e-6)
+    assert steps == steps_in_parts == 3
+    assert pictures == pictures_in_parts == 12
+
+
+def test_class_weights_even_out_the_classes(tiny_digits, tmp_path):
+    """Classes of 13, 7 and 3 pictures, whose mean weight is 1."""
+    import shutil
+
+    root = tmp_path / "digits"
+    shutil.copytree(tiny_digits, root)
+    for digit, count in ((1, 7), (2, 3)):
+        for path in sorted((root / "train" / str(digit)).iterdir())[count:]:
+            path.unlink()
+    config = tiny_config(root, tmp_path / "run", batch_size=6, class_weights="balanced", **STILL, label_smoothing=0.0)
+    training = build(config)
+    logits_BM = torch.randn(6, 3, dtype=torch.float64)
+    labels_B = torch.tensor([0, 1, 2, 2, 0, 1])
+    inverse = np.array([1 / 13, 1 / 7, 1 / 3])
+    weights = inverse / inverse.mean()
+    own = -logits_BM.log_softmax(1)[range(6), labels_B].numpy()
+    wanted = (weights[labels_B] * own).sum() / weights[labels_B].sum()
+    # The weights are float32.
+    assert training.criterion(None, logits_BM.float(), labels_B).item() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_resplit_leaves_the_first_of_three_repeats_unerased(tiny_digits, tmp_path):
+    changes = STILL | {"repeated_aug": True, "random_erasing": 1.0, "resplit": True}
+    pictures = build(tiny_config(tiny_digits, tmp_path, **changes)).batches.pictures
+    erased = [
+        any(isinstance(step, transforms.RandomErasing) or type(step).__name__ == "RandomErasing" for step in steps)
+        for steps in (pictures.first.transform.transforms, pictures.repeated.transform.transforms)
+    ]
+    assert erased == [False, True]
+    # Noise has no two pixels alike; a digit on its black ground has many.
+    distinct = [len(pictures[(0, 5, repeat)][0].unique()) for repeat in (0, 1, 2)]
+    assert distinct[0] < min(distinct[1:])
+
+
+def test_early_stopping_ends_after_so_many_epochs_without_a_better_one(tiny_digits, tmp_path):
+    """A learning rate of almost nothing makes no epoch better than the first."""
+    told = []
+    settings = {"epochs": 9, "early_stopping": 2, "lr": 1e-9, "min_lr": 0.0, "warmup_epochs": 0, "ema_decay": None}
+    rows = fit(build(tiny_config(tiny_digits, tmp_path, **settings)), remark=told.append)
+    best = max(rows, key=lambda row: row["test_acc1"])["epoch"]
+    assert len(rows) == best + 3 < 9
+    assert any("no better Acc@1 for 2 epochs" in line for line in told)
+
+
+def test_a_teacher_is_learned_from(tiny_digits, tmp_path):
+    """The teacher's weight in the loss reaches the distillation head alone, and the files stay those of a student."""
+    import localvit
+    from localvit.checkpoints import read_checkpoint, save_checkpoint
+
+    teacher = localvit.create_model("localvit_nano_patch4_32", num_classes=3)
+    save_checkpoint(teacher, tmp_path / "teacher.safetensors", class_names=["0", "1", "2"])
+    config = tiny_config(
+        tiny_digits,
+        tmp_path / "run",
+        model_args={"distilled": True},
+        distillation="hard",
+        distillation_alpha=1.0,
+        teacher=str(tmp_path / "teacher.safetensors"),
+        epochs=1,
+        warmup_epochs=0,
+        weight_decay=0.0,
+    )
+    training = build(config)
+    before = {name: value.clone() for name, value in training.state.model.named_parameters()}
+    fit(training)
+    after = read_checkpoint(tmp_path / "run" / "last.safetensors").raw
+    assert torch.equal(after["head.weight"], before["head.weight"])
+    assert not torch.equal(after["head_dist.weight"], before["head_dist.weight"])
+    assert after.keys() == training.state.model.state_dict().keys()
