@@ -43,7 +43,7 @@ def _bar(title: str, total: int, unit: str) -> Iterator[Advance]:
     columns = (
         TextColumn("{task.description}"),
         TextColumn("{task.fields[note]}"),
-        BarColumn(),
+        BarColumn(bar_width=8),  # all of it fits into 80 columns
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(elapsed_when_finished=True),

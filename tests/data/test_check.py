@@ -114,6 +114,7 @@ FOLDERS: dict[str, tuple[Build, dict[str, list[tuple[str, ...]]], str]] = {
             save(root / "train/ape/moving.gif", scene(99)),
             save(root / "train/ape/deep/no_ending", scene(99), format="PNG"),
             (root / "val/bat/telephone.HEIC").write_bytes(b"not for PIL"),
+            link(root / "train/ape/around", "../ape"),
         ],
         {"other-endings": [("train/ape/moving.gif",), ("train/ape/deep/no_ending",), ("val/bat/telephone.HEIC",)]},
         "",
@@ -126,7 +127,6 @@ FOLDERS: dict[str, tuple[Build, dict[str, list[tuple[str, ...]]], str]] = {
             (root / "train/ape/.DS_Store").write_bytes(b"\0"),
             os.mkfifo(root / "train/ape/pipe"),
             link(root / "train/ape/nowhere", "nothing"),
-            link(root / "train/ape/around", "../ape"),
         ],
         {},
         "",
@@ -159,7 +159,9 @@ FOLDERS: dict[str, tuple[Build, dict[str, list[tuple[str, ...]]], str]] = {
     "ten to one": (lambda root: several(root, "train/ape", 18), {}, ""),
     "more than ten to one": (lambda root: several(root, "train/ape", 19), {"imbalance": [("train/bat",)]}, "10 times"),
     "numbers in order": (
-        lambda root: [several(root, f"{split}/{name}", 1) for split in ("train", "val") for name in ("02", "10")],
+        lambda root: [
+            several(root, f"{split}/{name}", 1) for split in ("train", "val") for name in ("02", "10", "c11", "d9")
+        ],
         {},
         "",
     ),
@@ -187,6 +189,9 @@ FOLDERS: dict[str, tuple[Build, dict[str, list[tuple[str, ...]]], str]] = {
 }
 
 
+ERRORS = {"no-train", "no-val", "no-pictures", "unknown-classes", "one-class"}
+
+
 @pytest.mark.parametrize("case", FOLDERS)
 def test_folders(root, case):
     build, expected, note = FOLDERS[case]
@@ -194,6 +199,9 @@ def test_folders(root, case):
     report = check_folder(root)
     assert found(report) == expected
     assert note in notes(report)
+    for finding in report.findings:
+        is_error = finding.name in ERRORS and finding.places[0].paths != ("test",)
+        assert finding.severity == ("error" if is_error else "warning")
 
 
 @pytest.mark.parametrize("name", ["none", "file"])
@@ -278,7 +286,7 @@ PICTURES: dict[str, tuple[str, Image.Image, dict, str | None]] = {
     "upright": ("x.jpg", scene(99), turned_by(1), None),
     "orientation 0": ("x.jpg", scene(99), turned_by(0), None),
     "EXIF cut off": ("x.jpg", scene(99), {"exif": b"Exif\0\0II*\0\xff\xff\xff\xff"}, "remarks"),
-    "EXIF of nothing": ("x.jpg", scene(99), {"exif": b"Exif\0\0nothing at all"}, None),
+    "EXIF of nothing": ("x.png", scene(99), {"exif": b"Exif\0\0nothing at all"}, None),
     "opaque": ("x.png", veiled(255), {}, None),
     "transparent": ("x.png", veiled(254), {}, "unseen"),
     "transparent colour": ("x.png", scene(99).quantize(200), {"transparency": 7}, "unseen"),
@@ -303,9 +311,11 @@ def test_single_pictures(root, case):
     assert all(finding.severity == "warning" for finding in report.findings)
 
 
-def test_small_is_relative(tmp_path):
-    for number, path in enumerate(("ape/1.png", "ape/2.png", "bat/1.png", "bat/2.png")):
-        save(tmp_path / path, scene(number, 29, 23))
+@pytest.mark.parametrize(("side", "other_side"), [(23, 29), (37, 211)])
+def test_small_only_beside_larger_ones(tmp_path, side, other_side):
+    save(tmp_path / "ape" / "1.png", scene(0, side, side))
+    for number, path in enumerate(("ape/2.png", "bat/1.png", "bat/2.png"), start=1):
+        save(tmp_path / path, scene(number, other_side, other_side))
     assert check_folder(tmp_path).findings == []
 
 
@@ -344,7 +354,8 @@ def grey_alone(root: Path) -> None:
 
 
 def shades(root: Path) -> None:
-    for split, shade in (("train", 90), ("val", 91)):
+    """Twice as light, and so, even in rounding, of the same hash."""
+    for split, shade in (("train", 45), ("val", 90)):
         save(root / split / "ape" / "x.png", Image.new("L", (67, 53), shade))
 
 
@@ -395,7 +406,8 @@ DUPLICATES: dict[str, tuple[Build, dict[str, list[tuple[str, ...]]], str]] = {
         {"near-across-splits": [("test/bat/y.jpg", "val/bat/6.png"), ("test/ape/x.jpg", FIRST)]},
         "",
     ),
-    "nearly, in one split": (lambda root: save(root / "train/ape/x.jpg", near(0)), {}, ""),
+    "nearly, in train": (lambda root: save(root / "train/ape/x.jpg", near(0)), {}, ""),
+    "nearly, in val": (lambda root: save(root / "val/ape/x.jpg", near(4)), {}, ""),
     "equal in grey alone": (
         grey_alone,
         {"near-across-splits": [("val/ape/x.png", "train/ape/x.png")]},
@@ -518,6 +530,8 @@ def test_nearest_equals_the_comparison_of_every_pair():
         4501: (4, (8, 8, 8, 8)),  # 32 bits, one too many
         4502: (4099, (7, 8, 8, 8)),
         4503: (4502, (0, 1, 0, 0)),
+        25: (20, (0, 0, 0, 9)),
+        4504: (20, (1, 0, 0, 0)),  # and further from 25, which is compared at the same time
         8999: (4400, (0, 0, 8, 23)),
         9000: (8999, (0, 0, 0, 0)),
     }.items():
@@ -529,7 +543,14 @@ def test_nearest_equals_the_comparison_of_every_pair():
         bits, nearest = min(((numbers[query] ^ numbers[other]).bit_count(), other) for other in range(query))
         if bits <= NEAR_BITS:
             expected.append((query, nearest, bits))
-    assert [pair[:2] for pair in expected] == [(4500, 3), (4502, 4099), (4503, 4502), (8999, 4400), (9000, 8999)]
+    assert [pair[:2] for pair in expected] == [
+        (4500, 3),
+        (4502, 4099),
+        (4503, 4502),
+        (4504, 20),
+        (8999, 4400),
+        (9000, 8999),
+    ]
     done: list[int] = []
     assert nearest_before(hashes, queries, candidates, done.append) == expected
     assert sum(done) == len(queries)

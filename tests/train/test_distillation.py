@@ -170,7 +170,13 @@ def test_classes_go_by_name(tmp_path):
     shuffled = [CLASSES[index] for index in order]
     remarks = []
     teacher = build_teacher(
-        str(tmp_path / "teacher.safetensors"), None, M, shuffled, CPU, input_size=(32, 32), remark=remarks.append
+        str(tmp_path / "teacher.safetensors"),
+        None,
+        M,
+        shuffled,
+        CPU,
+        preprocessing=Preprocessing.published((32, 32)),
+        remark=remarks.append,
     )
     pictures = torch.randn(3, 3, 32, 32)
     theirs, ours = model(pictures), teacher(pictures)
@@ -183,7 +189,9 @@ def test_a_checkpoint_says_how_its_pictures_are_prepared(tmp_path):
     mean, std = (0.3, 0.4, 0.6), (0.25, 0.5, 0.125)
     preprocessing = Preprocessing(input_size=(32, 32), mean=mean, std=std).to_dict()
     model = saved_teacher(tmp_path / "teacher.safetensors", preprocessing=preprocessing)
-    teacher = build_teacher(str(tmp_path / "teacher.safetensors"), None, M, CLASSES, CPU, input_size=(32, 32))
+    teacher = build_teacher(
+        str(tmp_path / "teacher.safetensors"), None, M, CLASSES, CPU, preprocessing=Preprocessing.published((32, 32))
+    )
     values = torch.rand(2, 3, 32, 32)
     ours = teacher(normalised(values, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
     # Two normalisations in a row for one, in float32
@@ -202,7 +210,15 @@ def test_pictures_of_another_size(name, resized, says, tmp_path):
     model = timm.create_model(name, num_classes=M).eval()
     torch.save(model.state_dict(), tmp_path / "teacher.pth")
     remarks = []
-    teacher = build_teacher(name, tmp_path / "teacher.pth", M, CLASSES, CPU, input_size=(48, 32), remark=remarks.append)
+    teacher = build_teacher(
+        name,
+        tmp_path / "teacher.pth",
+        M,
+        CLASSES,
+        CPU,
+        preprocessing=Preprocessing.published((48, 32)),
+        remark=remarks.append,
+    )
     assert len(remarks) == 2
     assert "does not name its classes" in remarks[0]
     assert says in remarks[1]
@@ -220,13 +236,13 @@ def test_released_weights_of_a_name(tmp_path, monkeypatch):
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     state = published_state("localvit_tiny_mlp4_act3_r192")
     torch.save({"model": state}, tmp_path / "hub" / "checkpoints" / "localvit_t.pth")  # as if downloaded before
-    teacher = build_teacher("localvit_tiny", None, 1000, None, CPU, input_size=(224, 224))
+    teacher = build_teacher("localvit_tiny", None, 1000, None, CPU, preprocessing=Preprocessing.published((224, 224)))
     torch.testing.assert_close(teacher.model.head.weight.detach(), state["head.weight"], rtol=0, atol=0)
     with pytest.raises(ValueError, match="knows 1000 classes and the student 7"):
-        build_teacher("localvit_tiny", None, M, CLASSES, CPU, input_size=(224, 224))
+        build_teacher("localvit_tiny", None, M, CLASSES, CPU, preprocessing=Preprocessing.published((224, 224)))
     names = [str(number) for number in range(1000)]
     with pytest.raises(ValueError, match=r"does not know 1000 of the 1000 classes \(0, 1, 10, 100, 101, \.\.\.\)"):
-        build_teacher("localvit_tiny", None, 1000, names, CPU, input_size=(224, 224))
+        build_teacher("localvit_tiny", None, 1000, names, CPU, preprocessing=Preprocessing.published((224, 224)))
 
 
 @pytest.mark.parametrize(
@@ -243,7 +259,9 @@ def test_refused(teacher, class_names, error, says, tmp_path, monkeypatch):
     saved_teacher(tmp_path / "teacher.safetensors")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(error, match=says) as refusal:
-        build_teacher(teacher, None, len(class_names), class_names, CPU, input_size=(32, 32))
+        build_teacher(
+            teacher, None, len(class_names), class_names, CPU, preprocessing=Preprocessing.published((32, 32))
+        )
     assert "\n" not in str(refusal.value)
 
 

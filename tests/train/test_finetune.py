@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 
 import localvit
+from localvit.checkpoints import describe
+from localvit.checkpoints import published_state as published_names
 from localvit.data.classes import imagenet_synsets
 from localvit.train.finetune import load_pretrained
 from localvit.weight_files import CheckpointError
@@ -82,7 +84,11 @@ def saved(model, path, kind, **about):
         return str(localvit.save_checkpoint(model, path.with_suffix(".safetensors"), **about))
     if kind == "published":
         return str(localvit.save_checkpoint(model, path.with_suffix(".pth"), layout="published"))
-    torch.save(model.state_dict(), path.with_suffix(".pt"))
+    entries = model.state_dict()
+    if kind == "state":  # of a training run: published names, and ours of how the model was made
+        about = {"class_names": None, "preprocessing": None, "about": None} | about
+        entries = {"model": published_names(model, entries), "localvit": describe(model, **about), "epoch": 3}
+    torch.save(entries, path.with_suffix(".pt"))
     return str(path.with_suffix(".pt"))
 
 
@@ -94,7 +100,7 @@ def same(left, right):
     torch.testing.assert_close(left, right, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("kind", ["ours", "published", "plain"])
+@pytest.mark.parametrize("kind", ["ours", "published", "plain", "state"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_classes_same_features(family, kind, tmp_path):
     name, arguments, img_size, _, _ = FAMILIES[family]

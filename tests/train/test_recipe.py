@@ -182,3 +182,15 @@ def test_a_folder_without_val_is_split(tiny_digits, tmp_path, below):
     assert [kept.labels.count(label) for label in range(3)] == [2, 2, 2]  # 15 % of 13, rounded
     assert len(set(names[0]) | set(names[1])) == 39 == len(names[0]) + len(names[1])
     assert any("6 of its 39 pictures, drawn by seed 5" in line for line in told)
+
+
+def test_fine_tuning_normalises_as_the_weights_were_trained(tiny_digits, tmp_path):
+    """timm's ViT-Ti was trained with mean and deviation 0.5; from nothing it gets ImageNet's, as published."""
+    own = {"model": "vit_tiny_patch16_224", "input_size": (32,)}
+    localvit.save_checkpoint(localvit.create_model(own["model"], num_classes=5), tmp_path / "five.safetensors")
+    fresh = build(tiny_config(tiny_digits, tmp_path / "run", **own)).preprocessing
+    tuned = build(tiny_config(tiny_digits, tmp_path / "run", **own, finetune=str(tmp_path / "five.safetensors")))
+    assert (fresh.mean, fresh.std) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    assert (tuned.preprocessing.mean, tuned.preprocessing.std) == ((0.5,) * 3, (0.5,) * 3)
+    transform = tuned.batches.pictures.repeated.transform
+    assert [step.mean.tolist() for step in transform.transforms if hasattr(step, "mean")] == [[0.5] * 3]

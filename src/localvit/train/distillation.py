@@ -96,13 +96,14 @@ class DistillationLoss(nn.Module):
 class Teacher(nn.Module):
     """A frozen model that is shown a student's pictures as it is used to see pictures.
 
-    Takes pictures (B, 3, H, W) normalised with ImageNet's mean and deviation; gives logits (B, M), without gradient.
+    Takes pictures (B, 3, H, W) normalised as the student's; gives logits (B, M), without gradient.
 
     Args:
         model: gives logits of pictures.
         mean, std: of each channel, that the model's pictures are normalised with.
         input_size: height and width to resize the pictures to, bicubic; None leaves them.
         class_order: the model's class for each of the student's; None where they are the same.
+        student_mean, student_std: of each channel, that the student's pictures are normalised with.
     """
 
     scale_C11: Tensor
@@ -116,12 +117,14 @@ class Teacher(nn.Module):
         std: Sequence[float],
         input_size: tuple[int, int] | None,
         class_order: Sequence[int] | None,
+        student_mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+        student_std: Sequence[float] = IMAGENET_DEFAULT_STD,
     ) -> None:
         super().__init__()
         self.model = model
         own_mean, own_std, their_mean, their_std = (
             torch.tensor(values, dtype=torch.float64)[:, None, None]
-            for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, mean, std)
+            for values in (student_mean, student_std, mean, std)
         )
         self.renormalises = not (torch.equal(own_mean, their_mean) and torch.equal(own_std, their_std))
         self.register_buffer("scale_C11", (own_std / their_std).float())
@@ -148,7 +151,7 @@ def build_teacher(
     class_names: Sequence[str] | None,
     device: torch.device,
     *,
-    input_size: tuple[int, int],
+    preprocessing: Preprocessing,
     remark: Callable[[str], None] = lambda message: None,
 ) -> Teacher:
     """The teacher of a student with these classes and pictures, on `device`.
@@ -157,7 +160,7 @@ def build_teacher(
         teacher: a model's name, or a checkpoint file.
         checkpoint: weights for the model called `teacher`; by default its released ones.
         num_classes, class_names: the student's classes in order, and their names if they have any.
-        input_size: height and width of the student's pictures, in pixels.
+        preprocessing: of the student's pictures.
         remark: told what of the teacher is not as the student's.
 
     Raises:
@@ -170,8 +173,9 @@ def build_teacher(
     ready = ready_model(teacher, checkpoint=checkpoint)
     class_order = _class_order(ready.model, teacher, ready.class_names, num_classes, class_names, remark)
     model = ready.model.to(device)
-    own_size = _size_to_show(model, teacher, ready.preprocessing, input_size, device, remark)
-    return Teacher(model, ready.preprocessing.mean, ready.preprocessing.std, own_size, class_order).to(device)
+    own, student = ready.preprocessing, preprocessing
+    own_size = _size_to_show(model, teacher, own, student.input_size, device, remark)
+    return Teacher(model, own.mean, own.std, own_size, class_order, student.mean, student.std).to(device)
 
 
 def _class_order(

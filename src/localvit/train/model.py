@@ -1,6 +1,7 @@
 """The model in training: made, begun from other weights, frozen in part, averaged, and put over all processes."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,7 +36,11 @@ def build_model(
     if config.grad_checkpointing:
         model.set_grad_checkpointing(True)
     freeze(model, config.freeze)
-    return model, Preprocessing.published(size or model.pretrained_cfg["input_size"][1:])
+    preprocessing = Preprocessing.published(size or model.pretrained_cfg["input_size"][1:])
+    if config.finetune:  # weights that were learned on pictures of another mean and deviation
+        own = Preprocessing.of_cfg(model.pretrained_cfg)
+        preprocessing = replace(preprocessing, mean=own.mean, std=own.std)
+    return model, preprocessing
 
 
 def _create(config: TrainConfig, num_classes: int, size: tuple[int, int] | None) -> Any:

@@ -211,7 +211,7 @@ def _criterion(
         num_classes,
         pictures.class_names,
         device,
-        input_size=preprocessing.input_size,
+        preprocessing=preprocessing,
         remark=remark,
     )
     return DistillationLoss(

@@ -97,7 +97,7 @@ def _equal_pictures(pictures: FilePictures, facts: Sequence[PictureFacts | str],
     alike = defaultdict(list)
     for index, fact in enumerate(facts):
         if isinstance(fact, PictureFacts):
-            alike[fact.size, fact.thumbnail_digest].append(index)
+            alike[fact.thumbnail_digest].append(index)
     suspects = sorted(index for group in alike.values() if len(group) > 1 for index in group)
     equal = defaultdict(list)
     for index, digest in zip(suspects, pixel_digests(pictures, suspects, workers), strict=True):
