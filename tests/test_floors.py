@@ -12,7 +12,7 @@ FLOORS = [
     {"locality", "tokens", "weight_files", "files", "devices", "distributed", "_torchvision"},
     {"localize"},
     {"models"},
-    {"zoo", "checkpoints"},
+    {"zoo", "weights_fit", "checkpoints"},
     {"data", "inference", "evaluate", "predict", "cost", "real_labels", "calibration", "per_class"}
     | {"report", "report_page", "report_elements", "report_template"},
     {"train"},

@@ -5,7 +5,6 @@ everything needed to use them (`Checkpoint`'s fields). Published files are torch
 `model_ema` and `args`.
 """
 
-import functools
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -21,14 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from localvit.files import written_whole
-from localvit.models._builder import COMPUTED_ENTRIES, own_names, published_key
+from localvit.models._builder import own_names, published_key
 from localvit.models._positions import resample_state
 from localvit.weight_files import CheckpointError, read_weight_file
-from localvit.zoo import ZOO, create_model, published_model
+from localvit.weights_fit import classes_of, known_model, misfit, said_misfit
+from localvit.zoo import create_model, published_model
 
 HEADER = "localvit"
 FORMAT = 1
-_NAMED = 4  # how many keys an error message names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +92,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raw=dict(raw),
         ema=content.get("model_ema"),
         name=getattr(asked, "model", None),
-        args={"num_classes": _classes_of(dict(raw))} if _classes_of(dict(raw)) else {},
+        args={"num_classes": classes_of(dict(raw))} if classes_of(dict(raw)) else {},
         about={"epoch": content["epoch"]} if isinstance(content.get("epoch"), int) else {},
     )
 
@@ -113,12 +112,6 @@ def _header(path: Path) -> dict[str, Any] | None:
     if header["format"] > FORMAT:
         raise CheckpointError(f"{path} was written by a newer localvit (format {header['format']}); upgrade localvit")
     return header
-
-
-def _classes_of(state_dict: Mapping[str, Tensor]) -> int | None:
-    """How many classes the head of a state dict has."""
-    heads = [key for key in ("head.weight", "head.fc.weight", "fc.weight") if key in state_dict]
-    return state_dict[heads[0]].shape[0] if heads else None
 
 
 def load_checkpoint(model: nn.Module, path: str | Path, weights: Literal["raw", "ema"] = "raw") -> Checkpoint:
@@ -163,52 +156,16 @@ def _check_fit(checkpoint: Checkpoint, state_dict: Mapping[str, Tensor], wanted:
     if not wrong:
         return
     if wrong.keys() == {"of another shape"} and all(key.startswith("head") for key in wrong["of another shape"]):
-        holds, has = _classes_of(state_dict), _classes_of(wanted)
+        holds, has = classes_of(state_dict), classes_of(wanted)
         raise CheckpointError(
             f"{path} has {holds} classes and the model {has}: make the model with num_classes={holds} to load it, "
             f"and call model.reset_classifier({has}) afterwards to put a new head on these weights"
         )
-    known = None if checkpoint.layout == "localvit" else _known_model(checkpoint.raw)
+    known = None if checkpoint.layout == "localvit" else known_model(checkpoint.raw)
     if checkpoint.layout == "localvit" and checkpoint.name:
         known = checkpoint.name
     advice = f"; it is a {known}" if known else ""
     raise CheckpointError(f"{path} does not fit the model{advice}: {said_misfit(wrong)}")
-
-
-def misfit(state_dict: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """The entries that are not as wanted, by what is wrong with them; nothing where all fit."""
-    wrong = {
-        "missing": [key for key in wanted if key not in state_dict],
-        "surplus": [key for key in state_dict if key not in wanted],
-        "of another shape": [key for key in wanted if key in state_dict and state_dict[key].shape != wanted[key].shape],
-    }
-    return {what: keys for what, keys in wrong.items() if keys}
-
-
-def said_misfit(wrong: Mapping[str, Sequence[str]]) -> str:
-    """What `misfit` found, for a person."""
-    parts = [
-        f"{len(keys)} {what} ({', '.join(keys[:_NAMED])}{', ...' if len(keys) > _NAMED else ''})"
-        for what, keys in wrong.items()
-    ]
-    return f"entries {', '.join(parts)}"
-
-
-def _known_model(state_dict: Mapping[str, Tensor]) -> str | None:
-    """The published model whose entries a state dict has, heads aside, if there is one."""
-    shapes = {
-        key: value.shape
-        for key, value in state_dict.items()
-        if not key.startswith("head") and not key.endswith(COMPUTED_ENTRIES)
-    }
-    return next((published.name for published in ZOO if _published_shapes(published.name) == shapes), None)
-
-
-@functools.cache
-def _published_shapes(name: str) -> dict[str, torch.Size]:
-    model = create_model(name, device="meta")
-    entries = ((published_key(model, key), value.shape) for key, value in model.state_dict().items())
-    return {key: shape for key, shape in entries if not key.startswith("head")}
 
 
 def model_from_checkpoint(
@@ -229,7 +186,7 @@ def model_from_checkpoint(
     checkpoint = read_checkpoint(path)
     if name is None and checkpoint.name and timm.is_model(checkpoint.name):
         name = checkpoint.name
-    name = name or _known_model(checkpoint.raw)
+    name = name or known_model(checkpoint.raw)
     if name is None:
         said = f"says its model is {checkpoint.name!r}, which is not known" if checkpoint.name else "names no model"
         raise CheckpointError(f"{path} {said}, and no published model has its entries: give the model's name")

@@ -26,6 +26,7 @@ def patch_grid(img_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[
     return img_size[0] // patch_size[0], img_size[1] // patch_size[1]
 
 
+@register_notrace_function
 def resample_positions(
     pos_1NC: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], num_prefix_tokens: int
 ) -> Tensor:
@@ -39,6 +40,8 @@ def resample_positions(
             f"a position embedding for {held} patches ({num_prefix_tokens} prefix tokens left out) does not fill "
             f"the {old_grid[0]} x {old_grid[1]} grid of {old_grid[0] * old_grid[1]}"
         )
+    if old_grid == new_grid:
+        return pos_1NC
     prefix_1PC, grid_1NC = pos_1NC[:, :num_prefix_tokens], pos_1NC[:, num_prefix_tokens:]
     # As a map: of a sequence timm before 1.0.29 takes equal counts of tokens for equal grids.
     moved_1HWC = resample_abs_pos_embed_nhwc(grid_1NC.unflatten(1, old_grid), new_grid)

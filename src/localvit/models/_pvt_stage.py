@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from timm.layers import DropPath, Mlp, PatchEmbed, resample_abs_pos_embed
+from timm.layers import DropPath, Mlp, PatchEmbed
 from timm.models import checkpoint
 from timm.models.pvt_v2 import Attention
 from torch import Tensor, nn
+
+from localvit.models._positions import resample_positions
 
 Size = tuple[int, int]
 
@@ -87,7 +89,7 @@ class Stage(nn.Module):
         if cls_token_11C is not None:
             x_BNC = torch.cat((cls_token_11C.expand(x_BNC.shape[0], -1, -1), x_BNC), dim=1)
         own_grid = self.patch_embed.grid_size
-        positions = resample_abs_pos_embed(self.pos_embed, grid_size, own_grid, self.num_prefix_tokens)
+        positions = resample_positions(self.pos_embed, own_grid, grid_size, self.num_prefix_tokens)
         x_BNC = self.pos_drop(x_BNC + positions)
         for block in self.blocks:
             x_BNC = checkpoint(block, x_BNC, grid_size) if self.grad_checkpointing else block(x_BNC, grid_size)

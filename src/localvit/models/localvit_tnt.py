@@ -8,7 +8,6 @@ Shapes: B batch, N patches (H x W of them), C outer width, c inner width, n pixe
 from typing import Any
 
 import torch
-from timm.layers import resample_abs_pos_embed
 from timm.models import checkpoint, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from timm.models.tnt import TNT
@@ -17,12 +16,12 @@ from torch import Tensor, nn
 
 from localvit.localize import BlockSelection, Locality, replace_feed_forward, select_blocks
 from localvit.models._builder import also_known_as, build, released_cfg
-from localvit.models._positions import PositionGrids, move_positions, patch_grid
+from localvit.models._positions import PositionGrids, move_positions, patch_grid, resample_positions
 from localvit.tokens import Grid
 
 # These branch on shapes, which a graph tracer cannot follow; timm registers its own for the files of its own models.
 torch.fx.wrap("patch_grid")
-torch.fx.wrap("resample_abs_pos_embed")
+torch.fx.wrap("resample_positions")
 
 
 def _keep_drop_path(block: Any) -> None:
@@ -106,7 +105,7 @@ class LocalTNT(TNT):
         patches_BNC = self.norm2_proj(self.proj(self.norm1_proj(pixels.reshape(batch, height * width, -1))))
         patches_BNC = self.grid(patches_BNC.unflatten(1, (height, width))).flatten(1, 2)
         tokens = torch.cat((self.cls_token.expand(batch, -1, -1), patches_BNC), dim=1)
-        positions = resample_abs_pos_embed(self.patch_pos, (height, width), embed.grid_size, self.num_prefix_tokens)
+        positions = resample_positions(self.patch_pos, embed.grid_size, (height, width), self.num_prefix_tokens)
         return pixels, self.pos_drop(tokens + positions)
 
     def _outer_tokens(self, image_BCHW: Tensor, num_blocks: int | None = None) -> list[Tensor]:

@@ -10,19 +10,12 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
-from localvit.checkpoints import (
-    Checkpoint,
-    img_size_of,
-    load_weights,
-    misfit,
-    read_checkpoint,
-    said_misfit,
-    weights_for,
-)
+from localvit.checkpoints import Checkpoint, img_size_of, load_weights, read_checkpoint, weights_for
 from localvit.data.classes import model_class_names
 from localvit.inference import names_file, ready_model
 from localvit.models._positions import positions_like
 from localvit.weight_files import CheckpointError
+from localvit.weights_fit import misfit, said_misfit
 from localvit.zoo import create_model, published_model
 
 

@@ -72,6 +72,7 @@ def check_folder(root: Path, *, workers: int = 0, progress: Progress = _silent) 
 
     Raises:
         DataError: when `root` is no folder.
+        UnreadablePicture: when a picture goes away while it is looked at a second time.
         RuntimeError: when a worker process dies.
     """
     splits, findings = open_splits(root)
