@@ -1,5 +1,6 @@
 """Going on after an end of any kind: with the same bits, from whatever is whole."""
 
+import json
 import os
 import random
 import signal
@@ -287,6 +288,31 @@ def test_a_published_checkpoint_resumes(tmp_path, name):
     assert optimizer.param_groups[0]["lr"] == pytest.approx(9.5e-4, rel=0.02)  # cosine of 1e-3 at epoch 41 of 300
 
 
+def test_a_run_goes_on_from_what_the_published_program_would_have_saved(tiny_digits, tmp_path):
+    """Our own state without our own entries, at the end of the first of two epochs."""
+    wanted = eventful(tiny_digits, tmp_path / "whole", epochs=2)
+    fit(build(wanted))
+    half = eventful(tiny_digits, tmp_path / "half", epochs=2, early_stopping=1, checkpoint_steps=None)
+    training = build(half)
+    object.__setattr__(training, "criterion", Interrupting(2, signal.SIGTERM))  # the last step of the epoch
+    with pytest.raises(Stopped):
+        fit(training)
+    training = build(half, resume="auto")
+    object.__setattr__(training, "criterion", Interrupting(0, signal.SIGTERM))
+    with pytest.raises(Stopped):
+        fit(training)
+    entries = torch.load(tmp_path / "half" / "checkpoint.1.pth", weights_only=False)
+    assert entries["epoch"] == 0
+    del entries["localvit"]
+    torch.save(entries, tmp_path / "published.pth")
+    config = eventful(tiny_digits, tmp_path / "on", epochs=2)
+    (row,) = fit(build(config, resume=str(tmp_path / "published.pth")))
+    names = ("model", "model_ema", "optimizer")
+    states = [read_state(folder / STATE) for folder in (tmp_path / "whole", tmp_path / "on")]
+    assert same(*({name: state[name] for name in names} for state in states))
+    assert json.loads((tmp_path / "whole" / "log.txt").read_text().splitlines()[1]) == row
+
+
 @pytest.mark.parametrize(
     ("entries", "words"),
     [
@@ -298,6 +324,28 @@ def test_what_cannot_be_resumed_says_why(tiny_digits, tmp_path, entries, words):
     torch.save(entries, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match=words):
         build(tiny_config(tiny_digits, tmp_path / "run"), resume=str(tmp_path / "other.pth"))
+
+
+@pytest.mark.filterwarnings("ignore:PlateauLRScheduler")
+def test_a_plateau_goes_on_counting(tiny_digits, tmp_path):
+    """timm saves the best accuracy alone, not how long ago it was: an end at any epoch must not begin the wait anew."""
+    settings = {"sched": "plateau", "patience_epochs": 2, "decay_rate": 0.5, "warmup_epochs": 0, "epochs": 12}
+
+    def rates(ends_at):
+        training = build(tiny_config(tiny_digits, tmp_path, **settings))
+        for epoch in range(12):
+            if epoch == ends_at:
+                entries = training.state.to_entries(training.describe())
+                training = build(tiny_config(tiny_digits, tmp_path, **settings))
+                training.state.load_entries(entries)
+            training.state.begin_epoch()
+            yield training.state.optimizer.param_groups[0]["lr"]
+            training.state.finish_epoch({"epoch": epoch, "test_acc1": 50.0}, {})
+
+    undisturbed = list(rates(None))
+    assert len(set(undisturbed)) > 2
+    for ends_at in (3, 4, 7):
+        assert list(rates(ends_at)) == undisturbed
 
 
 def test_inside_an_epoch_the_batch_stays(tiny_digits, tmp_path):
