@@ -2,10 +2,10 @@
 
     python benchmarks/train_speed.py loop|loader|memory --data-path FOLDER [--model localvit_tiny] [--rounds 5]
 
-`loop` times whole steps of `localvit train` against the bare forward, backward and update of the same model on the same
-batches, in interleaved rounds. `loader` reads the pictures with `localvit train`'s batches and with timm's own loader,
-the same transforms, batch size and workers, in interleaved rounds. `memory` trains 1,000 steps and prints what the
-process holds every 100. FOLDER holds train/<class>/ or class folders.
+`loop` compares the CPU time of whole steps of `localvit train` with that of the bare forward, backward and update of
+the same model on the same batches, in interleaved rounds. `loader` reads the pictures with `localvit train`'s batches
+and with timm's own loader: the same transforms, batch size and workers, in interleaved rounds. `memory` trains 1,000
+steps and prints what the process holds every 100. FOLDER holds train/<class>/ and val/<class>/, or class folders.
 """
 
 import argparse
@@ -52,25 +52,28 @@ def bare_step(model: nn.Module, optimizer: torch.optim.Optimizer, pictures_BCHW,
 
 
 def loop(asked: argparse.Namespace) -> None:
-    """Seconds a step, bare and whole, on batches that lie ready."""
+    """CPU seconds a step, bare and whole, on batches that lie ready; one thread, so that neighbours matter less."""
+    torch.set_num_threads(1)
     run = build_run(asked, mixup=0.0, cutmix=0.0, label_smoothing=0.0, workers=0)
     ready = list(islice(run.batches.epoch(0), asked.steps))
     seconds: dict[str, list[float]] = {"bare": [], "whole": []}
-    for _ in range(asked.rounds):
+    for number in range(asked.rounds + 1):
         for name in seconds:
-            started = time.perf_counter()
             batches = iter(ready)
+            started = time.process_time()
             for pictures_BCHW, labels_B in ready:
                 if name == "bare":
                     bare_step(run.state.model, run.state.optimizer, pictures_BCHW, labels_B)
                 else:
                     train_step(run, batches, stop=False)
-            seconds[name].append((time.perf_counter() - started) / len(ready))
+            if number:  # the first round warms up
+                seconds[name].append((time.process_time() - started) / len(ready))
     ratios = [whole / bare - 1 for bare, whole in zip(*seconds.values(), strict=True)]
     bare, whole = (statistics.median(part) for part in seconds.values())
+    rounds = ", ".join(f"{ratio:+.2%}" for ratio in ratios)
     print(
-        f"{asked.model}, batch {asked.batch_size}: bare {bare:.4f} s a step, whole {whole:.4f} s; "
-        f"the loop costs {statistics.median(ratios):+.2%} (rounds {', '.join(f'{ratio:+.2%}' for ratio in ratios)})"
+        f"{asked.model}, batch {asked.batch_size}: bare {bare:.4f} CPU s a step, whole {whole:.4f}; "
+        f"the loop costs {statistics.median(ratios):+.2%} (rounds {rounds})"
     )
 
 

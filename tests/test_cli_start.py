@@ -17,7 +17,9 @@ assert not heavy, heavy
 """
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["predict", "--help"], ["models", "--help"], ["info", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], *([name, "--help"] for name in ("predict", "models", "info", "check-data", "compare"))]
+)
 def test_help_imports_nothing_heavy(arguments):
     done = subprocess.run([sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -170,6 +170,8 @@ def test_bad_usage_is_status_2(arguments, capsys):
     assert exit_.value.code == 2
 
 
+# Ctrl-C may fall between the opening of a file and the block that closes it.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_interrupt_is_one_line(root, capsys):
     """The main process waits for a pipe that is called a picture when Ctrl-C comes."""
     pipe = root / "train" / "ape" / "waits.png"

@@ -144,6 +144,7 @@ def test_links_are_followed_once(tmp_path):
     (tmp_path / "root").mkdir()
     (tmp_path / "root" / "ape").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "around").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "root" / "itself").symlink_to(tmp_path / "root" / "itself")
     assert scan_folder(tmp_path / "root")[0].paths == ["ape/1.png"]
 
 

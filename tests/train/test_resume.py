@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -91,8 +92,7 @@ def eventful(data, folder, **changes):
 )
 def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(tiny_digits, tmp_path, undisturbed, call, number):
     config = eventful(tiny_digits, tmp_path, checkpoint_steps=None)
-    training = build(config)
-    object.__setattr__(training, "criterion", Interrupting(call, number))
+    training = replace(build(config), criterion=Interrupting(call, number))
     before = signal.getsignal(number)
     with pytest.raises(Stopped) as stopped:
         fit(training)
@@ -211,6 +211,22 @@ def test_a_full_disk_costs_no_earlier_state(tmp_path):
         subprocess.run(["umount", str(disk)], check=True)
 
 
+def test_a_disk_too_small_for_the_run_stops_before_training(tiny_digits, tmp_path):
+    """A state alone would fit into 16 MB: weights and average of 3 MB each. Two, with moments, and models do not."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "none", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small disk needs more rights than this user has")
+    try:
+        training = build(tiny_config(tiny_digits, disk / "run"))
+        with pytest.raises(OSError, match=r"has 17 MB free, and the run may need 47 MB for 2 states and two models"):
+            fit(training)
+        assert list((disk / "run").iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
 def test_a_folder_that_cannot_be_written_stops_before_training(tiny_digits, tmp_path):
     (tmp_path / "file").write_text("")
     training = build(tiny_config(tiny_digits, tmp_path / "file" / "run"))
@@ -293,12 +309,10 @@ def test_a_run_goes_on_from_what_the_published_program_would_have_saved(tiny_dig
     wanted = eventful(tiny_digits, tmp_path / "whole", epochs=2)
     fit(build(wanted))
     half = eventful(tiny_digits, tmp_path / "half", epochs=2, early_stopping=1, checkpoint_steps=None)
-    training = build(half)
-    object.__setattr__(training, "criterion", Interrupting(2, signal.SIGTERM))  # the last step of the epoch
+    training = replace(build(half), criterion=Interrupting(2, signal.SIGTERM))  # the last step of the epoch
     with pytest.raises(Stopped):
         fit(training)
-    training = build(half, resume="auto")
-    object.__setattr__(training, "criterion", Interrupting(0, signal.SIGTERM))
+    training = replace(build(half, resume="auto"), criterion=Interrupting(0, signal.SIGTERM))
     with pytest.raises(Stopped):
         fit(training)
     entries = torch.load(tmp_path / "half" / "checkpoint.1.pth", weights_only=False)
@@ -349,8 +363,7 @@ def test_a_plateau_goes_on_counting(tiny_digits, tmp_path):
 
 
 def test_inside_an_epoch_the_batch_stays(tiny_digits, tmp_path):
-    training = build(eventful(tiny_digits, tmp_path))
-    object.__setattr__(training, "criterion", Interrupting(0, signal.SIGTERM))
+    training = replace(build(eventful(tiny_digits, tmp_path)), criterion=Interrupting(0, signal.SIGTERM))
     with pytest.raises(Stopped):
         fit(training)
     with pytest.raises(CheckpointError, match="an epoch of 12 pictures a step, and this run takes 6"):

@@ -120,8 +120,9 @@ def scan_folder(root: Path) -> tuple[FilePictures, list[str]]:
         raise DataError(
             f"no folder {root}" if not root.exists() else f"{root} is a file, not a folder of class folders"
         )
-    visible = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-    hidden = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name.startswith("."))
+    folders = sorted(path.name for path in root.iterdir() if path.is_dir())
+    visible = [name for name in folders if not name.startswith(".")]
+    hidden = [name for name in folders if name.startswith(".")]
     if not visible:
         raise DataError(f"{root} has no class folders; put the pictures into one sub-folder for each class")
     remarks = [f"left out the hidden folder {root / name}" for name in hidden]

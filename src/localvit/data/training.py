@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from localvit.data.pictures import Pictures, PreparedPictures, UnreadablePicture
 from localvit.data.workers import leave_quietly, loaded
@@ -35,7 +35,9 @@ def seed_draws(seed: int, purpose: Draws, epoch: int = 0, place: int = 0, repeat
     words = _sequence(seed, purpose, epoch, place, repeat).generate_state(4, np.uint32)
     random.seed(int(words[0]))
     np.random.seed(words[1])
-    torch.manual_seed(int(words[2]) << 32 | int(words[3]))
+    # Augmentation draws on the CPU alone, where asking for every accelerator would take a hundred times as long.
+    seed_torch = torch.default_generator.manual_seed if purpose == Draws.PICTURE else torch.manual_seed
+    seed_torch(int(words[2]) << 32 | int(words[3]))
 
 
 def _sequence(seed: int, purpose: Draws, epoch: int, place: int, repeat: int) -> np.random.SeedSequence:
@@ -179,8 +181,8 @@ def _collate(items: Sequence[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor]
     for item in items:
         if isinstance(item, str):
             return item
-    pictures, labels = zip(*items, strict=True)
-    return torch.stack(pictures), torch.tensor(labels)
+    pictures_BCHW, labels_B = default_collate(items)  # stacks into the memory that worker processes share
+    return pictures_BCHW, labels_B
 
 
 def _checked(batch: tuple[Tensor, Tensor] | str) -> tuple[Tensor, Tensor]:

@@ -61,7 +61,6 @@ def loaded(loader: DataLoader) -> Iterator[Any]:
     except RuntimeError as error:
         if "exited unexpectedly" in str(error) or ("worker" in str(error) and "killed" in str(error)):
             raise RuntimeError(
-                "a process that decodes pictures died (out of memory, or killed); "
-                "try fewer --workers or a smaller --batch-size"
+                "a process that decodes pictures died (out of memory, or killed); try fewer --workers"
             ) from error
         raise

@@ -71,7 +71,7 @@ def _unwritable(directory: Path, error: Exception) -> OSError:
 
 
 def prepare_folder(directory: Path, entries: Mapping[str, Any], keep: int) -> None:
-    """Save the state that a run begins with, to find out now whether the folder takes it, and all that will follow.
+    """Make the folder of a run that begins with the state `entries`, and find out now whether all will fit that follows.
 
     Raises OSError.
     """
@@ -79,14 +79,14 @@ def prepare_folder(directory: Path, entries: Mapping[str, Any], keep: int) -> No
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"{directory} cannot be made: {error}; give another --output-dir") from error
-    save_state(entries, directory, keep)
-    size = (directory / STATE).stat().st_size
-    # Adam's two moments are not there yet; the models of the last and of the best epoch will lie beside the states.
-    needed, free = 3 * size * (keep + 2), shutil.disk_usage(directory).free
+    weights = sum(value.nbytes for value in entries["model"].values())
+    models = 2 if entries["model_ema"] else 1
+    # States with the two moments of Adam, one more while it is written, and the models of the last and the best epoch.
+    needed, free = (keep + 1) * (models + 2) * weights + 2 * models * weights, shutil.disk_usage(directory).free
     if free < needed:
         raise OSError(
             f"{directory} has {free / 1e6:,.0f} MB free, and the run may need {needed / 1e6:,.0f} MB for {keep} states "
-            "and two models: make room, give another --output-dir, or keep fewer states"
+            "and two models: make room, give another --output-dir, or a smaller --keep"
         )
 
 

@@ -2,6 +2,7 @@
 
 import math
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from timm.utils import distribute_bn
 
-from localvit.distributed import is_main, world_size
+from localvit.distributed import gather, is_main, together, world_size
 from localvit.evaluate import Evaluation, evaluate
 from localvit.train.files import STATE, prepare_folder, save_epoch, save_state, write_config
 from localvit.train.nonfinite import explain, nonfinite_parameter
@@ -48,8 +49,8 @@ def fit(
     """
     run = _Run(training, progress, remark)
     with StopRequest() as run.stop_request:
-        run.open()
         try:
+            together(run.open)
             while not run.is_over():
                 run.train_epoch()
                 run.evaluate_epoch()
@@ -77,8 +78,9 @@ class _Run:
         if not is_main():
             return
         prepare_folder(self.config.output_dir, self._entries(), self.config.keep)
-        write_config(self.config, self.config.output_dir, world_size())
         self.watch = Watch(self.config, from_step=self._steps_done(), remark=self.remark)
+        self._save()  # so that a folder that cannot be written to stops the run now
+        write_config(self.config, self.config.output_dir, world_size())
 
     def close(self) -> None:
         if self.watch:
@@ -149,7 +151,7 @@ class _Run:
             save_epoch(state, self.config.output_dir, self.description)
             self.watch.epoch(state.metrics, self._steps_done())
         self._save()
-        if self.stop_request.number:
+        if any(gather(self.stop_request.number)):
             self._stop()
 
     def _steps_done(self) -> int:
@@ -213,7 +215,7 @@ class _Run:
         """Save and leave. Raises Stopped."""
         self._save()
         raise Stopped(
-            self.stop_request.number,
+            self.stop_request.number or signal.SIGTERM,  # which another process has heard
             f"stopped in epoch {self.state.epoch}, {self.state.step} of {self.training.steps_per_epoch} steps done; "
             f"go on with --resume auto --output-dir {self.config.output_dir}",
         )

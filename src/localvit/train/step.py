@@ -51,7 +51,7 @@ def train_step(training: Training, batches: Iterator[tuple[Tensor, Tensor]], *, 
                 loss = training.criterion(pictures_BCHW, training.trained(pictures_BCHW), targets) / config.grad_accum
             total = total + loss.detach()
             if is_last:
-                told = _OnItsWay(torch.stack((total, total.new_tensor(float(stop)))))
+                told = _OnItsWay(torch.stack((total, torch.full_like(total, float(stop)))))
             state.scaler.scale(loss).backward()
     loss_sum, stops = told.read()
     result = StepResult(loss=loss_sum / world_size(), stop=stops > 0)
