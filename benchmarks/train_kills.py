@@ -102,7 +102,7 @@ def main() -> int:
         finished(undisturbed)
         training = time.monotonic() - begun - starting
         # Some while it starts, most while it trains, and all of them before it has finished.
-        moments = (starting / 2, starting + 2 * training / asked.kills)
+        moments = (starting / 2, starting + training / asked.kills)
         kills = killed_again_and_again(root / "killed", workers, asked.epochs, asked.kills, moments)
         found = differences(root / "undisturbed", root / "killed")
         failed |= bool(found) or kills < asked.kills

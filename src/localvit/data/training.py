@@ -181,7 +181,7 @@ def _collate(items: Sequence[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor]
     for item in items:
         if isinstance(item, str):
             return item
-    pictures_BCHW, labels_B = default_collate(items)  # stacks into the memory that worker processes share
+    pictures_BCHW, labels_B = default_collate(list(items))  # stacks into the memory that worker processes share
     return pictures_BCHW, labels_B
 
 

@@ -71,7 +71,7 @@ def _unwritable(directory: Path, error: Exception) -> OSError:
 
 
 def prepare_folder(directory: Path, entries: Mapping[str, Any], keep: int) -> None:
-    """Make the folder of a run that begins with the state `entries`, and find out now whether all will fit that follows.
+    """Make the folder of a run that begins with the state `entries`, and find out now whether all of it will fit.
 
     Raises OSError.
     """
