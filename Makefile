@@ -11,7 +11,7 @@ demo: $(VENV)/ready
 	$(BIN)/localvit demo
 
 test: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -25,7 +25,7 @@ $(VENV)/ready: constraints.txt pyproject.toml
 
 # The suite on the oldest versions that pyproject.toml claims.
 test-oldest: .venv-oldest/ready
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 --dist worksteal
 
 .venv-oldest/ready: constraints-oldest.txt pyproject.toml
 	$(PYTHON) -m venv .venv-oldest

@@ -1,12 +1,14 @@
 """The few words of torch.distributed that the package needs, true in a single process too."""
 
 import os
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 
 def rank() -> int:
@@ -75,14 +77,27 @@ def check_agreement(facts: Mapping[str, Any]) -> None:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the processes that torchrun started, if it did; leave them at the end."""
+    """Join the processes that torchrun started, if it did; leave them at the end.
+
+    Whatever holds the group, like DistributedDataParallel, must be gone by then, so it belongs to a function called
+    inside: were it the last to let go of the group, it would do so under Python's lock, which a thread of gloo may be
+    waiting for to let go of its last tensor, while it is itself waited for.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    store, rank_here, processes = next(rendezvous("env://"))
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        # torchrun keeps one store over its restarts of one machine's processes, with the addresses of the dead in it.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank_here, world_size=processes)
     try:
         yield
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # they hold it too
+        raise
     finally:
         dist.destroy_process_group()

@@ -96,35 +96,47 @@ def run_training(config: TrainConfig, resume: str | None = None, *, dry_run: boo
     again goes on by itself. A dry run says what the run would be, and leaves nothing.
     """
     from localvit.devices import choose_device
-    from localvit.distributed import is_main, process_group
+    from localvit.distributed import process_group
+
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+        resume = "auto"
+    with process_group(choose_device(config.device)[0]):
+        return _rehearse(config, resume) if dry_run else _train(config, resume)
+
+
+def _rehearse(config: TrainConfig, resume: str | None) -> int:
+    from localvit.distributed import is_main
+    from localvit.train.recipe import build
+    from localvit.train.rehearsal import rehearse
+    from localvit_cli.columns import columns
+    from localvit_cli.console import say
+
+    told = rehearse(build(config, say, resume))
+    if is_main():
+        print(columns(list(told.items())), flush=True)
+    return 0
+
+
+def _train(config: TrainConfig, resume: str | None) -> int:
+    from localvit.distributed import is_main
     from localvit.train.files import LAST
     from localvit.train.loop import fit
     from localvit.train.recipe import build
-    from localvit.train.rehearsal import rehearse
     from localvit.train.stopping import Stopped
     from localvit.train.summary import summary_rows, write_summary
     from localvit_cli.columns import columns
     from localvit_cli.console import progress, say
 
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
-        resume = "auto"
-    with process_group(choose_device(config.device)[0]):
-        run = build(config, say, resume)
-        if dry_run:
-            rehearsed = rehearse(run)
-            if is_main():
-                print(columns(list(rehearsed.items())), flush=True)
-            return 0
-        train_pictures = len(run.batches.pictures.pictures)
-        say(f"model: {config.model}, {train_pictures:,} pictures to train on, {len(run.val_pictures):,} to evaluate on")
-        try:
-            with progress("train", run.pictures_left) as advance:
-                rows = fit(run, advance, say)
-        except Stopped as stopped:
-            say(f"localvit: {stopped}")
-            return stopped.exit_status
-        if not rows or not is_main():
-            return 0
+    run = build(config, say, resume)
+    train_pictures = len(run.batches.pictures.pictures)
+    say(f"model: {config.model}, {train_pictures:,} pictures to train on, {len(run.val_pictures):,} to evaluate on")
+    try:
+        with progress("train", run.pictures_left) as advance:
+            rows = fit(run, advance, say)
+    except Stopped as stopped:
+        say(f"localvit: {stopped}")
+        return stopped.exit_status
+    if rows and is_main():
         told = (config, run.state.metrics, run.options.device)
         say(columns(summary_rows(*told)))
         say(f"report: {write_summary(*told)}")
