@@ -71,7 +71,6 @@ class _Run:
         self.description = training.describe()
         self.stop_request = StopRequest()
         self.watch: Watch | None = None
-        self.resumed = self.state.epoch > 0 or self.state.step > 0
 
     def open(self) -> None:
         """Make the folder, or find out now that it cannot be written to."""
