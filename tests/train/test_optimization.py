@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tiny import skip_without_plateau
 from torch import nn
 
 import localvit
@@ -54,6 +55,7 @@ def test_families_of_schedules(settings, rate):
 @pytest.mark.filterwarnings("ignore:PlateauLRScheduler")  # timm saves not all of its state; we play it back
 def test_a_plateau_falls_when_accuracy_stands():
     """It rises for two epochs, then stands: after a patience of 2 epochs without a better one the rate falls."""
+    skip_without_plateau()
     found = rates(
         sched="plateau",
         warmup_epochs=0,

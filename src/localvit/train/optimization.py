@@ -57,29 +57,35 @@ def scaled_learning_rate(config: TrainConfig, pictures_per_step: int) -> float:
 
 
 def build_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Scheduler:
-    """timm's schedule with a linear warm-up. `set_learning_rate` puts it in force."""
+    """timm's schedule with a linear warm-up. `set_learning_rate` puts it in force.
+
+    Raises ValueError for a plateau where timm is too old for torch.
+    """
     noise: Any = list(config.lr_noise) or None
     # timm's plateau begins with this rate even without a warm-up, and would stay there.
     warmup_lr = config.warmup_lr if config.warmup_epochs else optimizer.param_groups[0]["lr"]
     warmup_epochs: Any = config.warmup_epochs  # a part of an epoch is fine where the rate moves every step
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched=config.sched,
-        num_epochs=config.epochs,
-        min_lr=config.min_lr,
-        warmup_lr=warmup_lr,
-        warmup_epochs=warmup_epochs,
-        decay_epochs=config.decay_epochs,
-        decay_milestones=list(config.decay_milestones),
-        decay_rate=config.decay_rate,
-        patience_epochs=config.patience_epochs,
-        noise=noise,
-        noise_pct=config.lr_noise_pct,
-        noise_std=config.lr_noise_std,
-        noise_seed=config.seed,
-        step_on_epochs=not config.sched_on_updates,
-        updates_per_epoch=steps_per_epoch,
-    )
+    try:
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=config.sched,
+            num_epochs=config.epochs,
+            min_lr=config.min_lr,
+            warmup_lr=warmup_lr,
+            warmup_epochs=warmup_epochs,
+            decay_epochs=config.decay_epochs,
+            decay_milestones=list(config.decay_milestones),
+            decay_rate=config.decay_rate,
+            patience_epochs=config.patience_epochs,
+            noise=noise,
+            noise_pct=config.lr_noise_pct,
+            noise_std=config.lr_noise_std,
+            noise_seed=config.seed,
+            step_on_epochs=not config.sched_on_updates,
+            updates_per_epoch=steps_per_epoch,
+        )
+    except TypeError as error:  # older timm's plateau, on newer torch
+        raise ValueError(f"sched={config.sched} does not run on these versions: {error}; upgrade timm") from error
     return scheduler
 
 
