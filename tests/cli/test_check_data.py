@@ -163,7 +163,7 @@ def test_one_clear_line_for_what_is_wrong(tmp_path, capsys, arguments, status, s
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("arguments", [[], ["--nonsense"], ["a", "b"], ["a", "--workers", "many"]])
+@pytest.mark.parametrize("arguments", [[], ["a", "--nonsense"], ["a", "b"], ["a", "--workers", "many"]])
 def test_bad_usage_is_status_2(arguments, capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["check-data", *arguments])
