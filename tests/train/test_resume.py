@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -194,37 +195,35 @@ def test_a_state_that_was_written_but_not_placed_is_the_newest(tmp_path):
     assert newest_state(tmp_path, lambda message: None)["step"] == 2
 
 
-def test_a_full_disk_costs_no_earlier_state(tmp_path):
-    """A real one: a file system of 256 KB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(disk)], capture_output=True)
+@contextmanager
+def small_disk(folder, size):
+    """A file system of its own in `folder`."""
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)], capture_output=True)
     if mounted.returncode:
         pytest.skip("mounting a small disk needs more rights than this user has")
     try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_costs_no_earlier_state(tmp_path):
+    with small_disk(tmp_path / "disk", "256k") as disk:
         save_state({"model": {"a": torch.zeros(10_000)}, "step": 1}, disk, keep=2)
         with pytest.raises(OSError, match="its disk is full"):
             save_state({"model": {"a": torch.zeros(60_000)}, "step": 2}, disk, keep=2)
         assert read_state(disk / STATE)["step"] == 1
         assert [path.name for path in disk.iterdir()] == [STATE]
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_disk_too_small_for_the_run_stops_before_training(tiny_digits, tmp_path):
     """A state alone would fit into 16 MB: weights and average of 3 MB each. Two, with moments, and models do not."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "none", str(disk)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a small disk needs more rights than this user has")
-    try:
+    with small_disk(tmp_path / "disk", "16m") as disk:
         training = build(tiny_config(tiny_digits, disk / "run"))
         with pytest.raises(OSError, match=r"has 17 MB free, and the run may need 47 MB for 2 states and two models"):
             fit(training)
         assert list((disk / "run").iterdir()) == []
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_folder_that_cannot_be_written_stops_before_training(tiny_digits, tmp_path):

@@ -1,12 +1,12 @@
 """The model in training: made, begun from other weights, frozen in part, averaged, and put over all processes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from localvit.data.preprocessing import Preprocessing
@@ -76,11 +76,16 @@ def over_processes(config: TrainConfig, model: nn.Module, device: torch.device, 
 
 def _has_unused_parameters(model: nn.Module, size: tuple[int, int], device: torch.device) -> bool:
     """Whether some parameter gets no gradient (LocalViT-T2T's tokeniser keeps a published norm that nothing reads)."""
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    buffers_before = [buffer.clone() for buffer in model.buffers()]
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     outputs = model.train()(torch.zeros(2, 3, *size, device=device))
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     gradients = torch.autograd.grad([output.sum() for output in outputs], parameters, allow_unused=True)
-    for name, buffer in model.named_buffers():
-        buffer.copy_(before[name])
+    restore(model.buffers(), buffers_before)
     return any(gradient is None for gradient in gradients)
+
+
+def restore(tensors: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    """Give `tensors` their earlier values back."""
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from localvit.distributed import gather
+from localvit.train.model import restore
 from localvit.train.recipe import Training
-from localvit.train.step import restore, shown
+from localvit.train.step import shown
 
 _NAMED = 8  # how many pictures a message names
 

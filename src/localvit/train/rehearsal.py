@@ -1,5 +1,6 @@
 """What a run would be: a few of its steps and part of an evaluation, taken for real and thrown away."""
 
+import math
 import time
 from datetime import timedelta
 
@@ -26,7 +27,7 @@ def rehearse(training: Training) -> dict[str, str]:
         started = time.monotonic()
         result = train_step(training, batches, stop=False)
         step_seconds = time.monotonic() - started
-        if result.loss != result.loss or result.loss in (float("inf"), float("-inf")):
+        if not math.isfinite(result.loss):
             raise ValueError(f"the loss of the first steps is {result.loss}: try a lower --lr, or another --dtype")
     started = time.monotonic()
     limit = min(config.batch_size * world_size(), len(training.val_pictures))

@@ -5,7 +5,7 @@ Shapes: B pictures of a batch, C channels, H and W pixels, M classes.
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from localvit.data.training import Draws, seed_draws
 from localvit.distributed import rank, world_size
+from localvit.train.model import restore
 from localvit.train.recipe import Training
 
 
@@ -82,12 +83,6 @@ def shown(training: Training, pictures_BCHW: Tensor, labels_B: Tensor, number: i
     return training.mixup(pictures_BCHW, labels_B) if training.mixup else (pictures_BCHW, labels_B)
 
 
-def restore(tensors: Iterable[Tensor], values: Iterable[Tensor]) -> None:
-    """Give `tensors` their earlier values back."""
-    for tensor, value in zip(tensors, values, strict=True):
-        tensor.copy_(value)
-
-
 def _gradients_kept_here(trained: nn.Module) -> contextlib.AbstractContextManager:
     """Processes exchange gradients at the last batch of a step alone."""
     inner = getattr(trained, "_orig_mod", trained)
@@ -100,7 +95,7 @@ class _OnItsWay:
     def __init__(self, values: Tensor) -> None:
         if world_size() > 1:
             dist.all_reduce(values)
-        self._values = values.to("cpu", non_blocking=True)
+        self._values = values.to("cpu", non_blocking=values.is_cuda)
         self._arrival = torch.cuda.Event() if values.is_cuda else None
         if self._arrival:
             self._arrival.record()
@@ -109,6 +104,4 @@ class _OnItsWay:
         """The numbers, once they are there."""
         if self._arrival:
             self._arrival.synchronize()
-        elif self._values.device.type == "mps":
-            torch.mps.synchronize()
         return self._values.tolist()
