@@ -10,10 +10,10 @@ SRC = Path(__file__).parents[1] / "src"
 
 FLOORS = [
     {"locality", "tokens", "weight_files", "files", "devices", "distributed", "_torchvision"},
-    {"localize"},
+    {"surgery", "cost"},
     {"models"},
     {"zoo", "weights_fit", "checkpoints"},
-    {"data", "inference", "evaluate", "predict", "cost", "real_labels", "calibration", "per_class"}
+    {"data", "inference", "evaluate", "predict", "real_labels", "calibration", "per_class"}
     | {"report", "report_page", "report_elements", "report_template"},
     {"train"},
 ]

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from localvit import LocalityFeedForward
-from localvit.localize import Locality
-from localvit.tokens import Grid, LocalityMlp, map_to_tokens, tokens_to_map
+from localvit.surgery.paper_form import Locality
+from localvit.tokens import Grid, LocalityMlp, TokenSequence, map_to_tokens, tokens_to_map
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 """float64 sums of at most some hundred terms of order one."""
@@ -23,7 +23,7 @@ def slot(channels=5, grid_size=(7, 11), num_prefix_tokens=0, **kwargs):
     torch.manual_seed(3)
     grid = Grid()
     grid.size = grid_size
-    return LocalityMlp(channels, grid, num_prefix_tokens, reduction=2, **kwargs).double().eval()
+    return LocalityMlp(channels, TokenSequence(grid, num_prefix_tokens), reduction=2, **kwargs).double().eval()
 
 
 @pytest.mark.parametrize("num_prefix_tokens", [0, 1, 2])
@@ -102,7 +102,7 @@ def test_slot_tells_transposed_grids_apart():
     mlp = slot(grid_size=(7, 11))
     x_BNC = tokens(2, 77, 5)
     wide = mlp(x_BNC)
-    mlp.grid.size = (11, 7)
+    mlp.layout.grid.size = (11, 7)
     assert not torch.allclose(mlp(x_BNC), wide)
 
 
@@ -114,7 +114,7 @@ class Host(nn.Module):
         grid = Grid()
         self.embed = nn.Identity()
         grid.follow_output(self.embed)
-        self.mlp = LocalityMlp(5, grid, reduction=2)
+        self.mlp = LocalityMlp(5, TokenSequence(grid), reduction=2)
 
     def forward(self, x_BHWC):
         return self.mlp(self.embed(x_BHWC).flatten(1, 2))
@@ -136,11 +136,11 @@ def test_copies_have_a_grid_of_their_own():
     tall, wide = torch.randn(2, 7, 3, 5), torch.randn(2, 3, 7, 5)
     expected = host(tall)
     for twin in (copy.deepcopy(host), pickle.loads(pickle.dumps(host))):
-        assert twin.mlp.grid is not host.mlp.grid
+        assert twin.mlp.layout.grid is not host.mlp.layout.grid
         host(wide)
         torch.testing.assert_close(twin(tall), expected)
-        assert host.mlp.grid.size == (3, 7)
-        assert twin.mlp.grid.size == (7, 3)
+        assert host.mlp.layout.grid.size == (3, 7)
+        assert twin.mlp.layout.grid.size == (7, 3)
 
 
 def test_compiled_hosts_follow_the_grid():
@@ -173,13 +173,13 @@ def test_slot_in_lower_precision(dtype, tolerance):
 def test_locality_passes_every_choice_on():
     grid = Grid()
     mlp = Locality(act="hs+se", reduction=3, expand_ratio=2.0, depthwise_first=True).feed_forward(
-        6, grid, 2, device="meta"
+        6, TokenSequence(grid, 2), device="meta"
     )
-    assert mlp.grid is grid
-    assert mlp.num_prefix_tokens == 2
+    assert mlp.layout.grid is grid
+    assert mlp.layout.num_prefix_tokens == 2
     assert mlp.conv[0].weight.shape == (6, 1, 3, 3)
     assert mlp.conv[3].weight.shape == (12, 6, 1, 1)
     assert mlp.conv[6].fc[0].weight.shape == (4, 12)
     assert mlp.conv[0].weight.device.type == "meta"
-    without = Locality(act="relu6", depthwise=False).feed_forward(6, grid)
+    without = Locality(act="relu6", depthwise=False).feed_forward(6, TokenSequence(grid))
     assert len(without.conv) == 5

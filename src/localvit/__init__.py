@@ -9,6 +9,7 @@ from localvit import _torchvision  # before anything imports timm
 from localvit import models
 from localvit.checkpoints import load_checkpoint, model_from_checkpoint, read_checkpoint, save_checkpoint
 from localvit.locality import LocalityFeedForward
+from localvit.surgery.localize import delocalize, localize
 from localvit.zoo import create_model, list_models
 
 __version__ = version("localvit")
@@ -16,8 +17,10 @@ __version__ = version("localvit")
 __all__ = [
     "LocalityFeedForward",
     "create_model",
+    "delocalize",
     "list_models",
     "load_checkpoint",
+    "localize",
     "model_from_checkpoint",
     "read_checkpoint",
     "save_checkpoint",

@@ -58,7 +58,7 @@ def summarize_blocks(model: nn.Module, input_size: tuple[int, ...]) -> list[Bloc
     grids = {}
 
     def note(mlp: LocalityMlp, args: tuple, output: torch.Tensor) -> None:
-        grids[mlp] = mlp.grid.size  # now: blocks that share a `Grid` may find it at different sizes
+        grids[mlp] = mlp.layout.grid.size  # now: blocks that share a `Grid` may find it at different sizes
 
     for module in copied.modules():
         if isinstance(module, LocalityMlp):

@@ -3,8 +3,12 @@
 The grid is never guessed from the number of tokens: the host's patch embedding (or block) says what it is in each
 forward, a `Grid` carries that to the slots, and a count that does not fill it is an error.
 
-Shapes: B batch, N tokens (prefix tokens first), P prefix tokens (class, distillation), C channels, H and W the grid.
+Shapes: B batch, N tokens (prefix tokens first), P prefix tokens (class, distillation, register), C channels, H and W
+the grid.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,39 +39,102 @@ def map_to_tokens(map_BCHW: Tensor) -> Tensor:
 class Grid(nn.Module):
     """Carries the patch grid of the forward under way from where it is known to the slots that need it.
 
-    Called with a channels-last tensor (B, H, W, C), it notes (H, W) and returns the tensor. `follow_output` and
-    `follow_input` hang it on a module of the host. It is a module, though without parameters, so that graph tracers
-    keep the note-taking in the graph and `deepcopy` keeps the sharing.
+    One of its `follow_` methods hangs it on the module of the host that knows. It is a module, though without
+    parameters, so that graph tracers keep the note-taking in the graph and `deepcopy` keeps the sharing. `size` is
+    (H, W), None before the first forward; give it where it never changes.
 
     It holds one grid, that of the last forward. Gradient checkpointing runs blocks again in the backward pass: where a
     step mixes picture sizes, go backward through one before forward through the next.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, size: tuple[int, int] | None = None) -> None:
         super().__init__()
-        self.size: tuple[int, int] | None = None
+        self.size = size
+        self.height_dim = 1
+        self.read: Callable[..., tuple[int, int] | None] | None = None
 
-    def forward(self, x_BHWC: Tensor) -> Tensor:
-        self.size = (x_BHWC.shape[1], x_BHWC.shape[2])
-        return x_BHWC
+    def forward(self, map: Tensor) -> Tensor:
+        """Note the grid of a map, (B, H, W, C) or, where `height_dim` is 2, (B, C, H, W); returns the map."""
+        self.size = (map.shape[self.height_dim], map.shape[self.height_dim + 1])
+        return map
 
-    def follow_output(self, module: nn.Module) -> None:
-        """Note the grid whenever `module`, a patch embedding that returns (B, H, W, C), has run."""
+    def follow_output(self, module: nn.Module, height_dim: int = 1) -> None:
+        """Note the grid whenever `module`, which returns a map, has run."""
+        self.height_dim = height_dim
         module.register_forward_hook(self._note_output)
 
-    def follow_input(self, module: nn.Module) -> None:
-        """Note the grid whenever `module`, a block that reads (B, H, W, C), is about to run."""
+    def follow_input(self, module: nn.Module, height_dim: int = 1) -> None:
+        """Note the grid whenever `module`, which reads a map first, is about to run."""
+        self.height_dim = height_dim
         module.register_forward_pre_hook(self._note_input)
 
-    def _note_output(self, module: nn.Module, args: tuple, x_BHWC: Tensor) -> Tensor:
-        return self(x_BHWC)
+    def follow_arguments(self, module: nn.Module, read: Callable[..., tuple[int, int] | None]) -> None:
+        """Note `read(*args, **kwargs)` whenever `module` is about to run with these arguments."""
+        self.read = read
+        module.register_forward_pre_hook(self._note_arguments, with_kwargs=True)
+
+    def follow_result(self, module: nn.Module, read: Callable[..., tuple[int, int] | None]) -> None:
+        """Note `read(result)` whenever `module` has run."""
+        self.read = read
+        module.register_forward_hook(self._note_result)
+
+    def _note_output(self, module: nn.Module, args: tuple, map: Tensor) -> Tensor:
+        return self(map)
 
     def _note_input(self, module: nn.Module, args: tuple) -> tuple:
         return (self(args[0]), *args[1:])
 
+    def _note_arguments(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        assert self.read
+        self.size = self.read(*args, **kwargs)
+
+    def _note_result(self, module: nn.Module, args: tuple, result: Any) -> None:
+        assert self.read
+        self.size = self.read(result)
+
+
+def stop_following(model: nn.Module) -> None:
+    """Take every `Grid` off the modules that it follows."""
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(getattr(hook, "__self__", None), Grid):
+                    del hooks[key]
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+class TokenSequence(nn.Module):
+    """Tokens (B, P + H * W, C), row by row, behind prefix tokens: the layout of most vision transformers.
+
+    A layout says how tokens make a map: `to_map` gives the image tokens as (B, C, H, W), `to_tokens` puts such a map
+    back, with zeros for what is no image token, so that it can be added to the tokens. Without parameters.
+
+    Args:
+        grid: the grid of the tokens, noted by the host before they come.
+        num_prefix_tokens: how many leading tokens are no patches.
+    """
+
+    def __init__(self, grid: Grid, num_prefix_tokens: int = 0) -> None:
+        super().__init__()
+        self.grid = grid
+        self.num_prefix_tokens = num_prefix_tokens
+
+    def to_map(self, x_BNC: Tensor) -> Tensor:
+        """The image tokens as a channels-last map, a view. Raises ValueError when they do not fill the noted grid."""
+        if self.grid.size is None:
+            raise ValueError(
+                f"no patch grid was noted for these {x_BNC.shape[1]} tokens: run the whole model, not a block"
+            )
+        return tokens_to_map(x_BNC, self.grid.size, self.num_prefix_tokens)
+
+    def to_tokens(self, map_BCHW: Tensor) -> Tensor:
+        """The map as tokens (B, P + H * W, C), zero for prefix tokens."""
+        x_BNC = map_to_tokens(map_BCHW)
+        return F.pad(x_BNC, (0, 0, self.num_prefix_tokens, 0)) if self.num_prefix_tokens else x_BNC
+
 
 class LocalityMlp(LocalityFeedForward):
-    """The locality module as a transformer's feed-forward: tokens (B, P + H * W, C) in and out.
+    """The locality module as a transformer's feed-forward: tokens in and out, of any layout.
 
     The host adds the residual, so this returns what is to be added: the module without its own shortcut for the image
     tokens, zero for prefix tokens, which the paper lets pass untouched. There is no norm before it and no stochastic
@@ -75,8 +142,7 @@ class LocalityMlp(LocalityFeedForward):
 
     Args:
         dim: channels C.
-        grid: the grid of the tokens, noted by the host before this runs.
-        num_prefix_tokens: how many leading tokens are no patches.
+        layout: how the tokens lie on the patch grid, such as `TokenSequence(grid, num_prefix_tokens)`.
         expand_ratio, act, reduction: as in `LocalityFeedForward`.
         depthwise: False leaves the depth-wise convolution out (`wo_dp_conv`).
         depthwise_first: True puts it before the expansion (`dp_first`).
@@ -88,8 +154,7 @@ class LocalityMlp(LocalityFeedForward):
     def __init__(
         self,
         dim: int,
-        grid: Grid,
-        num_prefix_tokens: int = 0,
+        layout: nn.Module,
         *,
         expand_ratio: float = 4.0,
         act: str | int = "hs+se",
@@ -102,13 +167,7 @@ class LocalityMlp(LocalityFeedForward):
         super().__init__(
             dim, dim, 1, expand_ratio, act, reduction, not depthwise, depthwise_first, device=device, dtype=dtype
         )
-        self.grid = grid
-        self.num_prefix_tokens = num_prefix_tokens
+        self.layout: Any = layout
 
-    def forward(self, x_BNC: Tensor) -> Tensor:
-        if self.grid.size is None:
-            raise ValueError(
-                f"no patch grid was noted for these {x_BNC.shape[1]} tokens: run the whole model, not a block"
-            )
-        map_BCHW = tokens_to_map(x_BNC, self.grid.size, self.num_prefix_tokens)
-        return F.pad(map_to_tokens(self.conv(map_BCHW)), (0, 0, self.num_prefix_tokens, 0))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layout.to_tokens(self.conv(self.layout.to_map(x)))

@@ -9,7 +9,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from localvit.localize import select_blocks
+from localvit.surgery.selection import select_blocks
 from localvit.tokens import LocalityMlp
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
@@ -242,7 +242,7 @@ def test_distilled_leaves_the_distillation_token_alone():
     assert model.num_prefix_tokens == 2
     assert model.pos_embed.shape[1] == 2 + 16
     slot = model.blocks[0].mlp
-    assert slot.num_prefix_tokens == 2
+    assert slot.layout.num_prefix_tokens == 2
     image = pictures("localvit_nano_patch4_32")
     model.set_distilled_training(True)
     logits, distilled = model(image)

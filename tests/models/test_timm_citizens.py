@@ -12,8 +12,8 @@ from timm.optim import param_groups_weight_decay
 from torch import nn
 
 from localvit.locality import SqueezeExcite
-from localvit.localize import LocalityMlp
 from localvit.models._builder import published_key
+from localvit.tokens import LocalityMlp
 from published import GOLDEN
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
@@ -243,8 +243,8 @@ def test_tokens_that_do_not_fill_the_grid_raise_with_both_numbers(name):
     slots = [module for module in model.modules() if isinstance(module, LocalityMlp)]
     assert slots
     for slot in slots:
-        height, width = slot.grid.size
-        tokens = torch.zeros(1, slot.num_prefix_tokens + height * width + 1, slot.conv[0].in_channels)
+        height, width = slot.layout.grid.size
+        tokens = torch.zeros(1, slot.layout.num_prefix_tokens + height * width + 1, slot.conv[0].in_channels)
         with pytest.raises(ValueError, match=rf"{height * width + 1} image tokens .* grid of {height * width}"):
             slot(tokens)
 

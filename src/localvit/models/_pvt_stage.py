@@ -3,7 +3,7 @@
 Shapes: B batch, N tokens, P prefix tokens (the class token of the last stage), C the stage's width, H and W its grid.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -13,6 +13,8 @@ from timm.models.pvt_v2 import Attention
 from torch import Tensor, nn
 
 from localvit.models._positions import resample_positions
+from localvit.surgery.sites import Site, host, patch_map
+from localvit.surgery.timm_hosts import in_order
 
 Size = tuple[int, int]
 
@@ -94,3 +96,8 @@ class Stage(nn.Module):
         for block in self.blocks:
             x_BNC = checkpoint(block, x_BNC, grid_size) if self.grad_checkpointing else block(x_BNC, grid_size)
         return x_BNC, grid_size
+
+
+@host(f"{__name__}.Stage")
+def _sites(stage: Stage) -> Iterator[Site]:
+    return in_order(stage, "blocks", patch_map(stage.patch_embed.proj), stage.num_prefix_tokens)

@@ -22,11 +22,13 @@ from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
 
-from localvit.localize import BlockSelection, Locality, replace_feed_forward, select_blocks
 from localvit.models._builder import also_known_as, build, released_cfg
 from localvit.models._positions import PositionGrids, move_positions, patch_grid
 from localvit.models._pvt_stage import Block, Size, Stage
-from localvit.tokens import Grid, tokens_to_map
+from localvit.surgery.paper_form import Locality, replace_feed_forwards
+from localvit.surgery.selection import BlockSelection
+from localvit.surgery.sites import Site, local_sites
+from localvit.tokens import tokens_to_map
 
 register_notrace_function(tokens_to_map)  # It branches on shapes, which a graph tracer cannot follow.
 
@@ -45,8 +47,8 @@ class LocalPVT(nn.Module):
         drop_rate, pos_drop_rate, proj_drop_rate, attn_drop_rate: dropout before the head, after the positions, in
             feed-forwards and after attentions, and on attention weights.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
-        act, reduction, expand_ratio, depthwise, depthwise_first: see `localvit.localize.Locality`; `reduction` is each
-            stage's width and `expand_ratio` its entry of `mlp_ratios` unless given.
+        act, reduction, expand_ratio, depthwise, depthwise_first: see `localvit.surgery.paper_form.Locality`;
+            `reduction` is each stage's width and `expand_ratio` its entry of `mlp_ratios` unless given.
         local_blocks: as for `LocalViT`, counted through all stages; none of them is PVT.
 
     Raises:
@@ -100,7 +102,6 @@ class LocalPVT(nn.Module):
         self.num_prefix_tokens = 1
         self.patch_size = to_2tuple(prod(patch_sizes))
         patch_grid(to_2tuple(img_size), self.patch_size)
-        local = select_blocks(local_blocks, sum(depths))
         drop_paths = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
 
         self.cls_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim, **factory))
@@ -122,22 +123,19 @@ class LocalPVT(nn.Module):
                 pos_drop=pos_drop_rate,
                 **factory,
             )
-            locality = Locality(
+            self.stages.append(stage)
+            self.feature_info.append({"module": f"stages.{i}", "num_chs": dim, "reduction": stride * patch_size})
+
+        def locality_of(site: Site) -> Locality:
+            return Locality(
                 act=act,
-                reduction=dim if reduction is None else reduction,
-                expand_ratio=mlp_ratios[i] if expand_ratio is None else expand_ratio,
+                reduction=site.dim if reduction is None else reduction,
+                expand_ratio=site.hidden_dim / site.dim if expand_ratio is None else expand_ratio,
                 depthwise=depthwise,
                 depthwise_first=depthwise_first,
             )
-            selected = [block for number, block in enumerate(blocks, start=first) if number in local]
-            if selected:  # A grid that no slot holds is no part of the model, which a graph tracer refuses.
-                grid = Grid()
-                grid.follow_output(stage.patch_embed)
-            for block in selected:
-                mlp = locality.feed_forward(dim, grid, stage.num_prefix_tokens, **factory)
-                replace_feed_forward(block, mlp, norm="norm2", drop_path="drop_path2")
-            self.stages.append(stage)
-            self.feature_info.append({"module": f"stages.{i}", "num_chs": dim, "reduction": stride * patch_size})
+
+        replace_feed_forwards(local_sites(self, local_blocks), locality_of)
         self.norm = nn.LayerNorm(self.embed_dim, eps=1e-6, **factory)
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes, global_pool)

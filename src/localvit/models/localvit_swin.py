@@ -9,12 +9,12 @@ from typing import Any
 
 from timm.models import generate_default_cfgs
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
-from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
 
-from localvit.localize import BlockSelection, Locality, replace_feed_forward, select_blocks
 from localvit.models._builder import also_known_as, build, released_cfg
-from localvit.tokens import Grid
+from localvit.surgery.paper_form import Locality, replace_feed_forwards
+from localvit.surgery.selection import BlockSelection
+from localvit.surgery.sites import Site, local_sites
 
 
 class LocalSwin(SwinTransformer):
@@ -55,22 +55,17 @@ class LocalSwin(SwinTransformer):
             raise TypeError(f"LocalSwin takes no argument {', '.join(sorted(unknown))}")
         factory = {"device": device, "dtype": dtype}
         super().__init__(*args, mlp_ratio=mlp_ratio, strict_img_size=False, **factory, **kwargs)  # type: ignore[misc]
-        stages: Any = self.layers
-        blocks = [block for stage in stages for block in stage.blocks]
-        for index in sorted(select_blocks(local_blocks, len(blocks))):
-            block = blocks[index]
-            locality = Locality(
+
+        def locality_of(site: Site) -> Locality:
+            return Locality(
                 act=act,
-                reduction=block.dim // 4 if reduction is None else reduction,
+                reduction=site.dim // 4 if reduction is None else reduction,
                 expand_ratio=mlp_ratio if expand_ratio is None else expand_ratio,
                 depthwise=depthwise,
                 depthwise_first=depthwise_first,
             )
-            grid = Grid()
-            grid.follow_input(block)
-            mlp = locality.feed_forward(block.dim, grid, device=device, dtype=dtype)
-            mlp.apply(init_weights_vit_timm)
-            replace_feed_forward(block, mlp, norm="norm2", drop_path="drop_path2")
+
+        replace_feed_forwards(local_sites(self, local_blocks), locality_of)
 
     def no_weight_decay(self) -> set[str]:
         """No parameter: timm spares the relative position biases, the published training did not."""

@@ -7,6 +7,7 @@ Shapes: B batch, N tokens (H x W of them), D token width, M random features.
 """
 
 import math
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -16,11 +17,14 @@ from timm.layers import PatchEmbed, register_notrace_function
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from localvit.localize import BlockSelection, Locality, select_blocks
 from localvit.models._builder import also_known_as, build, released_cfg
 from localvit.models._positions import patch_grid
 from localvit.models.localvit_vit import LocalViT
-from localvit.tokens import Grid
+from localvit.surgery.paper_form import Locality
+from localvit.surgery.selection import BlockSelection, select_blocks
+from localvit.surgery.sites import GridSource, Site, host
+from localvit.surgery.timm_hosts import in_order
+from localvit.tokens import Grid, TokenSequence
 
 
 @register_notrace_function  # It asks for dtype and device type, which a graph tracer does not know.
@@ -73,7 +77,7 @@ class TokenPerformer(nn.Module):
         else:
             grid = Grid()
             grid.follow_input(self)
-            self.mlp = locality.feed_forward(dim, grid, **factory)
+            self.mlp = locality.feed_forward(dim, TokenSequence(grid), **factory)
 
     def init_weights(self) -> None:
         """Draw the frozen random features: orthogonal, of length sqrt(M). timm's init calls this."""
@@ -196,6 +200,12 @@ class LocalT2T(LocalViT):
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay leaves alone."""
         return {"cls_token"}
+
+
+@host(f"{__name__}.LocalT2T")
+def _sites(model: LocalT2T) -> Iterator[Site]:
+    """Those of the blocks; the tokeniser's transformers are its own."""
+    return in_order(model, "blocks", GridSource(model.patch_embed), model.num_prefix_tokens)
 
 
 default_cfgs = generate_default_cfgs(

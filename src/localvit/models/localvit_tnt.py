@@ -11,13 +11,13 @@ import torch
 from timm.models import checkpoint, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from timm.models.tnt import TNT
-from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
 
-from localvit.localize import BlockSelection, Locality, replace_feed_forward, select_blocks
 from localvit.models._builder import also_known_as, build, released_cfg
 from localvit.models._positions import PositionGrids, move_positions, patch_grid, resample_positions
-from localvit.tokens import Grid
+from localvit.surgery.paper_form import Locality, replace_feed_forwards
+from localvit.surgery.selection import BlockSelection, select_blocks
+from localvit.surgery.sites import local_sites
 
 # These branch on shapes, which a graph tracer cannot follow; timm registers its own for the files of its own models.
 torch.fx.wrap("patch_grid")
@@ -32,6 +32,7 @@ def _keep_drop_path(block: Any) -> None:
     for attention in (block.attn_in, block.attn_out):
         attention.proj_drop = nn.Sequential(attention.proj_drop, block.drop_path)
     block.mlp_in.drop2 = nn.Sequential(block.mlp_in.drop2, block.drop_path)
+    block.drop_path = nn.Identity()
 
 
 class LocalTNT(TNT):
@@ -72,13 +73,9 @@ class LocalTNT(TNT):
             depthwise=depthwise,
             depthwise_first=depthwise_first,
         )
-        self.grid = Grid()
-        for index in sorted(select_blocks(local_blocks, len(self.blocks))):
-            block = self.blocks[index]
-            mlp = locality.feed_forward(self.embed_dim, self.grid, self.num_prefix_tokens, **factory)
-            mlp.apply(init_weights_vit_timm)
-            _keep_drop_path(block)
-            replace_feed_forward(block, mlp, norm="norm_mlp", drop_path="drop_path")
+        for index in select_blocks(local_blocks, len(self.blocks)):
+            _keep_drop_path(self.blocks[index])
+        replace_feed_forwards(local_sites(self, local_blocks), lambda site: locality)
 
     def position_grids(self, img_size: tuple[int, int] | None = None) -> PositionGrids:
         """Grid and prefix tokens of the patch positions for pictures of `img_size`, the model's own by default."""
@@ -103,7 +100,6 @@ class LocalTNT(TNT):
         pixel_map = windows_BNc.reshape(batch * height * width, embed.in_dim, *embed.new_patch_size) + self.pixel_pos
         pixels = pixel_map.flatten(2).transpose(1, 2)
         patches_BNC = self.norm2_proj(self.proj(self.norm1_proj(pixels.reshape(batch, height * width, -1))))
-        patches_BNC = self.grid(patches_BNC.unflatten(1, (height, width))).flatten(1, 2)
         tokens = torch.cat((self.cls_token.expand(batch, -1, -1), patches_BNC), dim=1)
         positions = resample_positions(self.patch_pos, embed.grid_size, (height, width), self.num_prefix_tokens)
         return pixels, self.pos_drop(tokens + positions)

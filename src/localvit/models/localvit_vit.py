@@ -8,25 +8,13 @@ from typing import Any
 
 from timm.models import generate_default_cfgs
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import VisionTransformer, init_weights_vit_timm
+from timm.models.vision_transformer import VisionTransformer
 
-from localvit.localize import BlockSelection, Locality, replace_feed_forward, select_blocks
 from localvit.models._builder import also_known_as, build, released_cfg
 from localvit.models._positions import PositionGrids
-from localvit.tokens import Grid
-
-
-def _add_locality(model: VisionTransformer, local_blocks: BlockSelection, locality: Locality, device, dtype) -> None:
-    """Give the selected blocks their locality module and tell it the grid, which the patch embedding knows."""
-    selected = select_blocks(local_blocks, len(model.blocks))
-    if not selected:  # A grid that no slot holds is no part of the model, which a graph tracer refuses.
-        return
-    grid = Grid()
-    grid.follow_output(model.patch_embed)
-    for index in sorted(selected):
-        mlp = locality.feed_forward(model.embed_dim, grid, model.num_prefix_tokens, device=device, dtype=dtype)
-        mlp.apply(init_weights_vit_timm)
-        replace_feed_forward(model.blocks[index], mlp, norm="norm2", drop_path="drop_path2")
+from localvit.surgery.paper_form import Locality, replace_feed_forwards
+from localvit.surgery.selection import BlockSelection
+from localvit.surgery.sites import local_sites
 
 
 class LocalViT(VisionTransformer):
@@ -36,8 +24,8 @@ class LocalViT(VisionTransformer):
     grid. Arguments are timm's and:
 
     Args:
-        act, reduction, expand_ratio, depthwise, depthwise_first: see `localvit.localize.Locality`; `expand_ratio` is
-            `mlp_ratio` unless given.
+        act, reduction, expand_ratio, depthwise, depthwise_first: see `localvit.surgery.paper_form.Locality`;
+            `expand_ratio` is `mlp_ratio` unless given.
         local_blocks: which blocks, from 1: None for all, "1-4", "9-12", any list; none of them is the plain ViT.
 
     Raises:
@@ -69,7 +57,7 @@ class LocalViT(VisionTransformer):
             depthwise=depthwise,
             depthwise_first=depthwise_first,
         )
-        _add_locality(self, local_blocks, locality, device, dtype)
+        replace_feed_forwards(local_sites(self, local_blocks), lambda site: locality)
 
     def position_grids(self, img_size: tuple[int, int] | None = None) -> PositionGrids:
         """Grid and prefix tokens of the position embedding for pictures of `img_size`, the model's own by default."""
