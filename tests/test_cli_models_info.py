@@ -10,10 +10,10 @@ import torch
 import tyro
 
 from localvit import create_model, list_models, save_checkpoint
+from localvit.columns import columns
 from localvit.cost import count_multiply_adds, count_parameters, summarize_blocks
 from localvit.data.preprocessing import Preprocessing
 from localvit.zoo import ZOO
-from localvit_cli.columns import columns
 from localvit_cli.info import Info
 from localvit_cli.models import Models
 from published import GOLDEN, golden_model

@@ -8,8 +8,10 @@ from importlib.metadata import version
 from localvit import _torchvision  # before anything imports timm
 from localvit import models
 from localvit.checkpoints import load_checkpoint, model_from_checkpoint, read_checkpoint, save_checkpoint
+from localvit.cost import locality_report
 from localvit.locality import LocalityFeedForward
 from localvit.surgery.localize import delocalize, localize
+from localvit.surgery.weights import load_locality, save_locality
 from localvit.zoo import create_model, list_models
 
 __version__ = version("localvit")
@@ -20,8 +22,11 @@ __all__ = [
     "delocalize",
     "list_models",
     "load_checkpoint",
+    "load_locality",
+    "locality_report",
     "localize",
     "model_from_checkpoint",
     "read_checkpoint",
     "save_checkpoint",
+    "save_locality",
 ]

@@ -1,6 +1,7 @@
 """The published models as facts: names, files and the numbers that they are known by; and making any model by name."""
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ import timm
 from torch import nn
 
 from localvit.models._builder import RELEASE
+from localvit.surgery.localize import localize as put_locality
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,13 +133,16 @@ def published_model(name: str) -> PublishedModel | None:
     return next((model for model in ZOO if name in (model.name, model.friendly)), None)
 
 
-def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def create_model(
+    name: str, pretrained: bool = False, *, localize: Mapping[str, Any] | None = None, **kwargs: Any
+) -> nn.Module:
     """Make a model by any name that timm knows, ours included, and let it remember how it was made.
 
-    `model.made_from` holds the name and arguments, which checkpoints carry so that they can rebuild it. Arguments go
-    to the model; those that it does not know raise TypeError.
+    `model.made_from` holds the name and arguments, which checkpoints carry so that they can rebuild it. `localize`
+    holds arguments for `localvit.localize`, {} for its defaults; the model is localized then. Other arguments go to the
+    model; those that it does not know raise TypeError.
 
-    Raises ValueError for an unknown name, with the closest known one.
+    Raises ValueError for an unknown name, with the closest known one, and as `localvit.localize`.
     """
     if not timm.is_model(name):
         known = [*list_models(), *timm.list_models()]
@@ -146,4 +151,4 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
         raise ValueError(f"no model is called {name!r}{hint}")
     model: Any = timm.create_model(name, pretrained=pretrained, **kwargs)
     model.made_from = {"name": name, "args": {key: value for key, value in kwargs.items() if value is not None}}
-    return model
+    return model if localize is None else put_locality(model, **localize)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from localvit.columns import columns
 from localvit_cli import UsageError
-from localvit_cli.columns import columns
 from localvit_cli.prediction_formats import printable
 
 if TYPE_CHECKING:

@@ -152,7 +152,7 @@ def _group(group: "Group") -> tuple[str, ...]:
 
 def _fitted(rows: Sequence[Sequence[str]], width: int | None, *, right: Collection[int] = ()) -> str:
     """The table in columns; where it is wider than `width`, in several below each other, each with the first column."""
-    from localvit_cli.columns import columns
+    from localvit.columns import columns
 
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     blocks: list[list[int]] = [[0]]

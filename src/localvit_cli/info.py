@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from localvit_cli import UsageError
+
 if TYPE_CHECKING:
     from localvit.checkpoints import Checkpoint
     from localvit.data.preprocessing import Preprocessing
@@ -20,6 +22,8 @@ class Info:
 
     model: Annotated[str, tyro.conf.Positional]
     """A model's name, or a checkpoint file."""
+    localize: tuple[str, ...] | None = None
+    """Show the model with locality put into it by localvit.localize, with such arguments as NAME=VALUE."""
     json: bool = False
     """JSON instead of text."""
 
@@ -28,11 +32,15 @@ class Info:
         from localvit.data.preprocessing import Preprocessing
         from localvit.inference import names_file
         from localvit.zoo import create_model
+        from localvit_cli.named_values import named_values
 
         if names_file(self.model):
+            if self.localize is not None:
+                raise UsageError("--localize shows what would be put into a model of a name; a file is what it is")
             facts = _file_facts(Path(self.model))
         else:
-            model: Any = create_model(self.model, device="meta")
+            localize = None if self.localize is None else named_values("--localize", self.localize)
+            model: Any = create_model(self.model, device="meta", localize=localize)
             facts = {"file": None, "model": _model_facts(model, Preprocessing.of_cfg(model.pretrained_cfg))}
         # Metrics in a checkpoint may be NaN, which JSON does not have.
         facts = json.loads(json.dumps(facts), parse_constant=lambda constant: None)
@@ -79,7 +87,7 @@ def _described(checkpoint: "Checkpoint", class_names: list[str] | None) -> dict[
 
 
 def _model_facts(model: Any, preprocessing: "Preprocessing") -> dict[str, Any]:
-    from localvit.cost import count_multiply_adds, count_parameters, summarize_blocks
+    from localvit.cost import count_multiply_adds, count_parameters, locality_report, summarize_blocks
     from localvit.zoo import published_model
 
     name = model.made_from["name"]
@@ -101,6 +109,7 @@ def _model_facts(model: Any, preprocessing: "Preprocessing") -> dict[str, Any]:
         "published": {key: getattr(published, key) for key in ("acc1", "acc5", "loss")} if published else None,
         "weights_from": cfg.get("url") or cfg.get("hf_hub_id") or None,
         "blocks": [asdict(block) for block in summarize_blocks(model, input_size)],
+        "locality": [asdict(part) for part in locality_report(model, input_size)],
     }
 
 
@@ -110,7 +119,7 @@ def _text(facts: dict[str, Any]) -> str:
 
 
 def _file_text(file: dict[str, Any]) -> str:
-    from localvit_cli.columns import columns
+    from localvit.columns import columns
 
     names = file["class_names"]
     more = ", ..." if names and len(names) > _NAMED else ""
@@ -132,7 +141,7 @@ def _file_text(file: dict[str, Any]) -> str:
 
 
 def _model_text(model: dict[str, Any]) -> str:
-    from localvit_cli.columns import columns
+    from localvit.columns import columns
 
     others = [model[key] for key in ("published_name", "friendly_name", "paper_name")]
     published = model["published"] or {}
@@ -145,6 +154,7 @@ def _model_text(model: dict[str, Any]) -> str:
         ("input", f"{height} x {width} pixels, {channels} channels"),
         ("parameters", f"{model['parameters']:,}"),
         ("multiply-adds", f"{model['multiply_adds'] / 1e9:.3f} G a picture (half the FLOPs)"),
+        ("locality", _locality_text(model["locality"])),
         ("preprocessing", _listed(model["preprocessing"])),
         ("published", _listed({key: value for key, value in published.items() if value is not None})),
         ("released weights", model["weights_from"] or "-"),
@@ -161,6 +171,14 @@ def _model_text(model: dict[str, Any]) -> str:
     ]
     headings = ("block", "class", "locality", "grid", "parameters")
     return columns(rows) + (f"\n\n{columns([headings, *blocks], right=(4,))}" if blocks else "")
+
+
+def _locality_text(parts: list[dict[str, Any]]) -> str:
+    parameters, multiply_adds = (sum(part[key] for part in parts) for key in ("parameters", "multiply_adds"))
+    added = (
+        f"{parameters:,} parameters and {multiply_adds / 1e6:.1f} M multiply-adds of depth-wise convolution and gate"
+    )
+    return f"in {len(parts)} feed-forwards, {added}" if parts else "-"
 
 
 def _listed(values: dict[str, Any]) -> str:

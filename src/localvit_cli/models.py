@@ -44,7 +44,7 @@ def _facts(name: str) -> dict[str, Any]:
 
 
 def _table(models: list[dict[str, Any]]) -> str:
-    from localvit_cli.columns import columns
+    from localvit.columns import columns
 
     rows = [
         (

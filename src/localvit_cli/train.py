@@ -3,19 +3,20 @@
 import ast
 import inspect
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 import tyro
-import yaml
 
 from localvit.train.config import TrainConfig
 from localvit.train.files import CONFIG
 from localvit.train.settings import read_recipe, read_settings
 from localvit_cli import UsageError
+from localvit_cli.named_values import named_values
+
+_NAMED_VALUES = ("model_args", "localize")
 
 
 def _flags() -> Any:
@@ -34,11 +35,10 @@ def _flags() -> Any:
             field.type, tyro.conf.arg(help=help_of[field.name], help_behavior_hint=f"(default: {field.default})")
         ]
         for field in fields(TrainConfig)
-        if field.name != "model_args"
+        if field.name not in _NAMED_VALUES
     }
-    flags["model_args"] = Annotated[
-        tuple[str, ...], tyro.conf.arg(help=help_of["model_args"], metavar="NAME=VALUE ...")
-    ]
+    for name in _NAMED_VALUES:
+        flags[name] = Annotated[tuple[str, ...], tyro.conf.arg(help=help_of[name], metavar="NAME=VALUE ...")]
     return TypedDict("Flags", flags, total=False)  # type: ignore[operator]
 
 
@@ -62,10 +62,12 @@ class Train:
             merged = read_recipe(self.recipe) if self.recipe else {}
             if config := self.config or self._config_to_resume():
                 merged |= read_settings(config)
-            given = self.flags
-            if "model_args" in given:
-                given = given | {"model_args": merged.get("model_args", {}) | _named_values(given["model_args"])}
-            return TrainConfig.of(merged | given)
+            named = {
+                name: (merged.get(name) or {}) | named_values(f"--{name.replace('_', '-')}", self.flags[name])
+                for name in _NAMED_VALUES
+                if name in self.flags
+            }
+            return TrainConfig.of(merged | self.flags | named)
         except ValueError as error:
             raise UsageError(str(error)) from error
 
@@ -78,15 +80,6 @@ class Train:
         """Train, and say where the checkpoints are."""
         config = self.to_config()
         return run_training(config, self.resume, dry_run=self.dry_run)
-
-
-def _named_values(texts: Sequence[str]) -> dict[str, Any]:
-    """The values of `name=value` texts, each read as YAML. Raises ValueError for another text."""
-    pairs = [text.partition("=") for text in texts]
-    for text, (name, equals, _) in zip(texts, pairs, strict=True):
-        if not (name and equals):
-            raise ValueError(f"--model-args {text} must be NAME=VALUE, such as depthwise=false")
-    return {name: yaml.safe_load(value) for name, _, value in pairs}
 
 
 def run_training(config: TrainConfig, resume: str | None = None, *, dry_run: bool = False) -> int:
@@ -105,10 +98,10 @@ def run_training(config: TrainConfig, resume: str | None = None, *, dry_run: boo
 
 
 def _rehearse(config: TrainConfig, resume: str | None) -> int:
+    from localvit.columns import columns
     from localvit.distributed import is_main
     from localvit.train.recipe import build
     from localvit.train.rehearsal import rehearse
-    from localvit_cli.columns import columns
     from localvit_cli.console import say
 
     told = rehearse(build(config, say, resume))
@@ -118,13 +111,13 @@ def _rehearse(config: TrainConfig, resume: str | None) -> int:
 
 
 def _train(config: TrainConfig, resume: str | None) -> int:
+    from localvit.columns import columns
     from localvit.distributed import is_main
     from localvit.train.files import LAST
     from localvit.train.loop import fit
     from localvit.train.recipe import build
     from localvit.train.stopping import Stopped
     from localvit.train.summary import summary_rows, write_summary
-    from localvit_cli.columns import columns
     from localvit_cli.console import progress, say
 
     run = build(config, say, resume)

@@ -143,8 +143,11 @@ def _read_settings(path: Path) -> dict[str, Any] | None:
     settings = read_settings(path)
     if not isinstance(settings.get("epochs"), int):
         raise ValueError(f"{path} is no run's: it does not say epochs")
-    model_args = settings.pop("model_args", None) or {}
-    return settings | {f"model_args.{name}": value for name, value in model_args.items()}
+    named = {each: settings.pop(each, None) for each in ("model_args", "localize")}
+    if named["localize"] is not None:
+        settings["localize"] = True
+    apart = [(f"{each}.{name}", value) for each in named for name, value in (named[each] or {}).items()]
+    return settings | dict(apart)
 
 
 def differing_settings(runs: Sequence[Run]) -> list[str]:

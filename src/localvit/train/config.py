@@ -20,6 +20,9 @@ class TrainConfig:
     """Name of the model: ours or timm's."""
     model_args: dict[str, Any] = field(default_factory=dict)
     """More arguments of the model, such as depthwise=false or local_blocks=1-4."""
+    localize: dict[str, Any] | None = None
+    """Put locality into the model by localvit.localize, with these arguments, such as kernel_size=5 or preserve=false;
+    without any, its defaults."""
     finetune: str | None = None
     """Weights to begin with: a checkpoint file, or a model's name for its released ones."""
     freeze: tuple[str, ...] = ()
@@ -181,6 +184,10 @@ class TrainConfig:
         for name, lengths, rule in _LENGTHS:
             if len(getattr(self, name)) not in lengths:
                 raise ValueError(f"{name}={getattr(self, name)} must be {rule}")
+        if self.localize and self.localize.get("trainable") == "locality" and not self.finetune:
+            raise ValueError(
+                "localize: trainable=locality keeps every other weight as it is, so finetune must name them"
+            )
         if self.mixes and self.batch_size % 2:
             raise ValueError(f"batch_size={self.batch_size} must be even to mix pictures in pairs (mixup, cutmix)")
         if self.sched == "plateau" and self.sched_on_updates:

@@ -14,6 +14,8 @@ from localvit.checkpoints import Checkpoint, img_size_of, load_weights, read_che
 from localvit.data.classes import model_class_names
 from localvit.inference import names_file, ready_model
 from localvit.models._positions import positions_like
+from localvit.surgery.branch import CHILD
+from localvit.surgery.localize import locality_modules, localize
 from localvit.weight_files import CheckpointError
 from localvit.weights_fit import misfit, said_misfit
 from localvit.zoo import create_model, published_model
@@ -51,6 +53,9 @@ def load_pretrained(
     if class_names is not None and len(class_names) != model.num_classes:
         raise ValueError(f"{len(class_names)} class names for a model of {model.num_classes} classes")
     held, held_classes = _load_source(source, model)
+    if hasattr(model, "localized") and not locality_modules(held):
+        localize(held, **model.localized.options)  # what its weights do not have begins as it does here
+        remark(f"{source}: has no locality; it is put into {len(locality_modules(held))} feed-forwards")
     heads = _head_entries(model) | _head_entries(held)
     state_dict, wanted = held.state_dict(), model.state_dict()
     _check_distillation(source, state_dict, wanted)
@@ -60,6 +65,8 @@ def load_pretrained(
     if reason:
         state_dict = {key: value for key, value in state_dict.items() if key not in heads}
         state_dict |= {key: value for key, value in wanted.items() if key in heads}
+        for name in _head_entries(model):
+            model.get_parameter(name).requires_grad_(True)  # trainable="locality" stops at a head that knows nothing
     wrong = misfit(state_dict, wanted)
     if wrong:
         raise CheckpointError(
@@ -107,6 +114,8 @@ def _rebuild_like(checkpoint: Checkpoint, model: Any) -> Any:
     raw = weights_for(model, checkpoint)
     counts = [raw[key].shape[0] for key in sorted(_head_entries(model)) if key in raw and raw[key].ndim]
     arguments = model.made_from["args"] | checkpoint.args | ({"num_classes": counts[0]} if counts else {})
+    if not any(f".{CHILD}." in key for key in raw):
+        arguments.pop("localize", None)
     candidates: list[Any] = []
     own_size = img_size_of(model)
     for img_size in dict.fromkeys([tuple(model.pretrained_cfg["input_size"][1:]), own_size] if own_size else [None]):
@@ -177,7 +186,7 @@ def _differences(held: Mapping[str, Any], model: Mapping[str, Any]) -> str:
     for made_from in (held, model):
         published = published_model(made_from["name"])
         said.setdefault("model", []).append(published.name if published else made_from["name"])
-    free = ("num_classes", "img_size", "dtype", "device")
+    free = ("num_classes", "img_size", "dtype", "device", "localize")
     for key in sorted(held["args"].keys() | model["args"].keys()):
         if key not in free and not key.endswith(("_rate", "_cfg_overlay")):
             values = (made_from["args"].get(key) for made_from in (held, model))

@@ -46,13 +46,14 @@ def build_model(
 def _create(config: TrainConfig, num_classes: int, size: tuple[int, int] | None) -> Any:
     seed_draws(config.seed, Draws.WEIGHTS)
     made: dict[str, Any] = {"drop_rate": config.drop_rate, "drop_path_rate": config.drop_path_rate} | config.model_args
+    made |= {"num_classes": num_classes, "localize": config.localize}
     try:
-        return create_model(config.model, num_classes=num_classes, **made | ({"img_size": size} if size else {}))
+        return create_model(config.model, **made | ({"img_size": size} if size else {}))
     except TypeError as error:
         if size is None or "img_size" not in str(error):
             raise
     seed_draws(config.seed, Draws.WEIGHTS)
-    return create_model(config.model, num_classes=num_classes, **made)  # a convolutional network is of no size
+    return create_model(config.model, **made)  # a convolutional network is of no size
 
 
 def build_average(config: TrainConfig, model: nn.Module) -> ModelEmaV3 | None:
