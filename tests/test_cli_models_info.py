@@ -14,6 +14,7 @@ from localvit.columns import columns
 from localvit.cost import count_multiply_adds, count_parameters, summarize_blocks
 from localvit.data.preprocessing import Preprocessing
 from localvit.zoo import ZOO
+from localvit_cli import UsageError
 from localvit_cli.info import Info
 from localvit_cli.models import Models
 from published import GOLDEN, golden_model
@@ -201,3 +202,26 @@ def test_info_of_a_file_of_no_known_model(capsys, tmp_path):
     assert facts["file"]["args"] == {"num_classes": 5}
     assert tyro.cli(Info, args=[str(path)]).run() == 1
     assert "problem" in capsys.readouterr().out
+
+
+def test_info_shows_what_localize_would_add(capsys):
+    shown = {"model": "deit_tiny_patch16_224", "json": True}
+    assert Info(**shown).run() == 0
+    plain = json.loads(capsys.readouterr().out)["model"]
+    assert plain["locality"] == []
+    assert Info(localize=("kernel_size=5", "blocks=1-4"), **shown).run() == 0
+    model = json.loads(capsys.readouterr().out)["model"]
+    assert [part["name"] for part in model["locality"]] == [f"blocks.{i}.mlp.fc2.locality" for i in range(4)]
+    assert model["parameters"] - plain["parameters"] == 4 * 25 * 768
+    assert model["multiply_adds"] - plain["multiply_adds"] == 4 * 25 * 768 * 14 * 14
+    assert [block["local"] for block in model["blocks"]] == [True] * 4 + [False] * 8
+    assert Info(model="deit_tiny_patch16_224", localize=()).run() == 0
+    assert f"{12 * 9 * 768:,} parameters" in capsys.readouterr().out
+
+
+def test_info_localizes_names_and_no_files(tmp_path):
+    path = save_checkpoint(create_model("localvit_nano_patch4_32"), tmp_path / "model.safetensors")
+    with pytest.raises(UsageError, match="a file is what it is"):
+        Info(model=str(path), localize=()).run()
+    with pytest.raises(ValueError, match="--localize kernel_size must be NAME=VALUE"):
+        Info(model="deit_tiny_patch16_224", localize=("kernel_size",)).run()

@@ -9,11 +9,11 @@ import pytest
 SRC = Path(__file__).parents[1] / "src"
 
 FLOORS = [
-    {"locality", "tokens", "weight_files", "files", "devices", "distributed", "_torchvision"},
-    {"surgery", "cost"},
+    {"locality", "tokens", "weight_files", "files", "columns", "devices", "distributed", "_torchvision"},
+    {"surgery"},
     {"models"},
     {"zoo", "weights_fit", "checkpoints"},
-    {"data", "inference", "evaluate", "predict", "real_labels", "calibration", "per_class"}
+    {"data", "inference", "evaluate", "predict", "cost", "real_labels", "calibration", "per_class"}
     | {"report", "report_page", "report_elements", "report_template"},
     {"train"},
 ]

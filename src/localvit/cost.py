@@ -186,4 +186,5 @@ def _run(model: nn.Module, input_size: tuple[int, ...]) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH), torch.inference_mode():
         entries = chain(model.named_parameters(), model.named_buffers())
         fakes = {name: torch.empty(entry.shape, dtype=entry.dtype) for name, entry in entries}
-        functional_call(model, fakes, (torch.empty(1, *input_size),))
+        dtype = next((fake.dtype for fake in fakes.values() if fake.is_floating_point()), None)
+        functional_call(model, fakes, (torch.empty(1, *input_size, dtype=dtype),))

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from localvit.columns import columns
 from localvit_cli import UsageError
 from localvit_cli.prediction_formats import printable
 
@@ -58,6 +57,8 @@ def _cores() -> int:
 
 def _tables(report: "CheckReport") -> str:
     """The report for a person."""
+    from localvit.columns import columns
+
     parts = []
     if report.counts:
         parts += [_classes(report), _sizes(report)]
@@ -81,6 +82,8 @@ def _counted(number: int, word: str) -> str:
 
 def _classes(report: "CheckReport") -> str:
     """Pictures by class and split; of many classes, the largest and the smallest."""
+    from localvit.columns import columns
+
     splits = list(report.counts)
     names = sorted({name for classes in report.counts.values() for name in classes})
     title = "class"

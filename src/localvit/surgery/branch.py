@@ -14,6 +14,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from localvit.locality import EfficientChannelAttention, SqueezeExcite
+from localvit.tokens import refuse_empty_places
 
 GATES = ("se", "eca", "ecah")
 """Channel gates of the branch: squeeze-and-excitation, ECA, ECA with a hard sigmoid."""
@@ -42,7 +43,8 @@ class LocalityBranch(nn.Module):
             into noise. None, the default, leaves it out.
 
     Raises:
-        ValueError: for an even kernel, a dilation below 1, an unknown gate or norm, or a reduction that leaves nothing.
+        ValueError: for an even kernel, a dilation below 1, an unknown gate or norm, or a reduction that leaves nothing;
+            there and in forward, for a gate or batch norm on maps with empty places (`placed_tokens`).
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class LocalityBranch(nn.Module):
         )
         self.gate = _gate(gate, hidden_dim, reduction, factory)
         self.make_neutral()
+        self._check_empty_places()
 
     def make_neutral(self) -> None:
         """Set the weights that decide to zero, so that hidden tokens pass unchanged."""
@@ -97,7 +100,14 @@ class LocalityBranch(nn.Module):
             weights += list(self.gate.parameters())
         return weights
 
+    def _check_empty_places(self) -> None:
+        if self.gate is not None:
+            refuse_empty_places(self.layout, f"the gate ({type(self.gate).__name__})")
+        if isinstance(self.norm, nn.BatchNorm2d):
+            refuse_empty_places(self.layout, "norm='batchnorm'")
+
     def forward(self, hidden: Tensor) -> Tensor:
+        self._check_empty_places()
         map_BEHW = self.layout.to_map(hidden)
         added = self.conv(map_BEHW if self.norm is None else self.norm(map_BEHW))
         if self.gate is not None:
@@ -137,14 +147,9 @@ CHILD = "locality"
 
 
 def attach(projection: nn.Module, branch: LocalityBranch) -> None:
-    """Hang a branch on a projection: from now on it reads what the branch returns.
-
-    A state dict without any branch, that of the model before surgery, still loads strictly; branches keep their
-    weights then.
-    """
+    """Hang a branch on a projection: from now on it reads what the branch returns."""
     projection.add_module(CHILD, branch)
     projection.register_forward_pre_hook(_pass_through_branch)
-    branch.register_load_state_dict_pre_hook(_keep_own_weights)
 
 
 def detach(projection: nn.Module) -> None:
@@ -160,6 +165,22 @@ def _pass_through_branch(projection: nn.Module, args: tuple) -> tuple:
     return (projection.get_submodule(CHILD)(hidden), *others)
 
 
-def _keep_own_weights(branch: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    if not any(f".{CHILD}." in key for key in state_dict):
-        state_dict.update({prefix + key: value for key, value in branch.state_dict().items()})
+def load_without_branches(model: nn.Module) -> None:
+    """Let a state dict without any branch, that of the model before surgery, load strictly into it.
+
+    The branches keep their weights then. A state dict that has some branches and not others is still refused.
+    """
+    model.register_load_state_dict_pre_hook(_keep_branches)
+
+
+def load_as_before(model: nn.Module) -> None:
+    """Undo `load_without_branches`."""
+    for key, hook in list(model._load_state_dict_pre_hooks.items()):
+        if getattr(hook, "hook", None) is _keep_branches:
+            del model._load_state_dict_pre_hooks[key]
+
+
+def _keep_branches(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    own = {prefix + key: value for key, value in model.state_dict().items() if f".{CHILD}." in key}
+    if not any(key in state_dict for key in own):
+        state_dict.update(own)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from localvit.surgery.branch import CHILD, LocalityBranch, attach, detach
+from localvit.surgery.branch import CHILD, LocalityBranch, attach, detach, load_as_before, load_without_branches
 from localvit.surgery.paper_form import Locality, replace_feed_forwards
 from localvit.surgery.selection import BlockSelection
 from localvit.surgery.sites import Grids, Site, find_sites, sites_of_blocks, sites_on_grid
@@ -87,7 +87,7 @@ def localize(
         raise ValueError(f"trainable={trainable!r}: choose 'all' or 'locality'")
     sites = _chosen(model, blocks, filter_fn, grid, num_prefix_tokens)
     if preserve:
-        _add_branches(sites, options)
+        _add_branches(model, sites, options)
     else:
         replace_feed_forwards(sites, lambda site: Locality(**{"expand_ratio": site.expand_ratio} | options))
     frozen = _freeze_others(model) if trainable == "locality" else ()
@@ -135,6 +135,7 @@ def delocalize(model: Model, *, discard: bool = False) -> Model:
     for module in hosts.values():
         detach(module)
     stop_following(model)
+    load_as_before(model)
     if isinstance(localized := getattr(model, "localized", None), Localized):
         parameters = dict(model.named_parameters())
         for name in localized.frozen:
@@ -195,7 +196,7 @@ def _chosen(
     return chosen
 
 
-def _add_branches(sites: list[Site], options: dict[str, Any]) -> None:
+def _add_branches(model: nn.Module, sites: list[Site], options: dict[str, Any]) -> None:
     grids = Grids()
     branches = [
         LocalityBranch(site.hidden_dim, site.layout(grids.of(site)), **options, **site.factory) for site in sites
@@ -203,6 +204,7 @@ def _add_branches(sites: list[Site], options: dict[str, Any]) -> None:
     grids.follow()
     for site, branch in zip(sites, branches, strict=True):
         attach(site.projection, branch.train(site.projection.training))
+    load_without_branches(model)
 
 
 def _freeze_others(model: nn.Module) -> tuple[str, ...]:

@@ -1,0 +1,351 @@
+"""The call itself: what it changes, what it leaves, what it refuses, and what a localized model can still do."""
+
+import copy
+import pickle
+from functools import partial
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import localvit
+from localvit.surgery.branch import LocalityBranch
+from localvit.surgery.localize import locality_modules
+from localvit.tokens import LocalityMlp
+
+DEPTH = 3
+
+
+def small_vit(**kwargs):
+    torch.manual_seed(0)
+    defaults = {"img_size": (48, 80), "depth": DEPTH, "num_classes": 7, "dynamic_img_size": True}
+    return timm.create_model("test_vit", **defaults | kwargs).double().eval()
+
+
+def picture(batch=2, height=48, width=80, dtype=torch.float64):
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(5)).to(dtype)
+
+
+def shaken(model):
+    """The model with branches that do something."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for module in locality_modules(model).values():
+            for parameter in module.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) / 5)
+    return model
+
+
+def localized_vit(**options):
+    return shaken(localvit.localize(small_vit(), **options))
+
+
+def test_parameters_keep_names_values_and_identity():
+    model = small_vit()
+    before = dict(model.named_parameters())
+    values = {name: parameter.clone() for name, parameter in before.items()}
+    assert localvit.localize(model) is model
+    after = dict(model.named_parameters())
+    assert all(after[name] is parameter and torch.equal(parameter, values[name]) for name, parameter in before.items())
+    assert sorted(after.keys() - before.keys()) == [f"blocks.{i}.mlp.fc2.locality.conv.weight" for i in range(DEPTH)]
+
+
+@pytest.mark.parametrize("gate", [None, "se", "eca"])
+def test_it_comes_back_bit_for_bit(gate):
+    model = small_vit()
+    expected, keys = model(picture()), model.state_dict().keys()
+    hooks = [(name, len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()]
+    localvit.localize(model, gate=gate, trainable="locality")
+    assert torch.equal(model(picture()), expected)
+    assert localvit.delocalize(model) is model
+    assert torch.equal(model(picture()), expected)
+    assert model.state_dict().keys() == keys
+    assert [(name, len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()] == hooks
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not hasattr(model, "localized")
+    localvit.localize(model)
+
+
+def test_trained_branches_are_not_thrown_away_unasked():
+    model = small_vit()
+    expected = model(picture())
+    shaken(localvit.localize(model))
+    with pytest.raises(ValueError, match=r"3 of 3 branches are trained \(blocks.0.mlp.fc2, .*discard=True"):
+        localvit.delocalize(model)
+    assert len(locality_modules(model)) == DEPTH
+    assert torch.equal(localvit.delocalize(model, discard=True)(picture()), expected)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "local"), [(None, [0, 1, 2]), ("2-3", [1, 2]), ("1,3", [0, 2]), ([2], [1]), (range(1, 3), [0, 1])]
+)
+def test_blocks_count_from_one(blocks, local):
+    model = localvit.localize(small_vit(), blocks)
+    assert sorted(locality_modules(model)) == [f"blocks.{i}.mlp.fc2.locality" for i in local]
+    again = localvit.localize(small_vit(), **model.localized.options)
+    assert locality_modules(again).keys() == locality_modules(model).keys()
+
+
+def test_filter_fn_sees_the_projections_and_their_names():
+    seen = []
+
+    def last_only(module, name):
+        seen.append((type(module), module.in_features, name))
+        return name.startswith("blocks.2.")
+
+    model = localvit.localize(small_vit(), filter_fn=last_only)
+    hidden = model.blocks[0].mlp.fc2.in_features
+    assert seen == [(nn.Linear, hidden, f"blocks.{i}.mlp.fc2") for i in range(DEPTH)]
+    assert list(locality_modules(model)) == ["blocks.2.mlp.fc2.locality"]
+    again = localvit.localize(small_vit(), **model.localized.options)
+    assert list(locality_modules(again)) == ["blocks.2.mlp.fc2.locality"]
+
+
+BAD = [
+    (small_vit, {"blocks": "4"}, ValueError, r"blocks='4': the model has blocks 1 to 3, not \[4\]"),
+    (small_vit, {"blocks": []}, ValueError, r"blocks=\[\] names none of the blocks of VisionTransformer"),
+    (
+        small_vit,
+        {"filter_fn": lambda module, name: False},
+        ValueError,
+        "matched none of the 3 projections.*blocks.0.mlp",
+    ),
+    (small_vit, {"filter_fn": ["blocks.7.mlp.fc2"]}, ValueError, "names blocks.7.mlp.fc2, but VisionTransformer has"),
+    (small_vit, {"kernel": 5}, TypeError, "branch.*has no option kernel; its options are kernel_size"),
+    (small_vit, {"act": "hs"}, TypeError, "preserve=True.*has no option act"),
+    (small_vit, {"preserve": False, "gate": "se"}, TypeError, "paper's form.*has no option gate; its options are act"),
+    (small_vit, {"kernel_size": 2}, ValueError, "kernel_size=2 must be odd"),
+    (small_vit, {"preserve": False, "act": "gelu"}, ValueError, "act='gelu' is not known"),
+    (small_vit, {"trainable": "head"}, ValueError, "trainable='head': choose 'all' or 'locality'"),
+    (small_vit, {"grid": (3, 5)}, ValueError, "filter_fn has to say where"),
+    (partial(timm.create_model, "test_resnet"), {}, ValueError, "ResNet has no feed-forward that is known here"),
+    (lambda: localvit.localize(small_vit()), {}, ValueError, "has locality already, in 3 feed-forwards"),
+    (lambda: localvit.create_model("localvit_nano_patch4_32"), {}, ValueError, "has locality already, in 6"),
+    (lambda: torch.compile(small_vit()), {}, ValueError, "compiled: localize it first"),
+    (lambda: nn.DataParallel(small_vit()), {}, ValueError, "localize model.module before you wrap it"),
+    (
+        lambda: nn.Linear(3, 5),
+        {"grid": "embed", "filter_fn": lambda module, name: True},
+        ValueError,
+        "names no submodule",
+    ),
+    (
+        lambda: nn.Linear(3, 5),
+        {"grid": (0, 5), "filter_fn": lambda module, name: True},
+        ValueError,
+        r"must be \(height",
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "arguments", "error", "message"), BAD)
+def test_what_makes_no_sense_raises_and_changes_nothing(make, arguments, error, message):
+    model = make()
+    keys = list(model.state_dict())
+    hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+    with pytest.raises(error, match=message):
+        localvit.localize(model, **arguments)
+    assert list(model.state_dict()) == keys
+    assert sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()) == hooks
+
+
+def test_delocalize_says_why_not():
+    with pytest.raises(ValueError, match="VisionTransformer is not localized"):
+        localvit.delocalize(small_vit())
+    with pytest.raises(ValueError, match="holds the paper's form.*make the model anew"):
+        localvit.delocalize(localvit.localize(small_vit(), preserve=False))
+
+
+def test_trainable_locality_trains_nothing_else():
+    model = localvit.localize(small_vit(), trainable="locality", gate="se").train()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if ".locality." in name}
+    frozen = {name: parameter.clone() for name, parameter in model.named_parameters() if name not in trained}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        model(picture()).square().sum().backward()
+        optimizer.step()
+    parameters = dict(model.named_parameters())
+    assert all(torch.equal(parameters[name], value) for name, value in frozen.items())
+    # The head reads the class token alone, which the last block's patches cannot reach any more.
+    assert [module.is_neutral for module in locality_modules(model).values()] == [False, False, True]
+
+
+def test_any_size_and_neither_size_mixed_up():
+    model = localized_vit()
+    alone = {size: model(picture(1, *size)) for size in ((48, 80), (80, 48), (16, 112))}
+    for size, expected in reversed(alone.items()):
+        torch.testing.assert_close(model(picture(1, *size)), expected, rtol=0, atol=0)
+    assert model.blocks[0].mlp.fc2.locality.layout.grid.size == (3, 5)
+
+
+def test_batches_are_pictures_apart():
+    model = localized_vit(gate="se")
+    pictures = picture(3)
+    together = model(pictures)
+    for index in range(3):
+        torch.testing.assert_close(
+            together[index : index + 1], model(pictures[index : index + 1]), rtol=1e-10, atol=1e-12
+        )
+    channels_last = model(pictures.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(channels_last, together, rtol=1e-10, atol=1e-12)
+
+
+def test_tokens_that_do_not_fill_the_grid_are_refused():
+    model = localvit.localize(small_vit())
+    model(picture())
+    with pytest.raises(ValueError, match=r"14 image tokens \(1 prefix .*do not fill the 3 x 5 grid of 15"):
+        model.blocks(torch.zeros(2, 15, model.embed_dim, dtype=torch.float64))
+    with pytest.raises(ValueError, match="patch_drop_rate=0.4"):
+        localvit.localize(small_vit(patch_drop_rate=0.4))
+
+
+def test_copies_are_independent():
+    model = localized_vit(gate="eca")
+    expected = model(picture())
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        model(picture(1, 80, 48))
+        assert torch.equal(twin(picture()), expected)
+        assert twin.localized == model.localized
+        twin.load_state_dict(small_vit().state_dict(), strict=True)
+        localvit.delocalize(twin, discard=True)
+        assert len(locality_modules(model)) == DEPTH
+
+
+def test_compiles_to_one_graph():
+    torch._dynamo.reset()
+    model = localized_vit(gate="se")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
+    for size in ((48, 80), (80, 48)):
+        # The compiler may fold and reorder: some ten roundings of float64.
+        torch.testing.assert_close(compiled(picture(2, *size)), model(picture(2, *size)), rtol=1e-10, atol=1e-12)
+
+
+def test_exports_with_any_batch():
+    model = localized_vit(gate="se")
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, (picture(3),), dynamic_shapes=({0: batch},), strict=False)
+    for size in (1, 3, 5):
+        torch.testing.assert_close(program.module()(picture(size)), model(picture(size)), rtol=1e-10, atol=1e-12)
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    gradients = []
+    for checkpointing in (False, True):
+        model = localized_vit().train()
+        model.set_grad_checkpointing(checkpointing)
+        model(picture()).square().sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_intermediates_and_features_see_it():
+    model, host = localized_vit(), small_vit()
+    _, maps = model.forward_intermediates(picture())
+    _, plain = host.forward_intermediates(picture())
+    assert maps[0].shape == plain[0].shape == (2, host.embed_dim, 3, 5)
+    assert not torch.allclose(maps[0], plain[0])
+    backbone = localvit.localize(small_vit(features_only=True))
+    assert len(locality_modules(backbone)) == DEPTH
+    before = small_vit(features_only=True)(picture())
+    for feature, expected in zip(backbone(picture()), before, strict=True):
+        assert torch.equal(feature, expected)
+    changed = shaken(backbone)(picture())
+    assert not torch.allclose(changed[-1], before[-1])
+
+
+def test_on_the_meta_device_nothing_is_computed():
+    with torch.device("meta"):
+        model = timm.create_model("vit_large_patch16_224")
+    localvit.localize(model, gate="se")
+    assert model(torch.empty(1, 3, 224, 224, device="meta")).shape == (1, 1000)
+    assert all(parameter.device.type == "meta" for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.08), (torch.float16, 0.01)])
+def test_lower_precision(dtype, tolerance):
+    # 2^-24, 2^-9, 2^-11 over the roundings of three blocks.
+    model = localized_vit()
+    expected = model(picture())
+    out = copy.deepcopy(model).to(dtype)(picture().to(dtype))
+    assert out.dtype == dtype
+    assert (out.double() - expected).norm() <= tolerance * expected.norm()
+    made_low = localvit.localize(small_vit().to(dtype))
+    assert {parameter.dtype for parameter in made_low.parameters()} == {dtype}
+
+
+def test_under_autocast():
+    model = localized_vit().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model(picture(dtype=torch.float32))
+    expected = model(picture(dtype=torch.float32))
+    assert (low.float() - expected).norm() <= 0.08 * expected.norm()
+
+
+def test_inside_another_module():
+    class Detector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone, self.neck = small_vit(num_classes=0), nn.Linear(64, 5).double()
+
+        def forward(self, x):
+            return self.neck(self.backbone(x))
+
+    detector = Detector()
+    expected = detector(picture())
+    localvit.localize(detector)
+    assert list(locality_modules(detector)) == [f"backbone.blocks.{i}.mlp.fc2.locality" for i in range(DEPTH)]
+    assert torch.equal(detector(picture()), expected)
+    original = {key: value for key, value in detector.state_dict().items() if ".locality." not in key}
+    detector.load_state_dict(original, strict=True)
+
+
+def test_paper_form_replaces_the_feed_forward_its_norm_and_its_stochastic_depth():
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", depth=DEPTH, drop_path_rate=0.3, init_values=1e-3, img_size=(48, 80))
+    localvit.localize(model, "2-3", preserve=False, act="hs+eca")
+    for index, block in enumerate(model.blocks):
+        local = index > 0
+        assert isinstance(block.mlp, LocalityMlp) == local
+        assert [isinstance(getattr(block, name), nn.Identity) for name in ("norm2", "ls2")] == [local] * 2
+        assert isinstance(block.drop_path2, nn.Identity) == (local or index == 0)
+        assert not isinstance(block.norm1, nn.Identity)
+        assert not isinstance(block.ls1, nn.Identity)
+    hidden = model.blocks[0].mlp.fc2.in_features
+    assert model.blocks[1].mlp.conv[0].out_channels == hidden
+    assert not any(isinstance(module, LocalityBranch) for module in model.modules())
+    model.train()(picture(dtype=torch.float32)).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_report_counts_what_was_added():
+    model = small_vit()
+    before = sum(parameter.numel() for parameter in model.parameters())
+    hidden = model.blocks[0].mlp.fc2.in_features
+    localvit.localize(model, "1,3", kernel_size=5, gate="eca")
+    report = localvit.locality_report(model, (3, 48, 80))
+    assert [(part.name, part.channels, part.grid_size) for part in report] == [
+        (f"blocks.{i}.mlp.fc2.locality", hidden, (3, 5)) for i in (0, 2)
+    ]
+    after = sum(parameter.numel() for parameter in model.parameters())
+    assert sum(part.parameters for part in report) == after - before
+    eca = model.blocks[0].mlp.fc2.locality.gate.conv.weight.numel()
+    assert all(part.multiply_adds == 25 * hidden * 3 * 5 + eca * hidden for part in report)
+    table = str(report)
+    assert table.count("3 x 5") == 2
+    assert table.splitlines()[-1].split() == ["in", "all", f"{after - before:,}", f"{2 * report[0].multiply_adds:,}"]
+
+
+def test_report_of_the_papers_module():
+    # FACTS: depth-wise 3x3 over 768 channels, its norm's two vectors, and 768 -> 4 -> 768 with biases, in 12 blocks.
+    report = localvit.locality_report(localvit.create_model("localvit_tiny", device="meta"))
+    assert [part.grid_size for part in report] == [(14, 14)] * 12
+    assert {part.parameters for part in report} == {9 * 768 + 2 * 768 + 2 * 4 * 768 + 4 + 768}
+    assert {part.multiply_adds for part in report} == {9 * 768 * 196 + 2 * 4 * 768}
+
+
+def test_report_needs_to_know_the_picture():
+    with pytest.raises(ValueError, match="does not say what pictures it takes: give input_size"):
+        localvit.locality_report(nn.Sequential(localized_vit()))

@@ -1,0 +1,103 @@
+"""Training a model with locality put into it: from a plain one's weights, in each form, and on again from a state."""
+
+import pytest
+import torch
+from tiny import tiny_config, write_some_digits
+
+import localvit
+from localvit.surgery.localize import locality_modules
+from localvit.train.loop import fit
+from localvit.train.model import build_model
+from localvit.train.recipe import build
+
+HOST = {
+    "model": "vit_tiny_patch16_224",
+    "model_args": {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3},
+    "input_size": (16,),
+}
+ARGUMENTS = HOST["model_args"] | {"img_size": (16, 16)}
+PICTURES = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A checkpoint of a plain model of three digits."""
+    torch.manual_seed(7)
+    model = localvit.create_model(HOST["model"], num_classes=3, **ARGUMENTS)
+    return localvit.save_checkpoint(
+        model, tmp_path_factory.mktemp("base") / "base.safetensors", class_names=["0", "1", "2"]
+    )
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    return write_some_digits(tmp_path_factory.mktemp("digits"), classes=3, train=13, val=3)
+
+
+def built(base, tmp_path, classes=("0", "1", "2"), **changes):
+    remarks = []
+    config = tiny_config(tmp_path, tmp_path, finetune=str(base), **HOST | changes)
+    model, _ = build_model(config, len(classes), list(classes), remarks.append)
+    return model.eval(), remarks
+
+
+def test_fine_tuning_begins_with_what_the_base_computes(base, tmp_path):
+    plain, _ = localvit.model_from_checkpoint(base)
+    model, remarks = built(base, tmp_path, localize={"gate": "eca"})
+    assert len(locality_modules(model)) == 2
+    assert torch.equal(model(PICTURES), plain.eval()(PICTURES))
+    assert [remark for remark in remarks if "put into 2 feed-forwards" in remark]
+    assert not any("other arguments" in remark for remark in remarks)
+
+
+def test_the_papers_form_keeps_all_but_the_feed_forwards(base, tmp_path):
+    plain, _ = localvit.model_from_checkpoint(base)
+    model, _ = built(base, tmp_path, localize={"preserve": False, "reduction": 8})
+    held, wanted = plain.state_dict(), model.state_dict()
+    gone = {name for name in held if ".mlp." in name or ".norm2." in name}
+    assert held.keys() - wanted.keys() == gone
+    assert all(torch.equal(wanted[name], held[name]) for name in held.keys() - gone)
+
+
+def test_a_head_for_other_classes_learns_with_frozen_features(base, tmp_path):
+    model, _ = built(base, tmp_path, classes=("0", "1", "7", "8"), localize={"trainable": "locality"})
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert learning == {
+        "head.weight",
+        "head.bias",
+        *(name for name, _ in model.named_parameters() if ".locality." in name),
+    }
+    kept, _ = built(base, tmp_path, localize={"trainable": "locality"})
+    assert not kept.head.weight.requires_grad
+
+
+def test_a_localized_checkpoint_is_fine_tuned_as_it_is(base, tmp_path):
+    model, _ = built(base, tmp_path, localize={"kernel_size": 5})
+    with torch.no_grad():
+        for module in locality_modules(model).values():
+            module.conv.weight.normal_(generator=torch.Generator().manual_seed(2))
+    path = localvit.save_checkpoint(model, tmp_path / "localized.safetensors", class_names=["0", "1", "2"])
+    again, remarks = built(path, tmp_path, localize={"kernel_size": 5})
+    assert torch.equal(again(PICTURES), model(PICTURES))
+    assert not any("put into" in remark for remark in remarks)
+    with pytest.raises(ValueError, match="does not fit the model"):
+        built(path, tmp_path)
+
+
+def test_locality_alone_needs_weights_to_stand_on(tmp_path):
+    with pytest.raises(ValueError, match="trainable=locality keeps every other weight.*finetune must name"):
+        tiny_config(tmp_path, tmp_path, **HOST, localize={"trainable": "locality"})
+
+
+def test_resumed_after_an_epoch_it_ends_the_same(base, digits, tmp_path):
+    told = {"finetune": str(base), "localize": {"gate": "se"}, "ema_decay": None, "epochs": 2, **HOST}
+    fit(build(tiny_config(digits, tmp_path / "whole", **told)))
+    after_one = tmp_path / "whole" / "checkpoint.1.pth"
+    assert torch.load(after_one, weights_only=False)["epoch"] == 0
+    fit(build(tiny_config(digits, tmp_path / "resumed", **told), resume=str(after_one)))
+    ends = []
+    for folder in ("whole", "resumed"):
+        rebuilt, _ = localvit.model_from_checkpoint(tmp_path / folder / "last.safetensors")
+        ends.append(rebuilt.eval()(PICTURES))
+    assert torch.equal(*ends)
+    assert [module.is_neutral for module in locality_modules(rebuilt).values()] == [False, True]
