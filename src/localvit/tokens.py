@@ -78,6 +78,13 @@ class Grid(nn.Module):
         self.read = read
         module.register_forward_hook(self._note_result)
 
+    def forget_before(self, module: nn.Module) -> None:
+        """Forget the grid whenever `module` is about to run: what is followed may have been replaced in it."""
+        module.register_forward_pre_hook(self._forget)
+
+    def _forget(self, module: nn.Module, args: tuple) -> None:
+        self.size = None
+
     def _note_output(self, module: nn.Module, args: tuple, map: Tensor) -> Tensor:
         return self(map)
 
@@ -107,7 +114,8 @@ class TokenSequence(nn.Module):
     """Tokens (B, P + H * W, C), row by row, behind prefix tokens: the layout of most vision transformers.
 
     A layout says how tokens make a map: `to_map` gives the image tokens as (B, C, H, W), `to_tokens` puts such a map
-    back, with zeros for what is no image token, so that it can be added to the tokens. Without parameters.
+    back, with zeros for what is no image token, so that it can be added to the tokens. Without parameters. Where maps
+    may have places without a token, `has_empty_places` is true.
 
     Args:
         grid: the grid of the tokens, noted by the host before they come.
@@ -133,6 +141,45 @@ class TokenSequence(nn.Module):
         return F.pad(x_BNC, (0, 0, self.num_prefix_tokens, 0)) if self.num_prefix_tokens else x_BNC
 
 
+class ChannelsLastMap(nn.Module):
+    """Tokens that lie as a map already, (B, H, W, C): the layout of blocks that never flatten them. Needs no grid."""
+
+    def __init__(self, grid: None = None) -> None:
+        super().__init__()
+
+    def to_map(self, x_BHWC: Tensor) -> Tensor:
+        """The map (B, C, H, W), a view."""
+        return x_BHWC.permute(0, 3, 1, 2)
+
+    def to_tokens(self, map_BCHW: Tensor) -> Tensor:
+        """The map as (B, H, W, C), a view."""
+        return map_BCHW.permute(0, 2, 3, 1)
+
+
+class ChannelsFirstMap(nn.Module):
+    """A map (B, C, H, W): the layout of feed-forwards made of 1x1 convolutions. Needs no grid."""
+
+    def __init__(self, grid: None = None) -> None:
+        super().__init__()
+
+    def to_map(self, map_BCHW: Tensor) -> Tensor:
+        """The map itself."""
+        return map_BCHW
+
+    def to_tokens(self, map_BCHW: Tensor) -> Tensor:
+        """The map itself."""
+        return map_BCHW
+
+
+def refuse_empty_places(layout: nn.Module, part: str) -> None:
+    """Raise ValueError, naming the `part` that takes means over maps, for a layout whose maps have empty places."""
+    if getattr(layout, "has_empty_places", False):
+        raise ValueError(
+            f"{part} takes means over whole maps, but pictures of several shapes share these, and the places that they "
+            "leave empty would count: only a branch without gate and batch norm can work on them"
+        )
+
+
 class LocalityMlp(LocalityFeedForward):
     """The locality module as a transformer's feed-forward: tokens in and out, of any layout.
 
@@ -148,7 +195,8 @@ class LocalityMlp(LocalityFeedForward):
         depthwise_first: True puts it before the expansion (`dp_first`).
 
     Raises:
-        ValueError: as `LocalityFeedForward`; in forward, when the tokens do not fill the grid or none was noted.
+        ValueError: as `LocalityFeedForward`; in forward, when the tokens do not fill the grid, none was noted, or
+            the map has empty places.
     """
 
     def __init__(
@@ -170,4 +218,5 @@ class LocalityMlp(LocalityFeedForward):
         self.layout: Any = layout
 
     def forward(self, x: Tensor) -> Tensor:
+        refuse_empty_places(self.layout, "the paper's form")
         return self.layout.to_tokens(self.conv(self.layout.to_map(x)))

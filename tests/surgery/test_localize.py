@@ -153,7 +153,7 @@ def test_what_makes_no_sense_raises_and_changes_nothing(make, arguments, error, 
 def test_delocalize_says_why_not():
     with pytest.raises(ValueError, match="VisionTransformer is not localized"):
         localvit.delocalize(small_vit())
-    with pytest.raises(ValueError, match="holds the paper's form.*make the model anew"):
+    with pytest.raises(ValueError, match=r"holds the paper's form.*make the model anew"):
         localvit.delocalize(localvit.localize(small_vit(), preserve=False))
 
 
@@ -197,8 +197,16 @@ def test_tokens_that_do_not_fill_the_grid_are_refused():
     model(picture())
     with pytest.raises(ValueError, match=r"14 image tokens \(1 prefix .*do not fill the 3 x 5 grid of 15"):
         model.blocks(torch.zeros(2, 15, model.embed_dim, dtype=torch.float64))
-    with pytest.raises(ValueError, match="patch_drop_rate=0.4"):
+    with pytest.raises(ValueError, match=r"patch_drop_rate=0.4"):
         localvit.localize(small_vit(patch_drop_rate=0.4))
+
+
+def test_a_replaced_patch_embedding_is_noticed():
+    model = localvit.localize(small_vit())
+    model(picture())
+    model.set_input_size((40, 24), patch_size=8)  # as many patches, 5 x 3 of them, from a new convolution
+    with pytest.raises(ValueError, match="no patch grid was noted"):
+        model(picture(1, 40, 24))
 
 
 def test_copies_are_independent():

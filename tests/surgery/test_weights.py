@@ -51,7 +51,7 @@ def test_the_file_and_the_base_make_the_model_again(options, tmp_path):
 
 
 def test_what_cannot_be_saved_or_loaded_says_why(tmp_path):
-    with pytest.raises(ValueError, match="was not localized by localvit.localize"):
+    with pytest.raises(ValueError, match=r"was not localized by localvit.localize"):
         localvit.save_locality(small_vit(), tmp_path / "no.safetensors")
     assert not list(tmp_path.iterdir())
     with pytest.raises(FileNotFoundError):

@@ -85,7 +85,7 @@ def test_a_localized_checkpoint_is_fine_tuned_as_it_is(base, tmp_path):
 
 
 def test_locality_alone_needs_weights_to_stand_on(tmp_path):
-    with pytest.raises(ValueError, match="trainable=locality keeps every other weight.*finetune must name"):
+    with pytest.raises(ValueError, match=r"trainable=locality keeps every other weight.*finetune must name"):
         tiny_config(tmp_path, tmp_path, **HOST, localize={"trainable": "locality"})
 
 

@@ -100,4 +100,4 @@ class Stage(nn.Module):
 
 @host(f"{__name__}.Stage")
 def _sites(stage: Stage) -> Iterator[Site]:
-    return in_order(stage, "blocks", patch_map(stage.patch_embed.proj), stage.num_prefix_tokens)
+    return in_order(stage, "blocks", patch_map(stage.patch_embed.proj, stage.patch_embed), stage.num_prefix_tokens)

@@ -5,3 +5,6 @@
 """
 
 from localvit.surgery import timm_hosts as timm_hosts  # importing it registers its rules
+from localvit.surgery import timm_pyramids as timm_pyramids
+from localvit.surgery import timm_naflex as timm_naflex
+from localvit.surgery import transformers_hosts as transformers_hosts

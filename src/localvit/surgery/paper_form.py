@@ -70,9 +70,8 @@ def replace_feed_forwards(sites: Sequence[Site], locality_of: Callable[[Site], L
 def _replace(block: nn.Module, mlp: LocalityMlp, slot: Slot) -> None:
     """Put `mlp` in the slot; take away the old one's norm, stochastic depth and layer scale."""
     setattr(block, slot.mlp, mlp)
-    setattr(block, slot.norm, nn.Identity())
-    if slot.drop_path:
-        setattr(block, slot.drop_path, nn.Identity())
+    for name in filter(None, (slot.norm, slot.drop_path)):
+        setattr(block, name, nn.Identity())
     scale: Any = getattr(block, slot.scale) if slot.scale else None
     if isinstance(scale, nn.Parameter):  # The host multiplies by it, so it stays, as ones that do not learn.
         with torch.no_grad():

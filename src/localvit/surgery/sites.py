@@ -16,7 +16,7 @@ from torch import nn
 from localvit.surgery.selection import BlockSelection, select_blocks
 from localvit.tokens import Grid, TokenSequence
 
-PROJECTIONS = ("fc2", "w2", "down_proj", "ln2")
+PROJECTIONS = ("fc2", "w2", "down_proj", "ln2", "weights_out", "dense")
 """Names by which hosts call a feed-forward's last projection, the one that reads the hidden channels."""
 
 
@@ -30,6 +30,8 @@ class GridSource:
     """The `Grid` method that follows it."""
     how: Any = 1
     """That method's last argument: the dimension of the height, or a function. Without a module, the grid itself."""
+    within: nn.Module | None = None
+    """What runs the module each time, and may come to run another one: the grid is forgotten when it begins."""
 
     def grid(self) -> Grid:
         """A `Grid` for this source, which does not follow it yet."""
@@ -39,6 +41,8 @@ class GridSource:
         """Make the grid follow the source from now on."""
         if self.module is not None:
             getattr(grid, self.follow)(self.module, self.how)
+        if self.within is not None:
+            grid.forget_before(self.within)
 
 
 def static_grid(size: tuple[int, int]) -> GridSource:
@@ -46,9 +50,9 @@ def static_grid(size: tuple[int, int]) -> GridSource:
     return GridSource(None, how=size)
 
 
-def patch_map(convolution: nn.Module) -> GridSource:
-    """The map (B, C, H, W) that a patch embedding's convolution returns: right for every picture size."""
-    return GridSource(convolution, "follow_output", 2)
+def patch_map(convolution: nn.Module, embedding: nn.Module | None = None) -> GridSource:
+    """The map (B, C, H, W) that the convolution of a patch embedding returns: right for every picture size."""
+    return GridSource(convolution, "follow_output", 2, within=embedding)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +60,8 @@ class Slot:
     """The parts of a block that the paper's form replaces, by their names in the block."""
 
     mlp: str = "mlp"
-    norm: str = "norm2"
+    norm: str | None = "norm2"
+    """None where the feed-forward holds its norm itself, or has none."""
     drop_path: str | None = "drop_path2"
     """None where the block has no stochastic depth of its own for the feed-forward."""
     scale: str | None = None

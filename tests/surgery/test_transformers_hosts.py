@@ -1,0 +1,480 @@
+"""Locality in the vision towers of Hugging Face transformers.
+
+Shapes: B batch, N tokens, P prefix tokens, E hidden channels, C channels, H and W the patch grid.
+"""
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from checks import (
+    branches_of,
+    check_branch_matters,
+    check_function_is_kept,
+    check_gradients_reach_every_branch,
+    check_map_is_the_picture,
+    output_of,
+    randomized,
+)
+from torch import nn
+
+import localvit
+from localvit.surgery.sites import Site, find_sites
+from localvit.tokens import LocalityMlp
+
+transformers = pytest.importorskip("transformers", reason="Hugging Face transformers is an extra")
+
+SMALL = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+MLP = {"intermediate_size": 40}
+PATCH = {"patch_size": 5}
+
+
+class Interpolating(nn.Module):
+    """A tower that resamples its positions to the picture."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, picture_BCHW):
+        return self.tower(picture_BCHW, interpolate_pos_encoding=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A tower, or a variant of one with other parts, on pictures whose grid is not square."""
+
+    id: str
+    model: str
+    config: str
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    prefix: int
+    """Tokens that are no patches."""
+    sites: int = 2
+    grid: tuple[int, int] = (7, 3)
+    interpolating: bool = False
+    """Whether the tower has to be told that the picture is not square."""
+
+    @property
+    def picture(self) -> torch.Tensor:
+        return picture(5 * self.grid[0], 5 * self.grid[1])
+
+    def make(self, **changes: Any) -> nn.Module:
+        torch.manual_seed(0)
+        config = getattr(transformers, self.config)(**self.kwargs | changes)
+        model = randomized(getattr(transformers, self.model)(config))
+        return Interpolating(model) if self.interpolating else model
+
+
+ROWS = [
+    Row(
+        id="vit",
+        model="ViTModel",
+        config="ViTConfig",
+        kwargs=SMALL | MLP | PATCH | {"image_size": (35, 15)},
+        prefix=1,
+    ),
+    Row(
+        id="deit",
+        model="DeiTModel",
+        config="DeiTConfig",
+        kwargs=SMALL | MLP | PATCH | {"image_size": (35, 15)},
+        prefix=2,
+    ),
+    Row(
+        id="beit",
+        model="BeitModel",
+        config="BeitConfig",
+        kwargs=SMALL
+        | MLP
+        | PATCH
+        | {"image_size": (35, 15), "use_relative_position_bias": True, "layer_scale_init_value": 0.5}
+        | {"drop_path_rate": 0.0},
+        prefix=1,
+    ),
+    Row(
+        id="dinov2",
+        model="Dinov2Model",
+        config="Dinov2Config",
+        kwargs=SMALL | PATCH | {"image_size": 25, "mlp_ratio": 2},
+        prefix=1,
+    ),
+    Row(
+        id="dinov2 swiglu",
+        model="Dinov2Model",
+        config="Dinov2Config",
+        kwargs=SMALL | PATCH | {"image_size": 25, "mlp_ratio": 2, "use_swiglu_ffn": True},
+        prefix=1,
+    ),
+    Row(
+        id="dinov2 registers",
+        model="Dinov2WithRegistersModel",
+        config="Dinov2WithRegistersConfig",
+        kwargs=SMALL | PATCH | {"image_size": 25, "mlp_ratio": 2, "num_register_tokens": 3},
+        prefix=4,
+    ),
+    Row(
+        id="dinov3",
+        model="DINOv3ViTModel",
+        config="DINOv3ViTConfig",
+        kwargs=SMALL | MLP | PATCH | {"num_register_tokens": 4},
+        prefix=5,
+    ),
+    Row(
+        id="dinov3 gated",
+        model="DINOv3ViTModel",
+        config="DINOv3ViTConfig",
+        kwargs=SMALL | MLP | PATCH | {"num_register_tokens": 0, "use_gated_mlp": True},
+        prefix=1,
+    ),
+    Row(
+        id="clip",
+        model="CLIPVisionModel",
+        config="CLIPVisionConfig",
+        kwargs=SMALL | MLP | PATCH | {"image_size": 25},
+        prefix=1,
+        interpolating=True,
+    ),
+    Row(
+        id="siglip",
+        model="SiglipVisionModel",
+        config="SiglipVisionConfig",
+        kwargs=SMALL | MLP | PATCH | {"image_size": 25},
+        prefix=0,
+        interpolating=True,
+    ),
+    Row(
+        id="swin",
+        model="SwinModel",
+        config="SwinConfig",
+        kwargs=PATCH
+        | {"image_size": (35, 25), "embed_dim": 12, "depths": [2, 1], "num_heads": [2, 2], "window_size": 3},
+        prefix=0,
+        sites=3,
+        grid=(7, 5),
+    ),
+]
+every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
+ROW = {row.id: row for row in ROWS}
+
+
+def picture(height: int = 35, width: int = 15) -> torch.Tensor:
+    return torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def without_attention(site: Site) -> None:
+    """All versions of the library call a layer's attention `attention` or `self_attn`, but not what is in it."""
+    for name, module in site.block.named_modules():
+        if name.startswith(("attention.", "self_attn.")) and isinstance(module, nn.Linear):
+            nn.init.zeros_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def perturb(model: nn.Module) -> nn.Module:
+    for branch in branches_of(model):
+        nn.init.normal_(branch.conv.weight, generator=torch.Generator().manual_seed(2))
+    return model
+
+
+@every_row
+def test_function_is_kept(row):
+    model = row.make()
+    assert len(find_sites(model)) == row.sites
+    check_function_is_kept(model, row.picture)
+
+
+@every_row
+def test_gradients_reach_every_branch(row):
+    check_gradients_reach_every_branch(row.make(), row.picture)
+
+
+@every_row
+def test_branch_matters(row):
+    check_branch_matters(row.make(), row.picture)
+
+
+@every_row
+def test_map_is_the_picture(row):
+    check_map_is_the_picture(row.make(), row.picture, silence=without_attention)
+
+
+@every_row
+def test_first_branch_convolves_the_patches_and_leaves_the_rest(row):
+    """Against a convolution over the hidden tokens as this file lays them out."""
+    model = perturb(localvit.localize(row.make().double().eval()))
+    branch = branches_of(model)[0]
+    seen = []
+    branch.register_forward_hook(lambda branch, args, output: seen.append((args[0], output)))
+    with torch.no_grad():
+        output_of(model, row.picture)
+    [(before_BNE, after_BNE)] = seen
+    assert before_BNE.shape[1] == row.prefix + row.grid[0] * row.grid[1]
+    map_BEHW = before_BNE[:, row.prefix :].transpose(1, 2).unflatten(2, row.grid)
+    added_BEHW = F.conv2d(map_BEHW, branch.conv.weight, padding=1, groups=map_BEHW.shape[1])
+    assert torch.equal(after_BNE[:, : row.prefix], before_BNE[:, : row.prefix])
+    # float64; the two lay the map out differently in memory, so sums may go in another order.
+    torch.testing.assert_close(after_BNE[:, row.prefix :], (map_BEHW + added_BEHW).flatten(2).transpose(1, 2))
+
+
+@every_row
+def test_paper_form(row):
+    """A layer without its attention is the paper's module with its shortcut, and prefix tokens pass it untouched."""
+    model = row.make().double().eval()
+    sites = find_sites(model)
+    layer = sites[0].block
+    if not hasattr(layer, "mlp"):
+        with pytest.raises(ValueError, match=r"replace .*layer.*two parts; in transformers 5\.9 and newer it is one"):
+            localvit.localize(model, preserve=False)
+        return
+    without_attention(sites[0])
+    localvit.localize(model, preserve=False, reduction=4)
+    assert sum(isinstance(module, LocalityMlp) for module in model.modules()) == row.sites
+    seen = []
+    layer.register_forward_hook(lambda layer, args, output: seen.append((args[0], output)))
+    with torch.no_grad():
+        output_of(model, row.picture)
+        [(before_BNC, after_BNC)] = seen
+        after_BNC = after_BNC[0] if isinstance(after_BNC, tuple) else after_BNC
+        map_BCHW = before_BNC[:, row.prefix :].transpose(1, 2).unflatten(2, row.grid)
+        expected_BCHW = map_BCHW + layer.mlp.conv(map_BCHW)
+    assert torch.equal(after_BNC[:, : row.prefix], before_BNC[:, : row.prefix])
+    torch.testing.assert_close(after_BNC[:, row.prefix :], expected_BCHW.flatten(2).transpose(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "why"),
+    [
+        ("beit", {"drop_path_rate": 0.1}, "drop_path_rate=0"),
+        ("dinov2", {"drop_path_rate": 0.1}, "drop_path_rate=0"),
+        ("vit", {"hidden_dropout_prob": 0.1}, "hidden_dropout_prob=0"),
+        ("swin", {"hidden_dropout_prob": 0.1}, "hidden_dropout_prob=0"),
+    ],
+)
+def test_paper_form_is_refused_where_something_random_serves_attention_too(name, changes, why):
+    model = ROW[name].make(**changes)
+    if not hasattr(find_sites(model)[0].block, "mlp"):
+        why = "two parts"
+    before = set(model.state_dict())
+    with pytest.raises(ValueError, match=why):
+        localvit.localize(model, preserve=False)
+    assert set(model.state_dict()) == before
+    localvit.localize(model)
+
+
+def test_stochastic_depth_of_swin_serves_its_attention_alone():
+    model = ROW["swin"].make(drop_path_rate=0.5)
+    if hasattr(find_sites(model)[0].block, "mlp"):
+        localvit.localize(model, preserve=False)
+
+
+def test_classifiers_and_backbones_hold_towers():
+    classifier = transformers.ViTForImageClassification(transformers.ViTConfig(**ROW["vit"].kwargs))
+    localvit.localize(classifier, blocks="2")
+    [branch] = branches_of(classifier)
+    assert branch is branches_of(classifier.vit)[0]
+    config = transformers.Dinov2WithRegistersConfig(**ROW["dinov2 registers"].kwargs, out_features=["stage2"])
+    backbone = randomized(transformers.Dinov2WithRegistersBackbone(config)).double().eval()
+    with torch.no_grad():
+        [expected] = backbone(picture()).feature_maps
+        [after] = localvit.localize(backbone)(picture()).feature_maps
+        [other] = perturb(backbone)(picture()).feature_maps
+    assert expected.shape[2:] == (7, 3)
+    assert torch.equal(after, expected)
+    assert not torch.allclose(other, expected)
+
+
+@pytest.mark.parametrize("family", ["CLIP", "Siglip"])
+def test_text_towers_are_left_alone(family):
+    vision = getattr(transformers, f"{family}VisionConfig")(**SMALL, **MLP, **PATCH, image_size=25)
+    tokens = {"vocab_size": 31, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    text = getattr(transformers, f"{family}TextConfig")(**SMALL, **MLP, **tokens, max_position_embeddings=7)
+    config = getattr(transformers, f"{family}Config")(text_config=text.to_dict(), vision_config=vision.to_dict())
+    model = randomized(getattr(transformers, f"{family}Model")(config)).eval()
+    words = torch.tensor([[5, 11, 3, 2]])
+    with torch.no_grad():
+        before = model(words, picture(25, 25).float())
+        perturb(localvit.localize(model))
+        after = model(words, picture(25, 25).float())
+    assert len(branches_of(model.vision_model)) == len(branches_of(model)) == 2
+    assert torch.equal(after.text_embeds, before.text_embeds)
+    assert not torch.allclose(after.image_embeds, before.image_embeds)
+
+
+def test_pictures_may_change_their_size():
+    """A branch that shifts the map by one row does so on either grid."""
+    row = ROW["vit"]
+    tower = row.make(image_size=25)
+    model = localvit.localize(Interpolating(tower).double().eval(), blocks="1")
+    [branch] = branches_of(model)
+    with torch.no_grad():
+        branch.conv.weight[:, :, 0, 1] = 1.0
+    seen = []
+    branch.register_forward_hook(lambda branch, args, output: seen.append((args[0][:, 1:], output[:, 1:])))
+    with torch.no_grad():
+        for height, width in ((7, 3), (2, 11)):
+            output_of(model, picture(5 * height, 5 * width))
+            before, after = (x.unflatten(1, (height, width)) for x in seen.pop())
+            torch.testing.assert_close(after[:, 1:], before[:, 1:] + before[:, :-1])
+            torch.testing.assert_close(after[:, 0], before[:, 0])
+
+
+def test_masked_patches_stay_on_the_grid():
+    model = perturb(localvit.localize(ROW["dinov2"].make().double().eval()))
+    masked = torch.arange(2 * 21).reshape(2, 21) % 3 == 0
+    with torch.no_grad():
+        out = model(picture(), bool_masked_pos=masked).last_hidden_state
+    assert out.shape == (2, 22, 24)
+    assert torch.isfinite(out).all()
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_gradient_checkpointing_changes_nothing(name):
+    """Layers run again in the backward pass, Swin's on grids that have changed since."""
+    model = perturb(localvit.localize(ROW[name].make(hidden_dropout_prob=0.0).double().train()))
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        output_of(model, ROW[name].picture).square().sum().backward()
+        gradients.append([branch.conv.weight.grad.clone() for branch in branches_of(model)])
+    assert all(grad.any() for grad in gradients[0])
+    for grad, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(again, grad)
+
+
+def test_files_of_the_library_hold_the_original(tmp_path):
+    """What `save_pretrained` writes of a localized model loads as the model before surgery."""
+    model = ROW["vit"].make().eval()
+    original = copy.deepcopy(model)
+    localvit.localize(model)
+    model.save_pretrained(tmp_path)
+    loaded = transformers.ViTModel.from_pretrained(tmp_path).eval()
+    assert loaded.state_dict().keys() == original.state_dict().keys()
+    with torch.no_grad():
+        expected = output_of(original, picture().float())
+        assert torch.equal(output_of(loaded, picture().float()), expected)
+        assert torch.equal(output_of(localvit.localize(loaded), picture().float()), expected)
+
+
+def test_layers_under_an_unknown_name():
+    model = ROW["clip"].make()
+    for module in model.modules():
+        if isinstance(getattr(module, "encoder", None), nn.Module):
+            module.stack = module.encoder
+            del module.encoder
+            break
+    with pytest.raises(ValueError, match="transformers is too old or too new"):
+        localvit.localize(model)
+
+
+# SigLIP 2: pictures of several shapes in a batch
+
+
+def siglip2(**changes: Any) -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.Siglip2VisionConfig(**SMALL, **MLP, patch_size=2, num_patches=25, **changes)
+    return randomized(transformers.Siglip2VisionModel(config))
+
+
+def patches_of_shapes(*shapes: tuple[int, int], padding: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Patches (B, N, 12) of pictures with these grids, noise in the padding, their mask and shapes."""
+    tokens = max(height * width for height, width in shapes) + padding
+    generator = torch.Generator().manual_seed(3)
+    patches = torch.randn(len(shapes), tokens, 12, generator=generator, dtype=torch.float64)
+    mask = torch.tensor([[int(n < height * width) for n in range(tokens)] for height, width in shapes])
+    return patches, mask, torch.tensor(shapes)
+
+
+SHAPES = ((2, 7), (5, 3), (3, 5), (1, 11))
+
+
+def test_siglip2_keeps_its_function():
+    model, inputs = siglip2(), patches_of_shapes(*SHAPES, padding=2)
+    assert len(find_sites(model)) == 2  # The pooling head is none.
+    check_function_is_kept(model, *inputs)
+    check_gradients_reach_every_branch(model, *inputs)
+    check_branch_matters(model, *inputs)
+
+
+def test_siglip2_gives_each_picture_what_it_gets_alone():
+    model = perturb(localvit.localize(siglip2().double().eval(), kernel_size=5))
+    patches, mask, shapes = patches_of_shapes(*SHAPES, padding=2)
+    with torch.no_grad():
+        together = model(patches, mask, shapes)
+        for sample, (height, width) in enumerate(SHAPES):
+            some = slice(0, height * width)
+            alone = model(patches[sample, None, some], mask[sample, None, some], shapes[sample, None])
+            # float64; attention sums over other padding, in another order.
+            torch.testing.assert_close(together.last_hidden_state[sample, some], alone.last_hidden_state[0])
+            torch.testing.assert_close(together.pooler_output[sample], alone.pooler_output[0])
+
+
+def test_siglip2_branch_convolves_each_map():
+    """Against a convolution over each picture's own map, of a prime size."""
+    model = perturb(localvit.localize(siglip2().double().eval()))
+    branch = branches_of(model)[0]
+    seen = []
+    branch.register_forward_hook(lambda branch, args, output: seen.append((args[0], output)))
+    with torch.no_grad():
+        model(*patches_of_shapes(*SHAPES, padding=2))
+    [(before_BNE, after_BNE)] = seen
+    for before_NE, after_NE, grid in zip(before_BNE, after_BNE, SHAPES, strict=True):
+        tokens = grid[0] * grid[1]
+        map_EHW = before_NE[:tokens].T.unflatten(1, grid)
+        added_EHW = F.conv2d(map_EHW, branch.conv.weight, padding=1, groups=len(map_EHW))
+        torch.testing.assert_close(after_NE[:tokens], (map_EHW + added_EHW).flatten(1).T)
+        assert torch.equal(after_NE[tokens:], before_NE[tokens:])
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attribute .* was assigned during export:UserWarning")
+def test_siglip2_exports_for_any_shapes():
+    """Traced with some shapes, run with others; padding to 17 tokens stays."""
+    pytest.importorskip("transformers", minversion="5.9", reason="older versions cannot export SigLIP 2 at all")
+    model = perturb(localvit.localize(siglip2().double().eval()))
+    program = torch.export.export(model, patches_of_shapes(*SHAPES, padding=2)).module()
+    inputs = patches_of_shapes((7, 2), (1, 2), (4, 4), (3, 5), padding=1)
+    with torch.no_grad():
+        torch.testing.assert_close(output_of(program, *inputs), output_of(model, *inputs))
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"gate": "se"}, r"the gate \(SqueezeExcite\) takes means"),
+        ({"gate": "eca"}, r"the gate \(EfficientChannelAttention\) takes means"),
+        ({"norm": "batchnorm"}, "norm='batchnorm' takes means"),
+        ({"preserve": False}, "grids of their own"),
+    ],
+    ids=["se", "eca", "batchnorm", "paper"],
+)
+def test_siglip2_refuses_means_over_maps(options, why):
+    model = siglip2()
+    before = set(model.state_dict())
+    with pytest.raises(ValueError, match=why):
+        localvit.localize(model, **options)
+    assert set(model.state_dict()) == before
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_siglip2_takes_layer_norm():
+    """It is zero where there is no token, so that pictures still get what they get alone."""
+    model = perturb(localvit.localize(siglip2().double().eval(), norm="layernorm"))
+    patches, mask, shapes = patches_of_shapes((2, 7), (5, 3))
+    with torch.no_grad():
+        together = model(patches, mask, shapes).last_hidden_state
+        alone = model(patches[:1, :14], mask[:1, :14], shapes[:1]).last_hidden_state
+    torch.testing.assert_close(together[0, :14], alone[0])
+
+
+def test_siglip2_text_tower_is_left_alone():
+    vision = transformers.Siglip2VisionConfig(**SMALL, **MLP, patch_size=2, num_patches=25)
+    text = transformers.Siglip2TextConfig(**SMALL, **MLP, vocab_size=31)
+    config = transformers.Siglip2Config(text_config=text.to_dict(), vision_config=vision.to_dict())
+    model = localvit.localize(transformers.Siglip2Model(config))
+    assert len(branches_of(model)) == len(branches_of(model.vision_model)) == 2
