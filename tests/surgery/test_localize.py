@@ -249,6 +249,23 @@ def test_gradient_checkpointing_changes_no_gradient():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-9, atol=1e-12)
 
 
+def test_in_distributed_data_parallel(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model, alone = localized_vit().train(), localized_vit().train()
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        with pytest.raises(ValueError, match=r"DistributedDataParallel: localize model.module before"):
+            localvit.localize(wrapped)
+        for _ in range(2):
+            for each in (wrapped, alone):
+                each(picture()).square().sum().backward()
+        for (name, parameter), expected in zip(model.named_parameters(), alone.parameters(), strict=True):
+            assert torch.equal(parameter.grad, expected.grad), name
+        del wrapped
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_intermediates_and_features_see_it():
     model, host = localized_vit(), small_vit()
     _, maps = model.forward_intermediates(picture())
