@@ -9,8 +9,8 @@ import pytest
 SRC = Path(__file__).parents[1] / "src"
 
 FLOORS = [
-    {"locality", "tokens", "weight_files", "files", "columns", "devices", "distributed", "_torchvision"},
-    {"surgery"},
+    {"locality", "fused", "tokens", "weight_files", "files", "columns", "devices", "distributed", "_torchvision"},
+    {"surgery", "fuse"},
     {"models"},
     {"zoo", "weights_fit", "checkpoints"},
     {"data", "inference", "evaluate", "predict", "cost", "real_labels", "calibration", "per_class"}

@@ -9,6 +9,7 @@ from localvit import _torchvision  # before anything imports timm
 from localvit import models
 from localvit.checkpoints import load_checkpoint, model_from_checkpoint, read_checkpoint, save_checkpoint
 from localvit.cost import locality_report
+from localvit.fuse import fuse
 from localvit.locality import LocalityFeedForward
 from localvit.surgery.localize import delocalize, localize
 from localvit.surgery.weights import load_locality, save_locality
@@ -20,6 +21,7 @@ __all__ = [
     "LocalityFeedForward",
     "create_model",
     "delocalize",
+    "fuse",
     "list_models",
     "load_checkpoint",
     "load_locality",

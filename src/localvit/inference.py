@@ -18,6 +18,7 @@ from localvit.data.classes import model_class_names
 from localvit.data.pictures import PreparedPictures
 from localvit.data.preprocessing import Preprocessing
 from localvit.data.workers import leave_quietly, loaded
+from localvit.fuse import fuse
 from localvit.zoo import create_model
 
 CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
@@ -41,7 +42,8 @@ class ReadyModel:
     def place(self, options: "InferenceOptions") -> Any:
         """The model where and how `options` want it."""
         layout = torch.channels_last if options.channels_last else torch.preserve_format
-        model: Any = self.model.to(options.device).to(memory_format=layout)  # type: ignore[call-overload]
+        model: Any = fuse(self.model) if options.fuse else self.model
+        model = model.to(options.device).to(memory_format=layout)
         return torch.compile(model) if options.compile else model
 
 
@@ -111,6 +113,8 @@ class InferenceOptions:
     """Lay pictures and weights out channels-last."""
     compile: bool = False
     """Compile the model with torch.compile; pays off over many batches."""
+    fuse: bool = True
+    """Use the model's inference form (`localvit.fuse`)."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from localvit.fused import FusedFeedForward
+
 ACTS = ("relu6", "hs", "hs+se", "hs+eca", "hs+ecah")
 """Activation and channel gate of the module, in the order of the published integers 1 to 5."""
 
@@ -36,9 +38,12 @@ class SqueezeExcite(nn.Module):
             nn.Hardsigmoid(),
         )
 
+    def scale(self, mean_BE: Tensor) -> Tensor:
+        """The factor (B, E) of each channel, from the channels' means."""
+        return self.fc(mean_BE)
+
     def forward(self, map_BEHW: Tensor) -> Tensor:
-        gate_BE = self.fc(map_BEHW.mean((2, 3)))
-        return map_BEHW * gate_BE[:, :, None, None]
+        return map_BEHW * self.scale(map_BEHW.mean((2, 3)))[:, :, None, None]
 
 
 class EfficientChannelAttention(nn.Module):
@@ -54,10 +59,12 @@ class EfficientChannelAttention(nn.Module):
         self.conv = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False, device=device, dtype=dtype)
         self.gate = nn.Hardsigmoid() if hard else nn.Sigmoid()
 
+    def scale(self, mean_BE: Tensor) -> Tensor:
+        """The factor (B, E) of each channel, from the channels' means."""
+        return self.gate(self.conv(mean_BE[:, None]))[:, 0]
+
     def forward(self, map_BEHW: Tensor) -> Tensor:
-        mean_B1E = map_BEHW.mean((2, 3))[:, None]
-        gate_BE = self.gate(self.conv(mean_B1E))[:, 0]
-        return map_BEHW * gate_BE[:, :, None, None]
+        return map_BEHW * self.scale(map_BEHW.mean((2, 3)))[:, :, None, None]
 
 
 def resolve_act(act: str | int) -> str:
@@ -147,6 +154,18 @@ class LocalityFeedForward(nn.Module):
         layers += convolution(hidden_dim, out_dim)
         self.conv = nn.Sequential(*layers)
         self.shortcut = stride == 1 and in_dim == out_dim
+
+    def fuse(self) -> nn.Module:
+        """The form that `localvit.fuse` puts in its place, and timm's `reparameterize_model` too: batch norms folded.
+
+        Raises ValueError in training mode.
+        """
+        self._check_evaluation()
+        return FusedFeedForward(self.conv, shortcut=self.shortcut)
+
+    def _check_evaluation(self) -> None:
+        if self.training:
+            raise ValueError("batch norms take each batch's statistics in training mode: call eval() before fuse()")
 
     def forward(self, map_BCHW: Tensor) -> Tensor:
         out_BCHW = self.conv(map_BCHW)

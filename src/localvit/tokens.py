@@ -13,6 +13,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from localvit.fused import FusedConvolutions
 from localvit.locality import LocalityFeedForward
 
 
@@ -217,6 +218,28 @@ class LocalityMlp(LocalityFeedForward):
         )
         self.layout: Any = layout
 
+    def fuse(self) -> nn.Module:
+        """As `LocalityFeedForward.fuse`."""
+        self._check_evaluation()
+        return FusedMlp(self.conv, self.layout)
+
     def forward(self, x: Tensor) -> Tensor:
         refuse_empty_places(self.layout, "the paper's form")
         return self.layout.to_tokens(self.conv(self.layout.to_map(x)))
+
+
+class FusedMlp(nn.Module):
+    """`LocalityMlp` in its inference form (see `localvit.fused`): tokens in and out, of any layout.
+
+    Raises ValueError in forward as `LocalityMlp` does.
+    """
+
+    def __init__(self, layers: nn.Sequential, layout: nn.Module) -> None:
+        super().__init__()
+        self.conv = FusedConvolutions(layers)
+        self.layout: Any = layout
+
+    def forward(self, x: Tensor) -> Tensor:
+        refuse_empty_places(self.layout, "the paper's form")
+        out_BHWC = self.conv(self.layout.to_map(x).permute(0, 2, 3, 1))
+        return self.layout.to_tokens(out_BHWC.permute(0, 3, 1, 2))

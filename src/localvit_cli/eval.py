@@ -25,6 +25,8 @@ class Running:
     """Lay pictures and weights out channels-last."""
     compile: bool = False
     """Compile the model first; pays off over many batches."""
+    fuse: bool = True
+    """Run the model's inference form; without, the model as it was trained."""
 
     def options(self):
         """The package's `InferenceOptions`, with the device chosen and said."""
@@ -41,6 +43,7 @@ class Running:
                 dtype=DTYPES[self.dtype],
                 channels_last=self.channels_last,
                 compile=self.compile,
+                fuse=self.fuse,
             )
         except ValueError as error:
             raise UsageError(str(error)) from error

@@ -14,11 +14,12 @@ from timm.models.vision_transformer import init_weights_vit_timm
 from torch import nn
 
 from localvit.surgery.sites import Grids, Site, Slot
-from localvit.tokens import Grid, LocalityMlp
+from localvit.tokens import FusedMlp, Grid, LocalityMlp
 
-# Their forward branches on shapes, which a graph tracer cannot follow: both stay whole in a traced graph.
+# Their forward branches on shapes, which a graph tracer cannot follow: they stay whole in a traced graph.
 register_notrace_module(Grid)
 register_notrace_module(LocalityMlp)
+register_notrace_module(FusedMlp)
 
 
 @dataclass(frozen=True, kw_only=True)
