@@ -85,25 +85,29 @@ def localize(
         )
     if trainable not in ("all", "locality"):
         raise ValueError(f"trainable={trainable!r}: choose 'all' or 'locality'")
+    if blocks is not None and not isinstance(blocks, str):
+        blocks = list(blocks)
     sites = _chosen(model, blocks, filter_fn, grid, num_prefix_tokens)
     if preserve:
         _add_branches(model, sites, options)
     else:
         replace_feed_forwards(sites, lambda site: Locality(**{"expand_ratio": site.expand_ratio} | options))
     frozen = _freeze_others(model) if trainable == "locality" else ()
-    asked = {"preserve": preserve, "blocks": blocks, "trainable": trainable, **options}
+    remembered: dict[str, Any] = dict(options)
+    if not preserve:
+        remembered["preserve"] = False
     if grid is not None:
-        asked |= {"grid": grid, "num_prefix_tokens": num_prefix_tokens}
+        remembered |= {"grid": grid, "num_prefix_tokens": num_prefix_tokens}
     if filter_fn is not None:
-        asked |= {"blocks": None, "filter_fn": [site.projection_name for site in sites]}
-    remembered = {name: value for name, value in asked.items() if value != _DEFAULTS.get(name, ())}
+        remembered["filter_fn"] = [site.projection_name for site in sites]
+    elif blocks is not None:
+        remembered["blocks"] = blocks
+    if trainable != "all":
+        remembered["trainable"] = trainable
     model.localized = Localized(options=remembered, frozen=frozen)  # type: ignore[assignment]
     if isinstance(made_from := getattr(model, "made_from", None), dict):
         made_from["args"]["localize"] = remembered
     return model
-
-
-_DEFAULTS = {"preserve": True, "blocks": None, "trainable": "all"}
 
 
 def delocalize(model: Model, *, discard: bool = False) -> Model:
