@@ -15,7 +15,10 @@ import localvit
 from localvit.checkpoints import describe
 from localvit.checkpoints import published_state as published_names
 from localvit.data.classes import imagenet_synsets
+from localvit.data.preprocessing import Preprocessing
+from localvit.train.config import TrainConfig
 from localvit.train.finetune import load_pretrained
+from localvit.train.model import build_model
 from localvit.weight_files import CheckpointError
 from published import published_state
 
@@ -429,3 +432,20 @@ def test_a_model_of_unknown_origin(tmp_path):
         load_pretrained(timm.create_model(NANO[0]), path)
     with pytest.raises(ValueError, match="2 class names for a model of 5 classes"):
         load_pretrained(make(*NANO), path, class_names=["a", "b"])
+
+
+@pytest.mark.parametrize("kind", ["ours", "state", "plain"])
+def test_pictures_are_prepared_as_the_weights_learned_them(kind, tmp_path):
+    """A file says it itself; one that does not is taken to be like timm's released weights of the model."""
+    arguments = {"patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 3, "img_size": (16, 16)}
+    told = Preprocessing(input_size=(16, 16), mean=(0.1, 0.2, 0.3), std=(0.4, 0.6, 0.7))
+    about = {"preprocessing": told.to_dict()} if kind != "plain" else {}
+    name = "vit_tiny_patch16_224"  # whose released weights had 0.5 for each
+    source = saved(localvit.create_model(name, num_classes=3, **arguments), tmp_path / "source", kind, **about)
+    size = {"model_args": {key: arguments[key] for key in arguments if key != "img_size"}, "input_size": (16,)}
+    config = TrainConfig(model=name, finetune=source, **size)
+    _, preprocessing = build_model(config, 3, ["0", "1", "2"])
+    expected = told if kind != "plain" else Preprocessing(input_size=(16, 16), mean=(0.5,) * 3, std=(0.5,) * 3)
+    assert (preprocessing.mean, preprocessing.std) == (expected.mean, expected.std)
+    fresh = TrainConfig(model=name, **size)
+    assert build_model(fresh, 3, ["0", "1", "2"])[1].mean == pytest.approx((0.485, 0.456, 0.406))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from localvit.checkpoints import Checkpoint, img_size_of, load_weights, read_checkpoint, weights_for
 from localvit.data.classes import model_class_names
+from localvit.data.preprocessing import Preprocessing
 from localvit.inference import names_file, ready_model
 from localvit.models._positions import positions_like
 from localvit.surgery.branch import CHILD
@@ -27,8 +28,8 @@ def load_pretrained(
     *,
     class_names: Sequence[str] | None = None,
     remark: Callable[[str], None] = lambda message: None,
-) -> None:
-    """Begin `model` with the weights that `source` names.
+) -> Preprocessing:
+    """Begin `model` with the weights that `source` names; returns how the pictures were prepared that they learned on.
 
     All but the head loads strictly; positions are resampled where the model was made for pictures of another size. The
     head loads too if it is for the model's classes, by name and in their order; else the model keeps its new one.
@@ -52,7 +53,7 @@ def load_pretrained(
         raise ValueError("this model does not know how it was made; make it with localvit.create_model")
     if class_names is not None and len(class_names) != model.num_classes:
         raise ValueError(f"{len(class_names)} class names for a model of {model.num_classes} classes")
-    held, held_classes = _load_source(source, model)
+    held, held_classes, preprocessing = _load_source(source, model)
     if hasattr(model, "localized") and not locality_modules(held):
         localize(held, **model.localized.options)  # what its weights do not have begins as it does here
         remark(f"{source}: has no locality; it is put into {len(locality_modules(held))} feed-forwards")
@@ -79,6 +80,7 @@ def load_pretrained(
         remark(f"{source}: positions ({', '.join(moved)}) resampled to the model's grid")
     if differences := _differences(held.made_from, model.made_from):
         remark(f"warning: {source} was made with other arguments, which may change what its weights do: {differences}")
+    return preprocessing
 
 
 def check_released(name: str) -> None:
@@ -90,19 +92,22 @@ def check_released(name: str) -> None:
         raise CheckpointError(f"no weights of {name} were released: give a checkpoint file of it")
 
 
-def _load_source(source: str, model: Any) -> tuple[Any, list[str] | None]:
-    """The model that `source` holds, at its own size and with its own head, and the names of its classes."""
+def _load_source(source: str, model: Any) -> tuple[Any, list[str] | None, Preprocessing]:
+    """The model that `source` holds, at its own size and with its own head, its classes' names, and its preprocessing.
+
+    A file that does not say how its pictures were prepared is taken to be of the model's released weights' kind.
+    """
     if not names_file(source) and "/" not in source:  # no model's name has one
         check_released(source)
         ready = ready_model(source)
-        return ready.model, ready.class_names
+        return ready.model, ready.class_names, ready.preprocessing
     checkpoint = read_checkpoint(source)
     if "localvit" in checkpoint.about:  # the version that wrote it, so that the file says how its model is made
         ready = ready_model(source)
-        return ready.model, ready.class_names
+        return ready.model, ready.class_names, ready.preprocessing
     _check_distillation(source, checkpoint.raw, model.state_dict())
     held = _rebuild_like(checkpoint, model)
-    return held, model_class_names(held, None)
+    return held, model_class_names(held, None), Preprocessing.of_cfg(held.pretrained_cfg)
 
 
 def _rebuild_like(checkpoint: Checkpoint, model: Any) -> Any:

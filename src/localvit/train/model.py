@@ -31,15 +31,13 @@ def build_model(
     """
     size = (config.input_size[0], config.input_size[-1]) if config.input_size else None
     model = _create(config, num_classes, size)
+    preprocessing = Preprocessing.published(size or model.pretrained_cfg["input_size"][1:])
     if config.finetune:
-        load_pretrained(model, config.finetune, class_names=class_names, remark=remark)
+        learned_on = load_pretrained(model, config.finetune, class_names=class_names, remark=remark)
+        preprocessing = replace(preprocessing, mean=learned_on.mean, std=learned_on.std)
     if config.grad_checkpointing:
         model.set_grad_checkpointing(True)
     freeze(model, config.freeze)
-    preprocessing = Preprocessing.published(size or model.pretrained_cfg["input_size"][1:])
-    if config.finetune:  # weights that were learned on pictures of another mean and deviation
-        own = Preprocessing.of_cfg(model.pretrained_cfg)
-        preprocessing = replace(preprocessing, mean=own.mean, std=own.std)
     return model, preprocessing
 
 
