@@ -153,7 +153,11 @@ def test_attach_and_detach_leave_the_projection_as_it_was():
     detach(projection)
     assert torch.equal(projection(x_BNE), expected)
     assert projection.state_dict().keys() == before.keys()
+    assert "forward" not in vars(projection)
     assert not projection._forward_pre_hooks
+    projection.forward = projection.forward
+    with pytest.raises(ValueError, match="another library has wrapped the forward of Linear"):
+        attach(projection, branch())
 
 
 def test_a_state_dict_with_some_branches_only_is_no_state_dict_of_the_original():

@@ -230,6 +230,17 @@ def test_compiles_to_one_graph():
         torch.testing.assert_close(compiled(picture(2, *size)), model(picture(2, *size)), rtol=1e-10, atol=1e-12)
 
 
+def test_code_compiled_for_the_model_before_is_not_run_for_it():
+    torch._dynamo.reset()
+    plain, model = small_vit(), localized_vit()
+    runs = [torch.compile(each, backend="aot_eager", dynamic=False) for each in (plain, model, plain, model)]
+    for compiled, each in zip(runs, (plain, model, plain, model), strict=True):
+        torch.testing.assert_close(compiled(picture()), each(picture()), rtol=1e-10, atol=1e-12)
+    assert not torch.allclose(model(picture()), plain(picture()))
+    shaken(localvit.localize(plain, gate="se"))
+    torch.testing.assert_close(runs[0](picture()), plain(picture()), rtol=1e-10, atol=1e-12)
+
+
 def test_exports_with_any_batch():
     model = localized_vit(gate="se")
     batch = torch.export.Dim("batch", min=1, max=64)

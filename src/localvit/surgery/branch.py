@@ -7,6 +7,7 @@ child `locality`, and acts before it. The paper's gates are neutral at the start
 Shapes: B batch, E hidden channels, H and W the patch grid.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -147,22 +148,38 @@ CHILD = "locality"
 
 
 def attach(projection: nn.Module, branch: LocalityBranch) -> None:
-    """Hang a branch on a projection: from now on it reads what the branch returns."""
+    """Hang a branch on a projection: from now on it reads what the branch returns.
+
+    By a `forward` of the instance, and not by a hook: torch.compile checks the one when it looks for code that it has
+    compiled before, and would run that of the model without branches for a hook (`skip_nnmodule_hook_guards`). A hook
+    that does nothing keeps torch's own encoder layers from computing without their parts, as they do in evaluation.
+
+    Raises ValueError where another library has put its own `forward` there.
+    """
+    if "forward" in vars(projection):
+        raise ValueError(
+            f"another library has wrapped the forward of {type(projection).__name__}: localize the model before it does"
+        )
     projection.add_module(CHILD, branch)
-    projection.register_forward_pre_hook(_pass_through_branch)
+    projection.forward = partial(_forward_through_branch, projection)
+    projection.register_forward_pre_hook(_do_not_bypass)
 
 
 def detach(projection: nn.Module) -> None:
     """Take the branch off a projection again."""
     delattr(projection, CHILD)
+    del projection.forward
     for key, hook in list(projection._forward_pre_hooks.items()):
-        if hook is _pass_through_branch:
+        if hook is _do_not_bypass:
             del projection._forward_pre_hooks[key]
 
 
-def _pass_through_branch(projection: nn.Module, args: tuple) -> tuple:
-    hidden, *others = args
-    return (projection.get_submodule(CHILD)(hidden), *others)
+def _do_not_bypass(projection: nn.Module, args: tuple) -> None:
+    """Be a hook."""
+
+
+def _forward_through_branch(projection: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return type(projection).forward(projection, projection.get_submodule(CHILD)(hidden), *args, **kwargs)
 
 
 def load_without_branches(model: nn.Module) -> None:
