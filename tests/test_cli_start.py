@@ -18,7 +18,8 @@ assert not heavy, heavy
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], *([name, "--help"] for name in ("predict", "models", "info", "check-data", "compare"))]
+    "arguments",
+    [["--help"], *([name, "--help"] for name in ("predict", "models", "info", "check-data", "compare", "bench"))],
 )
 def test_help_imports_nothing_heavy(arguments):
     done = subprocess.run([sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True)

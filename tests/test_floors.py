@@ -14,7 +14,8 @@ FLOORS = [
     {"models"},
     {"zoo", "weights_fit", "checkpoints"},
     {"data", "inference", "evaluate", "predict", "cost", "real_labels", "calibration", "per_class"}
-    | {"report", "report_page", "report_elements", "report_template"},
+    | {"report", "report_page", "report_elements", "report_template"}
+    | {"bench", "bench_models", "bench_result", "bench_report", "bench_plot"},
     {"train"},
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

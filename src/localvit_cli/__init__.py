@@ -15,6 +15,7 @@ COMMANDS = {
     "predict": "Tell the best classes of pictures.",
     "models": "List the models, with their size, cost and published accuracy.",
     "info": "Show what a model is, or what a checkpoint file holds.",
+    "bench": "Measure models beside a baseline: speed, latency, memory, cost.",
     "demo": "Train, evaluate and use a small model on handwritten digits.",
 }
 

@@ -1,0 +1,129 @@
+"""`localvit bench`: speed, latency, memory and cost of models beside a baseline."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from localvit_cli import UsageError
+
+if TYPE_CHECKING:
+    from localvit.bench_models import BenchOptions
+    from localvit.bench_result import Bench as Measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Measure models beside a baseline: speed, latency, memory, cost; refuses where the machine is too noisy to tell.
+
+    All models of a batch size run in turn, round by round. Too noisy is a machine where, at any batch size, the
+    interquartile range over rounds of a model's speed relative to the baseline (of its images/s, where there is no
+    baseline) is above 10 % of the median.
+    """
+
+    names: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="NAME...")]
+    """Models' names (random weights; nothing is downloaded) or checkpoint files."""
+    baseline: str | None = "deit_tiny_patch16_224"
+    """What to compare with, measured in the same rounds; None for nothing."""
+    train: bool = False
+    """Measure training steps: forward, cross entropy, backward, AdamW."""
+    batch_sizes: tuple[int, ...] = (1, 16, 64)
+    """Pictures a call."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Inference converts the model to it; training runs under autocast."""
+    compile: bool = False
+    """Compile the models first, for each batch size."""
+    channels_last: bool = False
+    """Lay pictures and weights out channels-last."""
+    fuse: bool = True
+    """Measure the inference form; without, the model as it was trained."""
+    device: str | None = None
+    """cuda, mps or cpu; by default the first of these that there is."""
+    rounds: int = 11
+    """How often everything is measured; at least 3."""
+    input_size: tuple[int, ...] = ()
+    """Side of the pictures, or height and width, in pixels; by default each model's own."""
+    json: bool = False
+    """JSON instead of tables."""
+    plot: Path | None = None
+    """Picture of published accuracy against images/s to draw: PNG, SVG or PDF by its ending."""
+    force: bool = False
+    """Report even where the machine is too noisy to tell."""
+
+    def run(self) -> None:
+        """Measure, print the tables or JSON, and draw if asked."""
+        from localvit_cli.eval import square
+
+        if not self.names:
+            raise UsageError("no model is named; give names (`localvit models` lists ours) or checkpoint files")
+        size = square(self.input_size)
+        options = self._options()
+        if self.plot:
+            _check_plot(self.plot)  # before minutes of measuring
+        measured = self._measure(options, size)
+
+        from localvit.bench_report import as_text, as_values
+        from localvit_cli.console import say
+
+        if noisy := measured.noisy():
+            if not self.force:
+                raise RuntimeError(_refusal(noisy))
+            say(f"warning: this machine is too noisy to tell: {'; '.join(noisy)}")
+        print(json.dumps(as_values(measured), indent=2) if self.json else as_text(measured), flush=True)
+        if self.plot:
+            from localvit.bench_plot import draw_speeds
+
+            left_out = draw_speeds(measured, self.plot)
+            say(f"plot: {self.plot}")
+            if left_out:
+                say(f"plot: left out, for want of a published accuracy: {', '.join(left_out)}")
+
+    def _options(self) -> "BenchOptions":
+        from localvit.bench_models import BenchOptions
+        from localvit.devices import DTYPES, choose_device
+        from localvit_cli.console import say
+
+        try:
+            device, warning = choose_device(self.device)
+            options = BenchOptions(
+                device=device,
+                dtype=DTYPES[self.dtype],
+                train=self.train,
+                batch_sizes=self.batch_sizes,
+                rounds=self.rounds,
+                compile=self.compile,
+                channels_last=self.channels_last,
+                fuse=self.fuse,
+            )
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        say(f"warning: {warning}" if warning else f"device: {device}")
+        return options
+
+    def _measure(self, options: "BenchOptions", size: tuple[int, int] | None) -> "Measured":
+        from localvit.bench import bench, number_of_rounds
+        from localvit.bench_models import prepare
+        from localvit_cli.console import progress
+
+        names = dict.fromkeys((*self.names, *([self.baseline] if self.baseline else [])))
+        models = [prepare(name, options, size) for name in names]
+        if self.plot and all(model.acc1 is None for model in models):
+            raise UsageError(f"--plot: no accuracy is published for {', '.join(names)} at this picture size")
+        with progress("bench", number_of_rounds(options), "rounds") as advance:
+            return bench(models, options, baseline=self.baseline, progress=advance)
+
+
+def _check_plot(picture: Path) -> None:
+    from localvit.bench_plot import FORMATS
+
+    if picture.suffix.lower() not in FORMATS:
+        raise UsageError(f"--plot {picture} must end in {', '.join(FORMATS)}")
+
+
+def _refusal(noisy: list[str]) -> str:
+    return (
+        f"this machine is too noisy to tell: {'; '.join(noisy)} (above 10 % is too much). End what else runs on it, "
+        "keep it from changing its clock rate, raise --rounds; or take the numbers as they are with --force"
+    )
