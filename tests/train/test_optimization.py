@@ -93,6 +93,34 @@ def test_layers_further_from_the_head_learn_slower():
     assert scale_of[model.pos_embed] == 0.5**7
 
 
+@pytest.mark.parametrize("settings", [{}, {"layer_decay": 0.5}, {"sched_on_updates": True}])
+def test_locality_learns_at_its_own_rate(settings):
+    model = localvit.localize(localvit.create_model("vit_tiny_patch16_224", depth=2, embed_dim=24, num_heads=3))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found = []
+    for factor in (1.0, 7.0):
+        config = TrainConfig(locality_lr_scale=factor, **{"epochs": 13, "lr": 1.0} | settings)
+        optimizer = build_optimizer(config, model, 512)
+        scheduler = build_scheduler(config, optimizer, steps_per_epoch=5)
+        for epoch in range(9):
+            set_learning_rate(scheduler, epoch)
+        scheduler.step_update(8 * 5 + 3)
+        groups = optimizer.param_groups
+        assert sum(len(group["params"]) for group in groups) == len(names)
+        found.append(
+            {names[each]: (group["lr"], group["weight_decay"]) for group in groups for each in group["params"]}
+        )
+    once, scaled = found
+    for name, (lr, weight_decay) in once.items():
+        factor = 7.0 if ".locality." in name else 1.0
+        assert scaled[name] == (pytest.approx(factor * lr, rel=1e-12), weight_decay)
+
+
+def test_a_rate_for_locality_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match=r"locality_lr_scale=3.0 has nothing to act on: Linear has no locality"):
+        build_optimizer(TrainConfig(locality_lr_scale=3.0), nn.Linear(3, 5), 512)
+
+
 def test_frozen_parameters_are_left_out():
     model = localvit.create_model("localvit_nano_patch4_32", num_classes=5)
     freeze(model, ("blocks.[0-3].*", "pos_embed"))

@@ -61,6 +61,8 @@ class TrainConfig:
     """Highest learning rate, for 512 pictures a step; scaled by the pictures a step over all processes."""
     layer_decay: float | None = None
     """Factor on the learning rate a layer further from the head; None is 1."""
+    locality_lr_scale: float = 1.0
+    """Factor on the learning rate of what brings locality; localize's branch starts at zero and wants more."""
     weight_decay: float = 0.05
     """Weight decay; none for 1-D parameters, biases and what the model's no_weight_decay names."""
     clip_grad: float | None = None
@@ -226,7 +228,7 @@ _RULES = (
     (
         "above 0 and finite",
         lambda value: 0 < value < math.inf,
-        ("lr", "clip_grad", "opt_eps", "decay_epochs", "decay_rate", "distillation_tau"),
+        ("lr", "locality_lr_scale", "clip_grad", "opt_eps", "decay_epochs", "decay_rate", "distillation_tau"),
     ),
     (
         "at least 0 and finite",

@@ -9,6 +9,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
+from localvit.surgery.localize import locality_modules
 from localvit.train.config import TrainConfig
 
 
@@ -33,6 +34,28 @@ def build_optimizer(config: TrainConfig, model: nn.Module, pictures_per_step: in
 
     Raises ValueError for an optimiser that timm does not know, or settings that it does not take.
     """
+    optimizer = _create_optimizer(config, model, pictures_per_step)
+    if config.locality_lr_scale != 1:
+        _scale_locality(optimizer, model, config.locality_lr_scale)
+    return optimizer
+
+
+def _scale_locality(optimizer: torch.optim.Optimizer, model: nn.Module, factor: float) -> None:
+    """Put what brings locality into groups of its own, by whose `lr_scale` timm's schedules multiply the rate."""
+    own = {id(parameter) for module in locality_modules(model).values() for parameter in module.parameters()}
+    if not own:
+        raise ValueError(f"locality_lr_scale={factor} has nothing to act on: {type(model).__name__} has no locality")
+    groups = list(optimizer.param_groups)
+    optimizer.param_groups.clear()
+    for group in groups:
+        scale = group.get("lr_scale", 1.0)
+        for local, lr_scale in ((False, scale), (True, scale * factor)):
+            parameters = [parameter for parameter in group["params"] if (id(parameter) in own) == local]
+            if parameters:
+                optimizer.add_param_group(group | {"params": parameters, "lr_scale": lr_scale})
+
+
+def _create_optimizer(config: TrainConfig, model: nn.Module, pictures_per_step: int) -> torch.optim.Optimizer:
     settings: dict[str, Any] = {"betas": config.opt_betas} if config.opt_betas else {}
     if config.opt.lower() == "adamw":
         settings["fused"] = True
