@@ -15,7 +15,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
-from localvit.surgery.branch import CHILD, LocalityBranch, attach, detach
+from localvit.surgery.branch import CHILD, LocalityBranch, attach, detach, has_branch
 from localvit.tokens import FusedMlp
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -45,7 +45,7 @@ def fuse(model: Model) -> Model:
         fused.to(dtype=dtypes.pop())  # timm folds into float32
     for name, branch in branches.items():
         projection = fused.get_submodule(name.removesuffix(f".{CHILD}"))
-        if not hasattr(projection, CHILD):  # what it hung on was folded into something new
+        if not has_branch(projection):  # what it hung on was folded into something new
             attach(projection, branch)
     for module in fused.modules():
         if isinstance(module, VisionTransformer) and _reads_prefix_alone(module):
@@ -115,7 +115,7 @@ class LastBlock(nn.Module):
 
 def _without_branch(mlp: nn.Module) -> nn.Module:
     """The feed-forward without its branch: itself where it has none, else a copy."""
-    hosts = [name for name, module in mlp.named_modules() if isinstance(getattr(module, CHILD, None), LocalityBranch)]
+    hosts = [name for name, module in mlp.named_modules() if has_branch(module)]
     if not hosts:
         return mlp
     plain = copy.deepcopy(mlp)

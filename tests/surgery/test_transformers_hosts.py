@@ -268,7 +268,11 @@ def test_paper_form_is_refused_where_something_random_serves_attention_too(name,
 def test_stochastic_depth_of_swin_serves_its_attention_alone():
     model = ROW["swin"].make(drop_path_rate=0.5)
     if hasattr(find_sites(model)[0].block, "mlp"):
+        blocks = [site.block for site in find_sites(model)]
+        dropped = [block.drop_path for block in blocks]
         localvit.localize(model, preserve=False)
+        assert all(isinstance(block.mlp, LocalityMlp) for block in blocks)
+        assert all(block.drop_path is before for block, before in zip(blocks, dropped, strict=True))
 
 
 def test_classifiers_and_backbones_hold_towers():

@@ -130,7 +130,7 @@ class LocalPVT(nn.Module):
             return Locality(
                 act=act,
                 reduction=site.dim if reduction is None else reduction,
-                expand_ratio=site.hidden_dim / site.dim if expand_ratio is None else expand_ratio,
+                expand_ratio=site.expand_ratio if expand_ratio is None else expand_ratio,
                 depthwise=depthwise,
                 depthwise_first=depthwise_first,
             )

@@ -174,6 +174,11 @@ def detach(projection: nn.Module) -> None:
             del projection._forward_pre_hooks[key]
 
 
+def has_branch(module: nn.Module) -> bool:
+    """Whether a branch hangs on this very module."""
+    return isinstance(getattr(module, CHILD, None), LocalityBranch)
+
+
 def _do_not_bypass(projection: nn.Module, args: tuple) -> None:
     """Be a hook."""
 

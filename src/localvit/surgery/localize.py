@@ -9,7 +9,15 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from localvit.surgery.branch import CHILD, LocalityBranch, attach, detach, load_as_before, load_without_branches
+from localvit.surgery.branch import (
+    CHILD,
+    LocalityBranch,
+    attach,
+    detach,
+    has_branch,
+    load_as_before,
+    load_without_branches,
+)
 from localvit.surgery.paper_form import Locality, replace_feed_forwards
 from localvit.surgery.selection import BlockSelection
 from localvit.surgery.sites import Grids, Site, find_sites, sites_of_blocks, sites_on_grid
@@ -127,7 +135,7 @@ def delocalize(model: Model, *, discard: bool = False) -> Model:
             f"{type(model).__name__} holds the paper's form, which has replaced the feed-forwards: their weights are "
             "gone, make the model anew"
         )
-    hosts = {name: module for name, module in model.named_modules() if _has_branch(module)}
+    hosts = {name: module for name, module in model.named_modules() if has_branch(module)}
     if not hosts:
         raise ValueError(f"{type(model).__name__} is not localized")
     trained = [name for name, module in hosts.items() if not module.get_submodule(CHILD).is_neutral]
@@ -221,10 +229,6 @@ def _freeze_others(model: nn.Module) -> tuple[str, ...]:
     for parameter in others.values():
         parameter.requires_grad_(False)
     return tuple(others)
-
-
-def _has_branch(module: nn.Module) -> bool:
-    return isinstance(getattr(module, CHILD, None), LocalityBranch)
 
 
 def _some(names: list[str], count: int = 4) -> str:

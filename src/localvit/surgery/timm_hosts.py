@@ -32,6 +32,7 @@ def in_order(model: nn.Module, blocks: str, source: GridSource, num_prefix_token
     "timm.models.vision_transformer_relpos.VisionTransformerRelPos",
 )
 def plain_transformer(model: Any) -> Iterator[Site]:
+    """Blocks in a row on the patch embedding's grid."""
     check_all_patches_stay(model)
     return in_order(model, "blocks", patch_map(model.patch_embed.proj, model.patch_embed), model.num_prefix_tokens)
 
@@ -96,6 +97,7 @@ def class_token_comes_last(model: Any) -> Iterator[Site]:
 
 @host("timm.models.convit.ConVit")
 def class_token_comes_late(model: Any) -> Iterator[Site]:
+    """The first blocks see patches alone."""
     source = patch_map(model.patch_embed.proj, model.patch_embed)
     for index, (name, _) in enumerate(model.blocks.named_children()):
         layout = partial(TokenSequence, num_prefix_tokens=0 if index < model.local_up_to_layer else 1)

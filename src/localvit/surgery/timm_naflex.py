@@ -16,6 +16,7 @@ from localvit.surgery.timm_hosts import blocks_of_any_kind, check_all_patches_st
 
 @host("timm.models.naflexvit.NaFlexVit")
 def naflex_vit(model: Any) -> Iterator[Site]:
+    """The embeddings are told the places."""
     check_all_patches_stay(model)
     embeds = model.embeds
     source = PlaceSource(embeds, how=partial(_places_of_naflex, embeds.patch_size, embeds.dynamic_img_pad))
@@ -25,6 +26,7 @@ def naflex_vit(model: Any) -> Iterator[Site]:
 
 @host("timm.models.gemma4_vit.Gemma4VitEncoder")
 def gemma4_vit(model: Any) -> Iterator[Site]:
+    """The patch embedding is told the places."""
     source = PlaceSource(model.patch_embed, how=partial(_places_of_gemma4, model.patch_embed.patch_size))
     why = "Gemma4Block norms what the feed-forward returns, too, and the paper's module has no such norm"
     for name, _ in model.blocks.named_children():

@@ -92,11 +92,13 @@ def _size_after_halving(map_BCHW: Tensor, times: int) -> tuple[int, int]:
 
 @host("timm.models.mobilevit.MobileVitBlock")
 def mobilevit_block(block: Any) -> Iterator[Site]:
+    """Linear layers on unfolded pixels."""
     return _on_pixels(block, UnfoldedPixels)
 
 
 @host("timm.models.mobilevit.MobileVitV2Block")
 def mobilevit_v2_block(block: Any) -> Iterator[Site]:
+    """1x1 convolutions on unfolded pixels."""
     return _on_pixels(block, UnfoldedPixelMap)
 
 
@@ -130,6 +132,7 @@ def _size_after_pooling(result: tuple[Tensor, Sequence[int]]) -> tuple[int, int]
 
 @host("timm.models.nest.NestLevel")
 def nest_level(level: Any) -> Iterator[Site]:
+    """Windows, which its `pool` hands over as one map."""
     layout = partial(WindowedTokens, window_size=(level.block_size, level.block_size))
     source = patch_map(level.pool)
     for name, _ in level.transformer_encoder.named_children():
@@ -154,6 +157,7 @@ def _size_of_first(map_and_tokens: tuple[Tensor, Tensor]) -> tuple[int, int]:
 
 @host("timm.models.twins.Block")
 def twins_block(block: Any) -> Iterator[Site]:
+    """A block is told the size of its grid."""
     yield site(block, "", GridSource(block, "follow_arguments", _size_argument))
 
 
