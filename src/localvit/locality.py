@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from localvit.fused import FusedFeedForward
+from localvit.training_form import Convolutions
 
 ACTS = ("relu6", "hs", "hs+se", "hs+eca", "hs+ecah")
 """Activation and channel gate of the module, in the order of the published integers 1 to 5."""
@@ -152,7 +153,7 @@ class LocalityFeedForward(nn.Module):
         elif act in ("hs+eca", "hs+ecah"):
             layers.append(EfficientChannelAttention(hidden_dim, hard=act == "hs+ecah", **factory))
         layers += convolution(hidden_dim, out_dim)
-        self.conv = nn.Sequential(*layers)
+        self.conv = Convolutions(*layers)
         self.shortcut = stride == 1 and in_dim == out_dim
 
     def fuse(self) -> nn.Module:
