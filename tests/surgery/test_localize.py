@@ -298,6 +298,8 @@ def test_on_the_meta_device_nothing_is_computed():
     localvit.localize(model, gate="se")
     assert model(torch.empty(1, 3, 224, 224, device="meta")).shape == (1, 1000)
     assert all(parameter.device.type == "meta" for parameter in model.parameters())
+    localvit.delocalize(model)
+    assert locality_modules(model) == {}
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.08), (torch.float16, 0.01)])

@@ -90,8 +90,8 @@ class LocalityBranch(nn.Module):
 
     @property
     def is_neutral(self) -> bool:
-        """Whether hidden tokens pass unchanged, whatever they are."""
-        return not any(bool(weight.any()) for weight in self._deciding())
+        """Whether hidden tokens pass unchanged, whatever they are. On the meta device weights hold nothing learned."""
+        return not any(bool(weight.any()) for weight in self._deciding() if not weight.is_meta)
 
     def _deciding(self) -> list[Tensor]:
         weights = [self.conv.weight]
