@@ -76,13 +76,11 @@ class _Stage(NamedTuple):
     """None, or a channel gate with a `scale`."""
     geometry: _Geometry
 
-    def act_(self, y: Tensor) -> Tensor:
-        return F.hardswish(y, inplace=True) if self.is_hardswish else F.relu6(y, inplace=True)
+    def act(self, y: Tensor, *, inplace: bool = False) -> Tensor:
+        return F.hardswish(y, inplace) if self.is_hardswish else F.relu6(y, inplace)
 
-    def act_backward_(self, grad: Tensor, y: Tensor) -> Tensor:
-        if self.is_hardswish:
-            return aten.hardswish_backward.out(grad, y, out=grad)
-        return aten.hardtanh_backward.grad_input(grad, y, 0, 6, grad_input=grad)
+    def act_backward(self, grad: Tensor, y: Tensor) -> Tensor:
+        return aten.hardswish_backward(grad, y) if self.is_hardswish else aten.hardtanh_backward(grad, y, 0, 6)
 
 
 class _NormActConv(torch.autograd.Function):
@@ -112,7 +110,7 @@ class _NormActConv(torch.autograd.Function):
             momentum=norm.momentum,
             eps=norm.eps,
         )
-        a_BHWE = stage.act_(y_BEHW.permute(0, 2, 3, 1))
+        a_BHWE = stage.act(y_BEHW.permute(0, 2, 3, 1), inplace=True)
         mean_BE = None
         if stage.gate is not None:
             mean_BE = a_BHWE.flatten(1, 2).sum(1).div_(a_BHWE.shape[1] * a_BHWE.shape[2])
@@ -145,7 +143,7 @@ class _NormActConv(torch.autograd.Function):
             eps=0.0,
         )
         y_BHWE = y_BEHW.permute(0, 2, 3, 1)
-        a_BHWE = stage.act_(y_BHWE.clone())
+        a_BHWE = stage.act(y_BHWE)
         needs_z, needs_norm_weight, needs_norm_bias, needs_weight = ctx.needs_input_grad[1:5]
 
         geometry, narrow_weight = stage.geometry, weight.to(z_BHWE.dtype)
@@ -167,7 +165,7 @@ class _NormActConv(torch.autograd.Function):
             grad_weight = _weight_gradient(grad_out_BHWF, a_BHWE, narrow_weight, geometry).to(weight.dtype)
         del a_BHWE
 
-        grad_y_BHWE = stage.act_backward_(grad_a_BHWE, y_BHWE)
+        grad_y_BHWE = stage.act_backward(grad_a_BHWE, y_BHWE)
         grad_z_BEHW, grad_norm_weight, grad_norm_bias = aten.native_batch_norm_backward(
             grad_y_BHWE.permute(0, 3, 1, 2),
             z_BEHW,

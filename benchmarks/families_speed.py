@@ -1,0 +1,117 @@
+"""How fast is each LocalViT beside its own baseline, and beside the straightforward form of itself?
+
+    python benchmarks/families_speed.py [--families T S PVT TNT Swin T2T] [--batch-size 16] [--rounds 9]
+        [--dtype float32] [--train] [--compile] [--json FILE]
+
+For each family: `localvit.fuse`'s form of the LocalViT, the baseline as it is and fused, and what
+`benchmarks/straightforward.py` makes of the LocalViT, run in turn, round by round, in one process on the CPU. With
+`--train` these are training steps (forward, cross entropy, backward, AdamW), of models that are not fused. Weights and
+pictures are random. Ratios are speeds of the LocalViT over the other's, taken within rounds: medians, with the middle
+half of the rounds in brackets. torch takes every core unless OMP_NUM_THREADS says how many.
+"""
+
+import argparse
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from straightforward import straightforward
+
+from localvit.bench import in_turn
+from localvit.bench_models import BenchModel, BenchOptions, prepare
+from localvit.bench_result import Spread
+from localvit.checkpoints import versions
+
+FAMILIES = {
+    "T": ("localvit_tiny_mlp4_act3_r192", "deit_tiny_patch16_224"),
+    "S": ("localvit_small_mlp4_act3_r384", "deit_small_patch16_224"),
+    "PVT": ("localvit_pvt_tiny", "pvt_tiny"),
+    "TNT": ("localvit_tnt_t_patch16_224", "tnt_t_patch16_224"),
+    "Swin": ("localvit_swin_tiny_patch4_window7_224", "swin_tiny_patch4_window7_224"),
+    "T2T": ("localvit_T2t_conv7", "T2t_vit_7"),
+}
+"""The published LocalViT and its baseline, timm's or ours."""
+
+WARM_UP_CALLS = 3
+
+
+def prepare_straightforward(name: str, options: BenchOptions) -> BenchModel:
+    """As `prepare`, for the straightforward form of the model."""
+    model = prepare(name, replace(options, fuse=False, compile=False))
+    form: Any = straightforward(model.form)
+    trained = [parameter for parameter in form.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, fused=True) if options.train else None
+    form = torch.compile(form, dynamic=False) if options.compile else form
+    return replace(model, form=form, optimizer=optimizer)
+
+
+def measure(family: str, options: BenchOptions) -> dict[str, Any]:
+    """Images a second of each form of a family, and the LocalViT's speed over that of each other form."""
+    torch._dynamo.reset()  # torch.compile keeps code for a few models of one class only
+    name, baseline = FAMILIES[family]
+    models = {"localvit": prepare(name, options), "baseline": prepare(baseline, replace(options, fuse=False))}
+    if not options.train:
+        models["fused baseline"] = prepare(baseline, options)
+    models["straightforward"] = prepare_straightforward(name, options)
+    (batch_size,) = options.batch_sizes
+    calls = {form: model.call(batch_size) for form, model in models.items()}
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for call in calls.values():
+            for _ in range(WARM_UP_CALLS):
+                call()
+        seconds = in_turn(calls, dict.fromkeys(calls, 1), options, lambda rounds: None)
+    own = seconds["localvit"]
+    return {
+        "localvit": name,
+        "baseline": baseline,
+        "images_per_second": {form: Spread.of([batch_size / each for each in seconds[form]]) for form in seconds},
+        "speed_over": {
+            form: Spread.of([each / mine for each, mine in zip(seconds[form], own, strict=True)])
+            for form in seconds
+            if form != "localvit"
+        },
+    }
+
+
+def main() -> None:
+    """Measure and print one table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=9, help="at least 3")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--train", action="store_true", help="training steps; in half precision under autocast")
+    parser.add_argument("--compile", action="store_true", help="compile every form")
+    parser.add_argument("--json", type=Path, help="write medians and quartiles here")
+    asked = parser.parse_args()
+    options = BenchOptions(
+        device=torch.device("cpu"),
+        dtype=getattr(torch, asked.dtype),
+        train=asked.train,
+        batch_sizes=(asked.batch_size,),
+        rounds=asked.rounds,
+        compile=asked.compile,
+    )
+    about = {name: value for name, value in vars(asked).items() if name not in ("json", "families")}
+    about |= {"threads": torch.get_num_threads(), "cpu_capability": torch.backends.cpu.get_cpu_capability()}
+    about |= {"versions": versions()}
+    print(", ".join(f"{name} {value}" for name, value in about.items()))
+    others = ["baseline", *([] if asked.train else ["fused baseline"]), "straightforward"]
+    print(f"| family | images/s | {' | '.join(f'over {other}' for other in others)} |\n|---|---|{'---|' * len(others)}")
+    measured = {}
+    for family in asked.families:
+        measured[family] = result = measure(family, options)
+        cells = [f"{result['images_per_second']['localvit'].median:.1f}"]
+        for other in others:
+            ratio = result["speed_over"][other]
+            cells.append(f"{ratio.median:.2f} ({ratio.first_quartile:.2f} to {ratio.third_quartile:.2f})")
+        print(f"| LocalViT-{family} | {' | '.join(cells)} |", flush=True)
+    if asked.json:
+        plain = {"about": about, "families": measured}
+        asked.json.write_text(json.dumps(plain, default=asdict, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
