@@ -9,8 +9,9 @@ import pytest
 SRC = Path(__file__).parents[1] / "src"
 
 FLOORS = [
-    {"locality", "fused", "tokens", "weight_files", "files", "columns", "devices", "distributed", "_torchvision"},
-    {"surgery", "fuse"},
+    {"locality", "fused", "training_form", "tokens", "kernels"}
+    | {"weight_files", "files", "columns", "devices", "distributed", "_torchvision"},
+    {"surgery", "last_block", "fuse"},
     {"models"},
     {"zoo", "weights_fit", "checkpoints"},
     {"data", "inference", "evaluate", "predict", "cost", "real_labels", "calibration", "per_class"}

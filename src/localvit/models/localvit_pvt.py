@@ -22,6 +22,7 @@ from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
 
+from localvit.last_block import PREFIX_READERS, LastPyramidBlock, PrefixReader
 from localvit.models._builder import also_known_as, build, released_cfg
 from localvit.models._positions import PositionGrids, move_positions, patch_grid
 from localvit.models._pvt_stage import Block, Size, Stage
@@ -202,12 +203,10 @@ class LocalPVT(nn.Module):
     def _run_stages(self, image_BCHW: Tensor, num_stages: int | None = None) -> list[tuple[Tensor, Size]]:
         """Tokens and grid after each of the first `num_stages` stages, all by default, before the last norm."""
         patch_grid(image_BCHW.shape[-2:], self.patch_size)
-        map_BCHW = image_BCHW
-        after = []
+        after: list[tuple[Tensor, Size]] = []
         for stage in self.stages[:num_stages]:
-            x_BNC, grid_size = stage(map_BCHW, self.cls_token if stage.num_prefix_tokens else None)
-            map_BCHW = tokens_to_map(x_BNC, grid_size, stage.num_prefix_tokens)
-            after.append((x_BNC, grid_size))
+            map_BCHW = tokens_to_map(*after[-1]) if after else image_BCHW
+            after.append(stage(map_BCHW, self.cls_token if stage.num_prefix_tokens else None))
         return after
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -264,6 +263,11 @@ class LocalPVT(nn.Module):
         if prune_head:
             self.reset_classifier(0, "")
         return take
+
+
+PREFIX_READERS[LocalPVT] = PrefixReader(
+    block=Block, shortened=LastPyramidBlock, blocks=lambda model: model.stages[-1].blocks
+)
 
 
 default_cfgs = generate_default_cfgs(

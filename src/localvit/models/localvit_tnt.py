@@ -13,6 +13,7 @@ from timm.models._features import feature_take_indices
 from timm.models.tnt import TNT
 from torch import Tensor, nn
 
+from localvit.last_block import PREFIX_READERS
 from localvit.models._builder import also_known_as, build, released_cfg
 from localvit.models._positions import PositionGrids, move_positions, patch_grid, resample_positions
 from localvit.surgery.paper_form import Locality, replace_feed_forwards
@@ -98,7 +99,7 @@ class LocalTNT(TNT):
         height, width = patch_grid(image_BCHW.shape[-2:], embed.patch_size)
         windows_BNc = embed.unfold(embed.proj(image_BCHW)).transpose(1, 2)
         pixel_map = windows_BNc.reshape(batch * height * width, embed.in_dim, *embed.new_patch_size) + self.pixel_pos
-        pixels = pixel_map.flatten(2).transpose(1, 2)
+        pixels = pixel_map.flatten(2).transpose(1, 2).contiguous()  # or every norm of every block copies them
         patches_BNC = self.norm2_proj(self.proj(self.norm1_proj(pixels.reshape(batch, height * width, -1))))
         tokens = torch.cat((self.cls_token.expand(batch, -1, -1), patches_BNC), dim=1)
         positions = resample_positions(self.patch_pos, embed.grid_size, (height, width), self.num_prefix_tokens)
@@ -143,6 +144,9 @@ class LocalTNT(TNT):
             features = [tokens.unflatten(1, grid_size).permute(0, 3, 1, 2).contiguous() for tokens in features]
         intermediates = list(zip(features, prefixes, strict=True)) if return_prefix_tokens else features
         return intermediates if intermediates_only else (self.norm(after[-1]), intermediates)
+
+
+PREFIX_READERS[LocalTNT] = PREFIX_READERS[TNT]
 
 
 default_cfgs = generate_default_cfgs(
