@@ -94,6 +94,45 @@ def test_module(act, form, memory_format):
     assert not torch.allclose(fused(map_BCHW), module(map_BCHW))
 
 
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("form", [{}, {"dp_first": True}, {"wo_dp_conv": True}, {"stride": 2}])
+@pytest.mark.parametrize("way", ["with gradients", "without", "oneDNN off", "in parts", "kernels in use", "autocast"])
+def test_module_in_float32_on_every_way(act, form, way, monkeypatch):
+    """1e-5: sums of a hundred products in float32; under autocast 2^-8, the rounding of bfloat16, over six layers."""
+    torch.manual_seed(0)
+    module = shaken(LocalityFeedForward(6, 6, act=act, reduction=2, expand_ratio=3, **form))
+    fused, map_BCHW = module.fuse(), torch.randn(5, 6, 11, 7)
+    if way == "in parts":
+        monkeypatch.setattr("localvit.fused.PART_BYTES", 2 * 11 * 7 * 18 * 4)
+    monkeypatch.setattr("localvit.kernels.switch._used", way == "kernels in use")
+    with (
+        torch.set_grad_enabled(way == "with gradients"),
+        torch.backends.mkldnn.flags(enabled=way != "oneDNN off"),
+        torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"),
+    ):
+        out = fused(map_BCHW)
+    expected = module.double()(map_BCHW.double())
+    tolerance = 6 * 2**-8 if way == "autocast" else 1e-5
+    assert out.dtype == (torch.bfloat16 if way == "autocast" and form.get("stride") else torch.float32)
+    assert (out - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def test_gradients_of_pictures_pass_the_inference_form():
+    """As saliency maps want them: the faster operators, which have none, make way."""
+    torch.manual_seed(0)
+    module = shaken(LocalityFeedForward(6, 6, reduction=2))
+    picture = torch.randn(2, 6, 5, 7, requires_grad=True)
+    (grad,) = torch.autograd.grad(module.fuse()(picture).square().sum(), picture)
+    (expected,) = torch.autograd.grad(module(picture).square().sum(), picture)
+    torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_batch_of_none():
+    fused = shaken(LocalityFeedForward(6, 6)).fuse()
+    with torch.no_grad():
+        assert fused(torch.empty(0, 6, 5, 7)).shape == (0, 6, 5, 7)
+
+
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 def test_model(name, dtype, tolerance):

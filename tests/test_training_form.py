@@ -1,7 +1,9 @@
 """The training form against the same layers one after the other, which autograd differentiates by itself."""
 
+import contextlib
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -38,12 +40,13 @@ def picture(dtype=torch.float64, batch=3):
     return 2 * torch.randn(batch, 6, 5, 7, dtype=dtype, generator=torch.Generator().manual_seed(3))
 
 
-def results(made, map_BCHW, times=1):
-    """Output, then the gradients of the map and every parameter, then the buffers."""
+def results(made, map_BCHW, times=1, context=contextlib.nullcontext):
+    """Output, then the gradients of the map and every parameter, then the buffers; the forward within a context."""
     map_BCHW = map_BCHW.detach().requires_grad_()
     out = map_BCHW
-    for _ in range(times):
-        out = made(out)
+    with context():
+        for _ in range(times):
+            out = made(out)
     weights = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
     (out * weights.to(out.dtype)).sum().backward()
     return [out.detach(), map_BCHW.grad, *(each.grad for each in made.parameters()), *made.buffers()]
@@ -140,13 +143,10 @@ def test_autocast(dtype):
     lean = module(dtype=torch.float32)
     plain = layer_by_layer(lean)
     exact = results(copy.deepcopy(plain).double(), picture())
-    with torch.autocast("cpu", dtype):
-        assert lean(picture(torch.float32)).dtype == plain(picture(torch.float32)).dtype
-    plain = layer_by_layer(module(dtype=torch.float32))
-    lean = copy.deepcopy(plain)
-    lean.conv = Convolutions(*lean.conv)
-    with torch.autocast("cpu", dtype):
-        mine, theirs = results(lean, picture(torch.float32)), results(plain, picture(torch.float32))
+    autocast = partial(torch.autocast, "cpu", dtype)
+    with autocast():
+        assert is_lean(copy.deepcopy(lean)(picture(torch.float32)))
+    mine, theirs = (results(made, picture(torch.float32), context=autocast) for made in (lean, plain))
     for lean_result, plain_result, expected in zip(mine, theirs, exact, strict=True):
         assert lean_result.dtype == plain_result.dtype
         # As near to float64 as autocast brings the layers one by one, within a factor for the luck of rounding.

@@ -119,17 +119,20 @@ def locality_report(model: nn.Module, input_size: tuple[int, ...] | None = None)
     """
     parts = []
     for name, (channels, height, width) in _maps(model, input_size or _own_input_size(model)).items():
-        convolutions, norms, gates = _locality_parts(model.get_submodule(name))
+        module: Any = model.get_submodule(name)
+        convolutions, norms, gates = _locality_parts(module)
+        is_feed_forward = isinstance(module, LocalityMlp)
+        hidden = module.conv[-2].in_channels if is_feed_forward else channels
         weights = [convolution.weight.numel() * height * width for convolution in convolutions]
         for gate in gates:
             if isinstance(gate, SqueezeExcite):
                 weights += [layer.weight.numel() for layer in gate.fc if isinstance(layer, nn.Linear)]
             else:
-                weights.append(gate.conv.weight.numel() * channels)
+                weights.append(gate.conv.weight.numel() * hidden)
         parts.append(
             LocalFeedForward(
                 name=name,
-                channels=channels,
+                channels=convolutions[0].in_channels if convolutions else hidden,
                 grid_size=(height, width),
                 parameters=sum(map(count_parameters, (*convolutions, *norms, *gates))),
                 multiply_adds=sum(weights),
@@ -182,8 +185,9 @@ def _copy(model: nn.Module) -> nn.Module:
 def _run(model: nn.Module, input_size: tuple[int, ...]) -> None:
     """Run the model on fake tensors, which have a device and shapes but no numbers, so that nothing is computed."""
     # In plain products: FlopCounterMode does not count the CPU's fused attention. And not on the meta device, which
-    # also computes nothing, but which torch.autocast refuses.
-    with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH), torch.inference_mode():
+    # also computes nothing, but which torch.autocast refuses. With gradients enabled the fused form runs in torch's own
+    # convolutions, which the counter knows, not in oneDNN's.
+    with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
         entries = chain(model.named_parameters(), model.named_buffers())
         fakes = {name: torch.empty(entry.shape, dtype=entry.dtype) for name, entry in entries}
         dtype = next((fake.dtype for fake in fakes.values() if fake.is_floating_point()), None)

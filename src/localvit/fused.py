@@ -1,15 +1,23 @@
 """The locality module's inference form: batch norms folded, tokens never copied into another layout.
 
-1x1 convolutions become linear layers over channels that lie last, as tokens have them, and activations and the gate
-work in place.
+1x1 convolutions are linear layers over channels that lie last, as tokens have them; activations and the gate work in
+place, or in the same pass as the convolution before them where the device can: oneDNN on the CPU, and the kernels of
+`localvit.kernels` on CUDA once they are switched on.
 
 Shapes: B batch, C channels, E expanded channels, H and W the patch grid.
 """
 
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from localvit import kernels
+
+PART_BYTES = 2**24
+"""The largest map that is made at once on the CPU, where memory beyond the caches, and new memory, is slow."""
 
 
 class FusedConvolutions(nn.Sequential):
@@ -20,53 +28,110 @@ class FusedConvolutions(nn.Sequential):
     """
 
     def __init__(self, layers: nn.Sequential) -> None:
-        fused: list[nn.Module] = []
+        fused: list[Any] = []
         followers: list[Any] = [*list(layers)[1:], None]
         for layer, norm in zip(layers, followers, strict=True):
-            if isinstance(layer, nn.BatchNorm2d):
-                continue  # folded into the convolution before it
             if isinstance(layer, nn.Conv2d):
-                convolution = fuse_conv_bn_eval(layer, norm)
-                fused.append(_Depthwise(convolution) if layer.groups > 1 else _linear(convolution))
+                fused.append(FusedConvolution(fuse_conv_bn_eval(layer, norm)))
             elif isinstance(layer, nn.Hardswish | nn.ReLU6):
-                fused.append(type(layer)(inplace=True))
-            else:
-                fused.append(_GateInPlace(layer))
+                fused[-1].act = "hs" if isinstance(layer, nn.Hardswish) else "relu6"
+            elif not isinstance(layer, nn.BatchNorm2d):  # those are folded into the convolution before them
+                fused[-1].gate = layer
         super().__init__(*fused)
+        self.widest = max(convolution.conv.out_channels for convolution in fused)
+
+    def forward(self, x_BHWC: Tensor) -> Tensor:
+        traced = torch.compiler.is_compiling() or isinstance(x_BHWC, torch.fx.Proxy)
+        if traced or x_BHWC.device.type != "cpu":
+            return super().forward(x_BHWC)
+        batch, height, width, _ = x_BHWC.shape
+        pictures = max(PART_BYTES // (height * width * self.widest * x_BHWC.element_size()), 1)
+        if batch <= pictures:
+            return super().forward(x_BHWC)
+        return torch.cat([super(FusedConvolutions, self).forward(part_BHWC) for part_BHWC in x_BHWC.split(pictures)])
 
 
-def _linear(convolution: nn.Conv2d) -> nn.Linear:
-    """A 1x1 convolution as a linear layer over the last dimension."""
-    weight, bias = convolution.weight, convolution.bias
-    assert bias is not None
-    linear = nn.Linear(convolution.in_channels, convolution.out_channels, device="meta")  # its weights come now
-    linear.weight = nn.Parameter(weight.detach().flatten(1), requires_grad=weight.requires_grad)
-    linear.bias = nn.Parameter(bias.detach(), requires_grad=bias.requires_grad)
-    return linear.eval()
+class FusedConvolution(nn.Module):
+    """A convolution with its batch norm folded, and the activation and the channel gate after it: (B, H, W, C) maps."""
 
-
-class _Depthwise(nn.Module):
-    """A depth-wise convolution over maps whose channels lie last."""
-
-    def __init__(self, convolution: nn.Conv2d) -> None:
+    def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
-        self.conv = convolution
+        self.conv: Any = conv.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.act = "none"
+        self.gate: Any = None
 
-    def forward(self, x_BHWE: Tensor) -> Tensor:
-        return self.conv(x_BHWE.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    def forward(self, x_BHWC: Tensor) -> Tensor:
+        mean_BE = None
+        if self.gate is not None and kernels.in_use() and self._suits_kernel():
+            y_BHWE, sum_BE = kernels.depthwise_act_pool(x_BHWC, self.conv.weight, self.conv.bias, self.act)
+            mean_BE = (sum_BE / (y_BHWE.shape[1] * y_BHWE.shape[2])).to(y_BHWE.dtype)
+        elif self._suits_onednn():
+            y_BHWE = self._by_onednn(x_BHWC)
+        else:
+            y_BHWE = self._act(self._convolve(x_BHWC))
+        if self.gate is None:
+            return y_BHWE
+        mean_BE = _mean(y_BHWE) if mean_BE is None else mean_BE
+        return y_BHWE.mul_(self.gate.scale(mean_BE)[:, None, None])
+
+    def _convolve(self, x_BHWC: Tensor) -> Tensor:
+        if self.conv.groups == 1:
+            return F.linear(x_BHWC, self.conv.weight.flatten(1), self.conv.bias)
+        return self.conv(x_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+    def _act(self, y: Tensor) -> Tensor:
+        if self.act == "none":
+            return y
+        return F.hardswish(y, inplace=True) if self.act == "hs" else F.relu6(y, inplace=True)
+
+    def _suits_kernel(self) -> bool:
+        return self.conv.groups > 1 and self.conv.stride == (1, 1)
+
+    def _suits_onednn(self) -> bool:
+        """Whether oneDNN's fused convolution, which has no gradient and knows no autocast, does the same."""
+        weight = self.conv.weight
+        return bool(
+            weight.device.type == "cpu"
+            and weight.dtype in ONEDNN_DTYPES
+            and torch.backends.mkldnn.enabled
+            and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_exporting())
+        )
+
+    def _by_onednn(self, x_BHWC: Tensor) -> Tensor:
+        conv = self.conv
+        # The operator that torch.compile itself puts for a convolution with an activation; not in torch's Python API.
+        out_BEHW = torch.ops.mkldnn._convolution_pointwise(
+            x_BHWC.permute(0, 3, 1, 2),
+            conv.weight,
+            conv.bias,
+            conv.padding,
+            conv.stride,
+            conv.dilation,
+            conv.groups,
+            *_ONEDNN_ACTS[self.act],
+        )
+        return out_BEHW.permute(0, 2, 3, 1)
 
 
-class _GateInPlace(nn.Module):
-    """A channel gate that multiplies the map it is given, whose channels lie last."""
+_ONEDNN_ACTS = {"none": ("none", [], ""), "hs": ("hardswish", [], ""), "relu6": ("hardtanh", [0.0, 6.0], "")}
 
-    def __init__(self, gate: Any) -> None:
-        super().__init__()
-        self.gate: Any = gate
 
-    def forward(self, x_BHWE: Tensor) -> Tensor:
-        # A sum divided, for in half precision torch's mean takes six times as long on the CPU.
-        mean_BE = x_BHWE.flatten(1, 2).sum(1) / (x_BHWE.shape[1] * x_BHWE.shape[2])
-        return x_BHWE.mul_(self.gate.scale(mean_BE)[:, None, None])
+def _onednn_dtypes() -> set[torch.dtype]:
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
+        return set()
+    return {torch.float32, torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else {torch.float32}
+
+
+ONEDNN_DTYPES = _onednn_dtypes()
+"""What oneDNN computes at speed on this machine."""
+
+
+def _mean(map_BHWE: Tensor) -> Tensor:
+    """The channels' means."""
+    if map_BHWE.dtype != torch.bfloat16:
+        return map_BHWE.mean((1, 2))
+    # torch's mean takes six times as long as its sum on the CPU, and no sum leaves this dtype's range.
+    return map_BHWE.flatten(1, 2).sum(1) / (map_BHWE.shape[1] * map_BHWE.shape[2])
 
 
 class FusedFeedForward(nn.Module):

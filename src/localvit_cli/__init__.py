@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from localvit_cli.allocator import keep_freed_memory
+
 
 COMMANDS = {
     "train": "Train a model by a recipe, a file of settings and flags.",
@@ -63,6 +65,7 @@ class UsageError(ValueError):
 
 def run(command: Callable[[], int | None], *, debug: bool) -> int:
     """Call `command`; turn what it raises into a line for a person and an exit status."""
+    keep_freed_memory()
     try:
         return command() or 0
     except KeyboardInterrupt:

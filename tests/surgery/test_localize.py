@@ -382,6 +382,16 @@ def test_report_of_the_papers_module():
     assert [part.grid_size for part in report] == [(14, 14)] * 12
     assert {part.parameters for part in report} == {9 * 768 + 2 * 768 + 2 * 4 * 768 + 4 + 768}
     assert {part.multiply_adds for part in report} == {9 * 768 * 196 + 2 * 4 * 768}
+    assert {part.channels for part in report} == {768}
+
+
+def test_report_of_a_convolution_before_the_expansion_and_a_gate_after_it():
+    model = localvit.create_model("localvit_tiny", act="hs+eca", depthwise_first=True, device="meta")
+    report = localvit.locality_report(model)
+    kernel = 5  # ECA's over 768 channels: int((log2(768) + 1) / 2)
+    assert {part.channels for part in report} == {192}
+    assert {part.parameters for part in report} == {9 * 192 + 2 * 192 + kernel}
+    assert {part.multiply_adds for part in report} == {9 * 192 * 196 + kernel * 768}
 
 
 def test_report_needs_to_know_the_picture():
