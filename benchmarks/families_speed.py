@@ -7,7 +7,8 @@ For each family: `localvit.fuse`'s form of the LocalViT, the baseline as it is a
 `benchmarks/straightforward.py` makes of the LocalViT, run in turn, round by round, in one process on the CPU. With
 `--train` these are training steps (forward, cross entropy, backward, AdamW), of models that are not fused. Weights and
 pictures are random. Ratios are speeds of the LocalViT over the other's, taken within rounds: medians, with the middle
-half of the rounds in brackets. torch takes every core unless OMP_NUM_THREADS says how many.
+half of the rounds in brackets. Freed memory is kept, as the `localvit` commands do. torch takes every core unless
+OMP_NUM_THREADS says how many.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from localvit.bench import in_turn
 from localvit.bench_models import BenchModel, BenchOptions, prepare
 from localvit.bench_result import Spread
 from localvit.checkpoints import versions
+from localvit_cli.allocator import keep_freed_memory
 
 FAMILIES = {
     "T": ("localvit_tiny_mlp4_act3_r192", "deit_tiny_patch16_224"),
@@ -86,6 +88,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="compile every form")
     parser.add_argument("--json", type=Path, help="write medians and quartiles here")
     asked = parser.parse_args()
+    keep_freed_memory()
     options = BenchOptions(
         device=torch.device("cpu"),
         dtype=getattr(torch, asked.dtype),

@@ -101,6 +101,20 @@ def test_gradcheck(act, form):
     assert torch.autograd.gradcheck(function, (picture(batch=2).requires_grad_(), *parameters), fast_mode=True)
 
 
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("form", FORMS)
+def test_with_the_kernels_operators(act, form, monkeypatch):
+    """In plain torch here; what the kernels compute in their place is tested by themselves."""
+    monkeypatch.setattr("localvit.kernels.switch._used", True)
+    lean = module(act, **form)
+    plain = layer_by_layer(lean)
+    if form.get("stride", 1) == 1 and not form.get("wo_dp_conv") and not form.get("dp_first"):
+        assert "_NormActDepthwiseBackward" in names(lean(picture()).grad_fn)
+        lean = module(act, **form)
+    for mine, expected in zip(results(lean, picture()), results(plain, picture()), strict=True):
+        torch.testing.assert_close(mine, expected, **CLOSE)
+
+
 @pytest.mark.parametrize("times", [2, 3])
 def test_used_more_than_once(times):
     lean = module()

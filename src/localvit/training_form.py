@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from localvit import kernels
+
 aten = torch.ops.aten
 
 
@@ -50,7 +52,8 @@ class Convolutions(nn.Sequential):
             norm.num_batches_tracked.add_(1)
             stage = _Stage(norm, isinstance(activation, nn.Hardswish), gate, _Geometry.of(convolution))
             gate_parameters = () if gate is None else gate.parameters()
-            z_BHWE = _NormActConv.apply(
+            step = _NormActDepthwise if kernels.in_use() and stage.suits_kernel() else _NormActConv
+            z_BHWE = step.apply(
                 stage, z_BHWE.contiguous(), norm.weight, norm.bias, convolution.weight, *gate_parameters
             )
         return last_norm(z_BHWE.permute(0, 3, 1, 2))
@@ -75,6 +78,9 @@ class _Stage(NamedTuple):
     gate: Any
     """None, or a channel gate with a `scale`."""
     geometry: _Geometry
+
+    def suits_kernel(self) -> bool:
+        return self.gate is None and self.geometry.groups > 1 and self.geometry.stride == 1
 
     def act(self, y: Tensor, *, inplace: bool = False) -> Tensor:
         return F.hardswish(y, inplace) if self.is_hardswish else F.relu6(y, inplace)
@@ -180,6 +186,40 @@ class _NormActConv(torch.autograd.Function):
         )
         grad_z_BHWE = grad_z_BEHW.permute(0, 2, 3, 1) if needs_z else None
         return None, grad_z_BHWE, grad_norm_weight, grad_norm_bias, grad_weight, *gate_gradients
+
+
+class _NormActDepthwise(torch.autograd.Function):
+    """As `_NormActConv` without a gate, by the operators of `localvit.kernels`, which never write the activated map."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, stage: _Stage, z_BHWE: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor
+    ) -> Tensor:
+        norm = stage.norm
+        mean_E, variance_E = torch.batch_norm_update_stats(
+            z_BHWE.permute(0, 3, 1, 2), norm.running_mean, norm.running_var, norm.momentum
+        )
+        inverse_deviation_E = (variance_E + norm.eps).rsqrt()
+        scale_E = norm_weight * inverse_deviation_E
+        shift_E = norm_bias - mean_E * scale_E
+        ctx.act = "hs" if stage.is_hardswish else "relu6"
+        ctx.save_for_backward(z_BHWE, scale_E, shift_E, weight, mean_E, inverse_deviation_E)
+        return kernels.norm_act_depthwise(z_BHWE, scale_E, shift_E, weight.to(z_BHWE.dtype), ctx.act)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out_BHWE: Tensor) -> tuple[Any, ...]:
+        z_BHWE, scale_E, shift_E, weight, mean_E, inverse_deviation_E = ctx.saved_tensors
+        grad_y_BHWE, grad_weight, (sum_E, product_sum_E) = kernels.norm_act_depthwise_backward(
+            grad_out_BHWE, z_BHWE, scale_E, shift_E, weight.to(z_BHWE.dtype), mean_E, ctx.act
+        )
+        places = z_BHWE.numel() // z_BHWE.shape[3]
+        slope_E = product_sum_E * inverse_deviation_E.square() / places
+        # Batch norm's own backward: without the parts of the gradient that its mean and its deviation take away.
+        grad_z_BHWE = scale_E * (grad_y_BHWE - sum_E / places - (z_BHWE - mean_E) * slope_E)
+        grad_norm_weight, grad_norm_bias = product_sum_E * inverse_deviation_E, sum_E
+        gradients = (grad_z_BHWE.to(z_BHWE.dtype), grad_norm_weight, grad_norm_bias, grad_weight.to(weight.dtype))
+        return None, *gradients
 
 
 class _Scale(nn.Module):
