@@ -209,14 +209,37 @@ def test_what_is_kept_for_the_backward_pass():
     assert growth(layer_by_layer(lean)) >= 4 * places * (2 * dim + 7 * hidden)
 
 
-def test_layers_one_by_one_where_the_training_form_would_not_do():
-    batch_norm = module()
-    assert is_lean(batch_norm(picture()))
-    seen = []
-    batch_norm.conv[2].register_forward_hook(lambda *_: seen.append(True))
-    assert not is_lean(batch_norm(picture()))
-    assert seen == [True]
+def test_float16_means_of_large_maps_do_not_overflow():
+    """4,096 places with 20 each sum up to more than float16 holds; the mean is 20."""
+    lean = module("hs+se", torch.float32)
+    with torch.no_grad():
+        lean.conv[4].weight.zero_()
+        lean.conv[4].bias.fill_(20.0)
+    with torch.autocast("cpu", torch.float16):
+        out = lean(torch.randn(2, 6, 64, 64))
+    assert is_lean(out)
+    assert out.isfinite().all()
 
+
+@pytest.mark.parametrize("watch", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"])
+def test_layers_one_by_one_where_somebody_watches_one(watch):
+    lean, seen = module(), []
+    getattr(lean.conv[3], f"register_{watch}")(lambda *_: seen.append(watch))
+    out = lean(picture().requires_grad_())
+    assert not is_lean(out)
+    out.sum().backward()
+    assert seen == [watch]
+
+
+def test_layers_one_by_one_where_one_runs_otherwise():
+    lean = module()
+    layer = lean.conv[2]
+    layer.forward = lambda map_BEHW: 2 * map_BEHW
+    assert not is_lean(lean(picture()))
+    torch.testing.assert_close(lean(picture()), layer_by_layer(lean)(picture()), rtol=0, atol=0)
+
+
+def test_layers_one_by_one_where_the_training_form_would_not_do():
     for change in ({"momentum": None}, {"track_running_stats": False, "running_mean": None, "running_var": None}):
         changed = module()
         vars(changed.conv[4]).update({name: value for name, value in change.items() if not name.startswith("running")})

@@ -71,7 +71,7 @@ class FusedConvolution(nn.Module):
             y_BHWE = self._act(self._convolve(x_BHWC))
         if self.gate is None:
             return y_BHWE
-        mean_BE = _mean(y_BHWE) if mean_BE is None else mean_BE
+        mean_BE = channel_means(y_BHWE) if mean_BE is None else mean_BE
         return y_BHWE.mul_(self.gate.scale(mean_BE)[:, None, None])
 
     def _convolve(self, x_BHWC: Tensor) -> Tensor:
@@ -126,8 +126,8 @@ ONEDNN_DTYPES = _onednn_dtypes()
 """What oneDNN computes at speed on this machine."""
 
 
-def _mean(map_BHWE: Tensor) -> Tensor:
-    """The channels' means."""
+def channel_means(map_BHWE: Tensor) -> Tensor:
+    """The mean of each picture's channels over the map, (B, E): what a channel gate reads."""
     if map_BHWE.dtype != torch.bfloat16:
         return map_BHWE.mean((1, 2))
     # torch's mean takes six times as long as its sum on the CPU, and no sum leaves this dtype's range.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from localvit import kernels
+from localvit.fused import channel_means
 
 aten = torch.ops.aten
 
@@ -38,7 +39,7 @@ class Convolutions(nn.Sequential):
             not (torch.compiler.is_compiling() or isinstance(map_BCHW, torch.fx.Proxy))
             and all(type(norm) is nn.BatchNorm2d and norm.training for norm in norms)
             and all(norm.affine and norm.track_running_stats and norm.momentum is not None for norm in norms)
-            and not any(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks for layer in self)
+            and not any(_is_watched(layer) for layer in self)
         )
 
     def _training_form(self, map_BCHW: Tensor) -> Tensor:
@@ -57,6 +58,12 @@ class Convolutions(nn.Sequential):
                 stage, z_BHWE.contiguous(), norm.weight, norm.bias, convolution.weight, *gate_parameters
             )
         return last_norm(z_BHWE.permute(0, 3, 1, 2))
+
+
+def _is_watched(layer: nn.Module) -> bool:
+    """Whether somebody has to see the layer run, or has it run otherwise."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(layer)
 
 
 class _Geometry(NamedTuple):
@@ -119,7 +126,7 @@ class _NormActConv(torch.autograd.Function):
         a_BHWE = stage.act(y_BEHW.permute(0, 2, 3, 1), inplace=True)
         mean_BE = None
         if stage.gate is not None:
-            mean_BE = a_BHWE.flatten(1, 2).sum(1).div_(a_BHWE.shape[1] * a_BHWE.shape[2])
+            mean_BE = channel_means(a_BHWE)
             a_BHWE.mul_(stage.gate.scale(mean_BE)[:, None, None])
         ctx.stage = stage
         kind = z_BHWE.device.type
