@@ -37,6 +37,7 @@ class Convolutions(nn.Sequential):
         norms = [layer for layer in self if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
         return (
             not (torch.compiler.is_compiling() or isinstance(map_BCHW, torch.fx.Proxy))
+            and torch.amp.is_autocast_available(map_BCHW.device.type)  # not the meta device, which has no numbers
             and all(type(norm) is nn.BatchNorm2d and norm.training for norm in norms)
             and all(norm.affine and norm.track_running_stats and norm.momentum is not None for norm in norms)
             and not any(_is_watched(layer) for layer in self)
