@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import localvit
 from localvit import kernels
@@ -31,15 +31,8 @@ GOAL = 0.70
 
 def maps(name: str) -> list[tuple[int, int, int]]:
     """Height, width and channels of the maps that a model's depth-wise convolutions see, each once."""
-    model = localvit.create_model(name)
-    return sorted(
-        {
-            (*part.grid_size, layer.groups)
-            for part in locality_report(model)
-            for layer in model.get_submodule(part.name).modules()
-            if isinstance(layer, nn.Conv2d) and layer.groups > 1
-        }
-    )
+    model = localvit.create_model(name, device="meta")
+    return sorted({(*part.grid_size, part.channels) for part in locality_report(model)})
 
 
 def draw(batch: int, size: tuple[int, int, int], dtype: torch.dtype) -> dict[str, tuple[Tensor, ...]]:

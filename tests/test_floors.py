@@ -9,7 +9,7 @@ import pytest
 SRC = Path(__file__).parents[1] / "src"
 
 FLOORS = [
-    {"locality", "fused", "training_form", "tokens", "kernels"}
+    {"locality", "fused", "training_form", "tokens", "kernels", "activations", "hooks"}
     | {"weight_files", "files", "columns", "devices", "distributed", "_torchvision"},
     {"surgery", "last_block", "fuse"},
     {"models"},

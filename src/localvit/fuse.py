@@ -11,7 +11,8 @@ from timm.models.swin_transformer import WindowAttention
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
-from localvit.last_block import is_untouched, shorten_last_block
+from localvit.hooks import is_untouched
+from localvit.last_block import shorten_last_block
 from localvit.surgery.branch import CHILD, LocalityBranch, attach, has_branch
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from localvit import kernels
+from localvit.activations import act_of, activate
 
 PART_BYTES = 2**24
 """The largest map that is made at once on the CPU, where memory beyond the caches, and new memory, is slow."""
@@ -33,8 +34,8 @@ class FusedConvolutions(nn.Sequential):
         for layer, norm in zip(layers, followers, strict=True):
             if isinstance(layer, nn.Conv2d):
                 fused.append(FusedConvolution(fuse_conv_bn_eval(layer, norm)))
-            elif isinstance(layer, nn.Hardswish | nn.ReLU6):
-                fused[-1].act = "hs" if isinstance(layer, nn.Hardswish) else "relu6"
+            elif act := act_of(layer):
+                fused[-1].act = act
             elif not isinstance(layer, nn.BatchNorm2d):  # those are folded into the convolution before them
                 fused[-1].gate = layer
         super().__init__(*fused)
@@ -57,35 +58,29 @@ class FusedConvolution(nn.Module):
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
         self.conv: Any = conv.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.act = "none"
+        self.act: Any = None
         self.gate: Any = None
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
-        mean_BE = None
-        if self.gate is not None and kernels.in_use() and self._suits_kernel():
+        if kernels.in_use() and self._suits_kernel():
             y_BHWE, sum_BE = kernels.depthwise_act_pool(x_BHWC, self.conv.weight, self.conv.bias, self.act)
             mean_BE = (sum_BE / (y_BHWE.shape[1] * y_BHWE.shape[2])).to(y_BHWE.dtype)
-        elif self._suits_onednn():
-            y_BHWE = self._by_onednn(x_BHWC)
         else:
-            y_BHWE = self._act(self._convolve(x_BHWC))
-        if self.gate is None:
-            return y_BHWE
-        mean_BE = channel_means(y_BHWE) if mean_BE is None else mean_BE
+            y_BHWE = self._by_onednn(x_BHWC) if self._suits_onednn() else self._convolve_and_activate(x_BHWC)
+            if self.gate is None:
+                return y_BHWE
+            mean_BE = channel_means(y_BHWE)
         return y_BHWE.mul_(self.gate.scale(mean_BE)[:, None, None])
 
-    def _convolve(self, x_BHWC: Tensor) -> Tensor:
+    def _convolve_and_activate(self, x_BHWC: Tensor) -> Tensor:
         if self.conv.groups == 1:
-            return F.linear(x_BHWC, self.conv.weight.flatten(1), self.conv.bias)
-        return self.conv(x_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-    def _act(self, y: Tensor) -> Tensor:
-        if self.act == "none":
-            return y
-        return F.hardswish(y, inplace=True) if self.act == "hs" else F.relu6(y, inplace=True)
+            y_BHWE = F.linear(x_BHWC, self.conv.weight.flatten(1), self.conv.bias)
+        else:
+            y_BHWE = self.conv(x_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return y_BHWE if self.act is None else activate(y_BHWE, self.act, inplace=True)
 
     def _suits_kernel(self) -> bool:
-        return self.conv.groups > 1 and self.conv.stride == (1, 1)
+        return self.gate is not None and self.conv.groups > 1 and self.conv.stride == (1, 1)
 
     def _suits_onednn(self) -> bool:
         """Whether oneDNN's fused convolution, which has no gradient and knows no autocast, does the same."""
@@ -113,7 +108,7 @@ class FusedConvolution(nn.Module):
         return out_BEHW.permute(0, 2, 3, 1)
 
 
-_ONEDNN_ACTS = {"none": ("none", [], ""), "hs": ("hardswish", [], ""), "relu6": ("hardtanh", [0.0, 6.0], "")}
+_ONEDNN_ACTS = {None: ("none", [], ""), "hs": ("hardswish", [], ""), "relu6": ("hardtanh", [0.0, 6.0], "")}
 
 
 def _onednn_dtypes() -> set[torch.dtype]:

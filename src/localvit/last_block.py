@@ -19,6 +19,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from localvit.hooks import is_untouched
 from localvit.surgery.branch import LocalityBranch, detach, has_branch
 from localvit.tokens import FusedMlp
 
@@ -179,11 +180,6 @@ def _is_known(block: Any, reader: PrefixReader, num_prefix_tokens: int) -> bool:
         return False
     local = [module.layout for module in block.modules() if isinstance(module, LocalityBranch | FusedMlp)]
     return all(getattr(layout, "num_prefix_tokens", 0) == num_prefix_tokens for layout in local)
-
-
-def is_untouched(module: nn.Module) -> bool:
-    """Whether nobody has hung anything on a module to see, or to change, what passes."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _without_branch(mlp: nn.Module) -> nn.Module:

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from localvit import kernels
+from localvit.activations import act_of, activate, activation_backward
 from localvit.fused import channel_means
+from localvit.hooks import is_untouched
 
 aten = torch.ops.aten
 
@@ -40,7 +42,7 @@ class Convolutions(nn.Sequential):
             and torch.amp.is_autocast_available(map_BCHW.device.type)  # not the meta device, which has no numbers
             and all(type(norm) is nn.BatchNorm2d and norm.training for norm in norms)
             and all(norm.affine and norm.track_running_stats and norm.momentum is not None for norm in norms)
-            and not any(_is_watched(layer) for layer in self)
+            and all(map(is_untouched, self))
         )
 
     def _training_form(self, map_BCHW: Tensor) -> Tensor:
@@ -52,19 +54,13 @@ class Convolutions(nn.Sequential):
             gate = None if isinstance(between[0], nn.Conv2d) else between.pop(0)
             convolution, *between = between
             norm.num_batches_tracked.add_(1)
-            stage = _Stage(norm, isinstance(activation, nn.Hardswish), gate, _Geometry.of(convolution))
+            stage = _Stage(norm, act_of(activation), gate, _Geometry.of(convolution))
             gate_parameters = () if gate is None else gate.parameters()
             step = _NormActDepthwise if kernels.in_use() and stage.suits_kernel() else _NormActConv
             z_BHWE = step.apply(
                 stage, z_BHWE.contiguous(), norm.weight, norm.bias, convolution.weight, *gate_parameters
             )
         return last_norm(z_BHWE.permute(0, 3, 1, 2))
-
-
-def _is_watched(layer: nn.Module) -> bool:
-    """Whether somebody has to see the layer run, or has it run otherwise."""
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return any(hooks) or "forward" in vars(layer)
 
 
 class _Geometry(NamedTuple):
@@ -81,20 +77,14 @@ class _Stage(NamedTuple):
     """What of a stage is no tensor that takes a gradient."""
 
     norm: Any
-    is_hardswish: bool
-    """Else ReLU6."""
+    act: Any
+    """The activation's name."""
     gate: Any
     """None, or a channel gate with a `scale`."""
     geometry: _Geometry
 
     def suits_kernel(self) -> bool:
         return self.gate is None and self.geometry.groups > 1 and self.geometry.stride == 1
-
-    def act(self, y: Tensor, *, inplace: bool = False) -> Tensor:
-        return F.hardswish(y, inplace) if self.is_hardswish else F.relu6(y, inplace)
-
-    def act_backward(self, grad: Tensor, y: Tensor) -> Tensor:
-        return aten.hardswish_backward(grad, y) if self.is_hardswish else aten.hardtanh_backward(grad, y, 0, 6)
 
 
 class _NormActConv(torch.autograd.Function):
@@ -124,7 +114,7 @@ class _NormActConv(torch.autograd.Function):
             momentum=norm.momentum,
             eps=norm.eps,
         )
-        a_BHWE = stage.act(y_BEHW.permute(0, 2, 3, 1), inplace=True)
+        a_BHWE = activate(y_BEHW.permute(0, 2, 3, 1), stage.act, inplace=True)
         mean_BE = None
         if stage.gate is not None:
             mean_BE = channel_means(a_BHWE)
@@ -157,7 +147,7 @@ class _NormActConv(torch.autograd.Function):
             eps=0.0,
         )
         y_BHWE = y_BEHW.permute(0, 2, 3, 1)
-        a_BHWE = stage.act(y_BHWE)
+        a_BHWE = activate(y_BHWE, stage.act)
         needs_z, needs_norm_weight, needs_norm_bias, needs_weight = ctx.needs_input_grad[1:5]
 
         geometry, narrow_weight = stage.geometry, weight.to(z_BHWE.dtype)
@@ -179,7 +169,7 @@ class _NormActConv(torch.autograd.Function):
             grad_weight = _weight_gradient(grad_out_BHWF, a_BHWE, narrow_weight, geometry).to(weight.dtype)
         del a_BHWE
 
-        grad_y_BHWE = stage.act_backward(grad_a_BHWE, y_BHWE)
+        grad_y_BHWE = activation_backward(grad_a_BHWE, y_BHWE, stage.act)
         grad_z_BEHW, grad_norm_weight, grad_norm_bias = aten.native_batch_norm_backward(
             grad_y_BHWE.permute(0, 3, 1, 2),
             z_BEHW,
@@ -210,7 +200,7 @@ class _NormActDepthwise(torch.autograd.Function):
         inverse_deviation_E = (variance_E + norm.eps).rsqrt()
         scale_E = norm_weight * inverse_deviation_E
         shift_E = norm_bias - mean_E * scale_E
-        ctx.act = "hs" if stage.is_hardswish else "relu6"
+        ctx.act = stage.act
         ctx.save_for_backward(z_BHWE, scale_E, shift_E, weight, mean_E, inverse_deviation_E)
         return kernels.norm_act_depthwise(z_BHWE, scale_E, shift_E, weight.to(z_BHWE.dtype), ctx.act)[0]
 

@@ -68,6 +68,7 @@ def depthwise_act_pool_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
+    """One program's tile of the activated map, and its sums over the tile's places."""
     tile, image, first, last, even, e = tile_of(height, width, channels, tile_rows, BLOCK_P, BLOCK_E)
     inside = e < channels
     w00, w01, w02 = weight_row(weight, 0, e, channels, ACCUMULATE)

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTS = ("hs", "relu6")
-"""The activations of the locality module, without its gates: h-swish (arXiv 1905.02244) and relu6."""
+from localvit.activations import ACTS, activate, activation_backward
 
 
 def check(map_BHWE: Tensor, weight_E33: Tensor, act: str, **values: Tensor) -> None:
@@ -42,7 +41,7 @@ def accumulate_dtype(x: Tensor) -> torch.dtype:
 def depthwise_act_pool(x_BHWE: Tensor, weight_E33: Tensor, bias_E: Tensor, act: str) -> tuple[Tensor, Tensor]:
     """As `localvit.kernels.depthwise_act_pool`."""
     check(x_BHWE, weight_E33, act, bias=bias_E)
-    y_BHWE = _activate(_depthwise(x_BHWE, weight_E33, bias_E), act)
+    y_BHWE = activate(_depthwise(x_BHWE, weight_E33, bias_E), act, inplace=True)
     return y_BHWE, y_BHWE.sum((1, 2), dtype=accumulate_dtype(x_BHWE))
 
 
@@ -52,7 +51,7 @@ def depthwise_act_pool_backward(
     """The gradients of its three tensors, from those of its two results."""
     u_BHWE = _depthwise(x_BHWE, weight_E33, bias_E)
     grad_BHWE = (grad_y_BHWE + grad_sum_BE[:, None, None]).to(u_BHWE.dtype)
-    grad_BHWE = _activation_backward(grad_BHWE, u_BHWE, act)
+    grad_BHWE = activation_backward(grad_BHWE, u_BHWE, act)
     grad_x_BHWE, grad_weight_E33 = _depthwise_backward(grad_BHWE, x_BHWE, weight_E33)
     grad_bias_E = grad_BHWE.sum((0, 1, 2), dtype=accumulate_dtype(x_BHWE))
     return grad_x_BHWE, grad_weight_E33.to(weight_E33.dtype), grad_bias_E.to(bias_E.dtype)
@@ -63,7 +62,7 @@ def norm_act_depthwise(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `localvit.kernels.norm_act_depthwise`."""
     check(z_BHWE, weight_E33, act, scale=scale_E, shift=shift_E)
-    a_BHWE = _activate(_normalise(z_BHWE, scale_E, shift_E), act)
+    a_BHWE = activate(_normalise(z_BHWE, scale_E, shift_E), act, inplace=True)
     out_BHWE = _depthwise(a_BHWE.to(z_BHWE.dtype), weight_E33)
     out = out_BHWE.detach().to(accumulate_dtype(z_BHWE))
     variance_E, mean_E = torch.var_mean(out, (0, 1, 2), correction=0)
@@ -83,9 +82,9 @@ def norm_act_depthwise_backward(
     check(z_BHWE, weight_E33, act, scale=scale_E, shift=shift_E, center=center_E)
     check_gradient(grad_out_BHWE, z_BHWE)
     u_BHWE = _normalise(z_BHWE, scale_E, shift_E)
-    a_BHWE = _activate(u_BHWE.clone(), act).to(z_BHWE.dtype)
+    a_BHWE = activate(u_BHWE, act).to(z_BHWE.dtype)
     grad_a_BHWE, grad_weight_E33 = _depthwise_backward(grad_out_BHWE, a_BHWE, weight_E33)
-    grad_u_BHWE = _activation_backward(grad_a_BHWE.to(u_BHWE.dtype), u_BHWE, act)
+    grad_u_BHWE = activation_backward(grad_a_BHWE.to(u_BHWE.dtype), u_BHWE, act)
     by_z = grad_u_BHWE * (z_BHWE - center_E.to(u_BHWE.dtype))
     sums_2E = torch.stack([grad_u_BHWE.sum((0, 1, 2)), by_z.sum((0, 1, 2))])
     return grad_u_BHWE.to(z_BHWE.dtype), grad_weight_E33, sums_2E
@@ -94,17 +93,6 @@ def norm_act_depthwise_backward(
 def _normalise(z_BHWE: Tensor, scale_E: Tensor, shift_E: Tensor) -> Tensor:
     dtype = accumulate_dtype(z_BHWE)
     return z_BHWE * scale_E.to(dtype) + shift_E.to(dtype)
-
-
-def _activate(u_BHWE: Tensor, act: str) -> Tensor:
-    """Its activation, in its place."""
-    return F.hardswish(u_BHWE, inplace=True) if act == "hs" else F.relu6(u_BHWE, inplace=True)
-
-
-def _activation_backward(grad_BHWE: Tensor, u_BHWE: Tensor, act: str) -> Tensor:
-    if act == "hs":
-        return torch.ops.aten.hardswish_backward(grad_BHWE, u_BHWE)
-    return torch.ops.aten.hardtanh_backward(grad_BHWE, u_BHWE, 0.0, 6.0)
 
 
 def _depthwise(x_BHWE: Tensor, weight_E33: Tensor, bias_E: Tensor | None = None) -> Tensor:

@@ -121,6 +121,7 @@ def norm_act_depthwise_backward_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
+    """One program's tile of the gradient of u, and what its places add to the weight's gradient and to the sums."""
     tile, image, first, last, even, e = tile_of(height, width, channels, tile_rows, BLOCK_P, BLOCK_E)
     inside = e < channels
     s = channel_values(scale, e, channels, ACCUMULATE)

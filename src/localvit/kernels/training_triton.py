@@ -94,6 +94,7 @@ def norm_act_depthwise_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
+    """One program's tile of the convolution's map, and its number of places, means and squared deviations."""
     tile, image, first, last, even, e = tile_of(height, width, channels, tile_rows, BLOCK_P, BLOCK_E)
     inside = e < channels
     s = channel_values(scale, e, channels, ACCUMULATE)
