@@ -1,4 +1,4 @@
-# make demo: train, evaluate and predict on real pictures; make test: the suite; make lint: ruff and mypy.
+# make demo: train, evaluate and predict on real images; make test: the suite; make lint: ruff and mypy.
 # Each makes the virtual environment by itself.
 
 PYTHON ?= python3

@@ -6,7 +6,7 @@
 For each family: `localvit.fuse`'s form of the LocalViT, the baseline as it is and fused, and what
 `benchmarks/straightforward.py` makes of the LocalViT, run in turn, round by round, in one process on the CPU. With
 `--train` these are training steps (forward, cross entropy, backward, AdamW), of models that are not fused. Weights and
-pictures are random. Ratios are speeds of the LocalViT over the other's, taken within rounds: medians, with the middle
+images are random. Ratios are speeds of the LocalViT over the other's, taken within rounds: medians, with the middle
 half of the rounds in brackets. Freed memory is kept, as the `localvit` commands do. torch takes every core unless
 OMP_NUM_THREADS says how many.
 """
@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from straightforward import straightforward
 
-from localvit.bench import in_turn
-from localvit.bench_models import BenchModel, BenchOptions, prepare
-from localvit.bench_result import Spread
-from localvit.checkpoints import versions
+from localvit.bench.measure import in_turn
+from localvit.bench.prepare import BenchModel, BenchOptions, prepare
+from localvit.bench.result import Spread
+from localvit.checkpoints.checkpoint import versions
 from localvit_cli.allocator import keep_freed_memory
 
 FAMILIES = {

@@ -1,4 +1,4 @@
-"""How near are the Triton kernels of `localvit.kernels` to a device copy?
+"""How near are the Triton kernels of `localvit.ops.kernels` to a device copy?
 
     python benchmarks/kernels_speed.py [--models localvit_tiny localvit_small] [--batch-size 256] [--rounds 50]
 
@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 import localvit
-from localvit import kernels
-from localvit.cost import locality_report
-from localvit.kernels import plain
+from localvit.inference.cost import locality_report
+from localvit.ops import kernels
+from localvit.ops import reference as plain
 
 SETS = 4
 """Sets of tensors. One of localvit_tiny's at batch 256 in bfloat16 is 150 MB or more; caches have up to 126."""

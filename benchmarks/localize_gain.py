@@ -3,8 +3,8 @@
     python benchmarks/localize_gain.py run --data-path cifar10 --seeds 0 1 2 --output-dir runs/gain
     python benchmarks/localize_gain.py report --output-dir runs/gain --figure docs/figures/localize_gain.png
 
-`run` trains a small plain ViT of timm's from scratch on all training pictures, and then, from that one checkpoint and
-on every fourth picture, the arms, which differ in nothing but what `localize` does. Runs that are finished are left
+`run` trains a small plain ViT of timm's from scratch on all training images, and then, from that one checkpoint and
+on every fourth image, the arms, which differ in nothing but what `localize` does. Runs that are finished are left
 alone, those that were interrupted go on. `report` prints the accuracies as a Markdown table and draws them. cifar10/
 holds train/<class>/ and val/<class>/.
 """
@@ -17,11 +17,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from small_pictures import spread
+from small_images import spread
 
-from localvit.train.files import LOG, read_log
+from localvit.train.run_folder import LOG, read_log
 
-MODEL = ["--recipe", "small_pictures_32", "--model", "vit_tiny_patch16_224", "--input-size", "32"]
+MODEL = ["--recipe", "small_images_32", "--model", "vit_tiny_patch16_224", "--input-size", "32"]
 MODEL += ["--model-args", "patch_size=4", "embed_dim=96", "depth=6", "num_heads=3"]
 FASTER = ["--locality-lr-scale", "30"]  # A branch starts at zero: at the others' rate it hardly leaves it.
 ARMS = {
@@ -42,13 +42,13 @@ def train(folder: Path, *told: str) -> None:
 
 
 def every_fourth(data_path: Path, folder: Path) -> Path:
-    """A folder of links to every fourth training picture of each class, and to all validation pictures."""
+    """A folder of links to every fourth training image of each class, and to all validation images."""
     for source in sorted((data_path / "train").iterdir()):
         (folder / "train" / source.name).mkdir(parents=True, exist_ok=True)
-        for picture in sorted(source.iterdir())[::4]:
-            link = folder / "train" / source.name / picture.name
+        for image in sorted(source.iterdir())[::4]:
+            link = folder / "train" / source.name / image.name
             if not link.is_symlink():
-                link.symlink_to(picture.resolve())
+                link.symlink_to(image.resolve())
     if not (folder / "val").is_symlink():
         (folder / "val").symlink_to((data_path / "val").resolve())
     return folder
@@ -59,10 +59,10 @@ def run(asked: argparse.Namespace) -> None:
     base = asked.output_dir / "base"
     if not (base / LOG).exists() or len(read_log(base / LOG)) < asked.base_epochs:
         train(base, "--data-path", str(asked.data_path), "--epochs", str(asked.base_epochs))
-    pictures = every_fourth(asked.data_path, asked.output_dir / "every_fourth")
+    images = every_fourth(asked.data_path, asked.output_dir / "every_fourth")
     for seed in asked.seeds:
         for arm, (_, flags, _) in ARMS.items():
-            told = ["--data-path", str(pictures), "--finetune", str(base / "last.safetensors"), *flags]
+            told = ["--data-path", str(images), "--finetune", str(base / "last.safetensors"), *flags]
             told += ["--epochs", str(asked.epochs), "--lr", "0.002", "--seed", str(seed)]
             train(asked.output_dir / f"{arm}-s{seed}", *told)
 
@@ -97,18 +97,18 @@ def report(asked: argparse.Namespace) -> None:
         draw({arm: [curves[arm][seed] for seed in seeds] for arm in ARMS}, base, asked.figure)
 
 
-def draw(curves: dict[str, list[list[float]]], base: float, picture: Path) -> None:
+def draw(curves: dict[str, list[list[float]]], base: float, image: Path) -> None:
     """Mean accuracy by epoch, from the base's, with a dot a seed."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(6.4, 3.8), dpi=110, layout="constrained")
     axes = figure.subplots()
-    for arm, (title, _, colour) in ARMS.items():
+    for arm, (title, _, color) in ARMS.items():
         means = [statistics.mean(at) for at in zip(*curves[arm], strict=True)]
-        axes.plot(range(1, len(means) + 1), means, color=colour, label=title)
+        axes.plot(range(1, len(means) + 1), means, color=color, label=title)
         for acc1 in curves[arm]:
-            axes.scatter(range(1, len(acc1) + 1), acc1, color=colour, s=10)
+            axes.scatter(range(1, len(acc1) + 1), acc1, color=color, s=10)
     axes.axhline(base, color="#b9c2c9", linestyle=":", label="the base, before")
     axes.set(xlabel="epochs of fine-tuning", ylabel="Acc@1 (%)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -116,7 +116,7 @@ def draw(curves: dict[str, list[list[float]]], base: float, picture: Path) -> No
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e6e9ec")
     axes.set_axisbelow(True)
-    figure.savefig(picture)
+    figure.savefig(image)
 
 
 def main() -> None:

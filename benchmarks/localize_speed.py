@@ -25,9 +25,9 @@ MODES = {
 
 
 @torch.inference_mode()
-def seconds(model: nn.Module, pictures_BCHW: Tensor) -> float:
+def seconds(model: nn.Module, images_BCHW: Tensor) -> float:
     started = time.perf_counter()
-    model(pictures_BCHW)
+    model(images_BCHW)
     return time.perf_counter() - started
 
 
@@ -48,10 +48,10 @@ def main() -> None:
         if compiled:
             torch._dynamo.reset()
             models = [torch.compile(model) for model in models]
-        pictures_BCHW = torch.randn(asked.batch_size, *plain.pretrained_cfg["input_size"]).to(dtype)
+        images_BCHW = torch.randn(asked.batch_size, *plain.pretrained_cfg["input_size"]).to(dtype)
         for model in models * 2:
-            seconds(model, pictures_BCHW)
-        rounds = [[seconds(model, pictures_BCHW) for model in models] for _ in range(asked.rounds)]
+            seconds(model, images_BCHW)
+        rounds = [[seconds(model, images_BCHW) for model in models] for _ in range(asked.rounds)]
         ratios = [localized / before for before, localized in rounds]
         low, middle, high = statistics.quantiles(ratios, n=4)
         medians = [f"{1000 * statistics.median(times):.0f}" for times in zip(*rounds, strict=True)]

@@ -2,7 +2,7 @@
 
     python benchmarks/localize_support.py [--doc docs/localize.md]
 
-Each model is made with random weights (deep or wide ones at two blocks), run in float64 on a random picture, localized,
+Each model is made with random weights (deep or wide ones at two blocks), run in float64 on a random image, localized,
 and run again; then the paper's form is tried on another copy. No weights are downloaded. Without `--doc` the table goes
 to the standard output.
 """
@@ -82,7 +82,7 @@ def hosts() -> Iterator[tuple[str, str, nn.Module, tuple[Tensor, ...]]]:
     for family, (name, kwargs) in TIMM.items():
         model: Any = localvit.create_model(name, **kwargs)
         yield f"timm: {name}", family, model, (torch.randn(1, *model.pretrained_cfg["input_size"]),)
-    import transformers  # after localvit, which may have to help torchvision
+    import transformers
 
     for family, (model_class, config_class, kwargs) in TRANSFORMERS.items():
         model = getattr(transformers, model_class)(getattr(transformers, config_class)(**kwargs))

@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
 from localvit.locality import SqueezeExcite
-from localvit.models._pvt_stage import Block as PVTBlock
-from localvit.models.localvit_t2t import TokenPerformer, random_feature_attention
-from localvit.tokens import LocalityMlp
+from localvit.models.pvt_stage import Block as PVTBlock
+from localvit.models.t2t import TokenPerformer, random_feature_attention
+from localvit.tokens.mlp import LocalityMlp
 
-from timm.models.swin_transformer import SwinTransformerBlock  # isort: skip  (after localvit: see localvit._torchvision)
 from timm.models.tnt import Block as TNTBlock  # isort: skip
 from timm.models.vision_transformer import Block as ViTBlock  # isort: skip
 

@@ -74,7 +74,7 @@ def same(one: object, other: object) -> bool:
 
 def differences(one: Path, other: Path) -> list[str]:
     """What two finished runs do not share."""
-    from localvit.train.files import LOG, STATE, read_state
+    from localvit.train.run_folder import LOG, STATE, read_state
 
     states = [read_state(folder / STATE) for folder in (one, other)]
     names = ("model", "model_ema", "optimizer", "lr_scheduler", "scaler", "epoch")

@@ -1,9 +1,9 @@
-"""What does the training loop cost, beside the model and the pictures?
+"""What does the training loop cost, beside the model and the images?
 
     python benchmarks/train_speed.py loop|loader|memory --data-path FOLDER [--model localvit_tiny] [--rounds 5]
 
 `loop` compares the CPU time of whole steps of `localvit train` with that of the bare forward, backward and update of
-the same model on the same batches, in interleaved rounds. `loader` reads the pictures with `localvit train`'s batches
+the same model on the same batches, in interleaved rounds. `loader` reads the images with `localvit train`'s batches
 and with timm's own loader: the same transforms, batch size and workers, in interleaved rounds. `memory` trains 1,000
 steps and prints what the process holds every 100. FOLDER holds train/<class>/ and val/<class>/, or class folders.
 """
@@ -16,17 +16,16 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from timm.data import create_dataset, create_loader
 from torch import nn
 
+from localvit.train.build import Training, build
 from localvit.train.config import TrainConfig
-from localvit.train.recipe import Training, build
 from localvit.train.step import train_step
-
-from timm.data import create_dataset, create_loader  # isort: skip  (after localvit: see localvit._torchvision)
 
 
 def build_run(asked: argparse.Namespace, **changes) -> Training:
-    """A run of the published settings on the asked pictures."""
+    """A run of the published settings on the asked images."""
     settings = {
         "model": asked.model,
         "data_set": "FOLDER",
@@ -41,18 +40,18 @@ def build_run(asked: argparse.Namespace, **changes) -> Training:
     return build(TrainConfig(**settings | changes))
 
 
-def bare_step(model: nn.Module, optimizer: torch.optim.Optimizer, pictures_BCHW, targets) -> float:
+def bare_step(model: nn.Module, optimizer: torch.optim.Optimizer, images_BCHW, targets) -> float:
     """Forward, backward and update, and no more."""
     model.train()
     optimizer.zero_grad()
-    loss = nn.functional.cross_entropy(model(pictures_BCHW), targets)
+    loss = nn.functional.cross_entropy(model(images_BCHW), targets)
     loss.backward()
     optimizer.step()
     return loss.item()
 
 
 def loop(asked: argparse.Namespace) -> None:
-    """CPU seconds a step, bare and whole, on batches that lie ready; one thread, so that neighbours matter less."""
+    """CPU seconds a step, bare and whole, on batches that lie ready; one thread, so that neighbors matter less."""
     torch.set_num_threads(1)
     run = build_run(asked, mixup=0.0, cutmix=0.0, label_smoothing=0.0, workers=0)
     ready = list(islice(run.batches.epoch(0), asked.steps))
@@ -61,9 +60,9 @@ def loop(asked: argparse.Namespace) -> None:
         for name in seconds:
             batches = iter(ready)
             started = time.process_time()
-            for pictures_BCHW, labels_B in ready:
+            for images_BCHW, labels_B in ready:
                 if name == "bare":
-                    bare_step(run.state.model, run.state.optimizer, pictures_BCHW, labels_B)
+                    bare_step(run.state.model, run.state.optimizer, images_BCHW, labels_B)
                 else:
                     train_step(run, batches, stop=False)
             if number:  # the first round warms up
@@ -78,11 +77,11 @@ def loop(asked: argparse.Namespace) -> None:
 
 
 def loader(asked: argparse.Namespace) -> None:
-    """Pictures a second of both loaders."""
+    """Images a second of both loaders."""
     run = build_run(asked)
-    pictures = run.batches.pictures.pictures
+    images = run.batches.images.images
     folder = asked.data_path / "train" if (asked.data_path / "train").is_dir() else asked.data_path
-    transform = run.batches.pictures.repeated.transform
+    transform = run.batches.images.repeated.transform
     dataset = create_dataset("", root=str(folder), split="train")
     theirs = create_loader(
         dataset,
@@ -101,14 +100,14 @@ def loader(asked: argparse.Namespace) -> None:
         for name in rates:
             batches = run.batches.epoch(number) if name == "ours" else theirs
             started, count = time.perf_counter(), 0
-            for pictures_BCHW, _ in batches:
-                count += len(pictures_BCHW)
+            for images_BCHW, _ in batches:
+                count += len(images_BCHW)
             rates[name].append(count / (time.perf_counter() - started))
     ratios = [ours / other for ours, other in zip(*rates.values(), strict=True)]
     ours, other = (statistics.median(part) for part in rates.values())
     rounds = ", ".join(f"{ratio:.3f}" for ratio in ratios)
     print(
-        f"{len(pictures)} pictures, batch {asked.batch_size}, {asked.workers} workers: ours {ours:.0f} pictures/s, "
+        f"{len(images)} images, batch {asked.batch_size}, {asked.workers} workers: ours {ours:.0f} images/s, "
         f"timm's {other:.0f}; ratio {statistics.median(ratios):.3f} (rounds {rounds})"
     )
 

@@ -1,14 +1,7 @@
 """What every test runs under."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-import localvit  # noqa: F401  (before anything imports timm: see localvit._torchvision)
-
-sys.path.insert(0, str(Path(__file__).parent / "golden"))
 
 
 @pytest.fixture(autouse=True)

@@ -26,7 +26,7 @@ PROGRAMS = {
 
 
 def make_place(folder: Path) -> None:
-    """A released checkpoint's stand-in, two synsets of an ImageNet, and a user's pictures of three classes."""
+    """A released checkpoint's stand-in, two synsets of an ImageNet, and a user's images of three classes."""
     torch.save({"model": published_state("localvit_tiny_mlp4_act3_r192")}, folder / "localvit_t.pth")
     downloaded = folder / "torch" / "hub" / "checkpoints"  # where a download would put it
     downloaded.mkdir(parents=True)
@@ -34,7 +34,7 @@ def make_place(folder: Path) -> None:
     (folder / "main.py").symlink_to(ROOT / "main.py")
     rng = np.random.default_rng(0)
     classes = [f"imagenet/val/{synset}" for synset in ("n01440764", "n01484850")]
-    classes += [f"pictures/{split}/{name}" for split in ("train", "val") for name in ("ape", "bat", "cow")]
+    classes += [f"images/{split}/{name}" for split in ("train", "val") for name in ("ape", "bat", "cow")]
     for name in classes:
         (folder / name).mkdir(parents=True)
         for number in range(24 if "train" in name else 2):

@@ -1,4 +1,4 @@
-"""The paper's idea: a depth-wise convolution inside the feed-forward, so that neighbouring patches talk.
+"""The paper's idea: a depth-wise convolution inside the feed-forward, so that neighboring patches talk.
 
 LocalViT: Bringing Locality to Vision Transformers, arXiv 2104.05707, section 3.
 
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from localvit.fused import FusedFeedForward
-from localvit.training_form import Convolutions
+from localvit.ops.folded import FusedFeedForward
+from localvit.ops.recompute import Convolutions
 
 ACTS = ("relu6", "hs", "hs+se", "hs+eca", "hs+ecah")
 """Activation and channel gate of the module, in the order of the published integers 1 to 5."""

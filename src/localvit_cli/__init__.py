@@ -11,10 +11,10 @@ from localvit_cli.allocator import keep_freed_memory
 
 COMMANDS = {
     "train": "Train a model by a recipe, a file of settings and flags.",
-    "eval": "Evaluate a model: each picture exactly once, on one process or many.",
-    "check-data": "Find what would hurt in a folder of pictures before training on it.",
+    "eval": "Evaluate a model: each image exactly once, on one process or many.",
+    "check-data": "Find what would hurt in a folder of images before training on it.",
     "compare": "Put training runs side by side.",
-    "predict": "Tell the best classes of pictures.",
+    "predict": "Tell the best classes of images.",
     "models": "List the models, with their size, cost and published accuracy.",
     "info": "Show what a model is, or what a checkpoint file holds.",
     "bench": "Measure models beside a baseline: speed, latency, memory, cost.",

@@ -10,8 +10,8 @@ import tyro
 from localvit_cli import UsageError
 
 if TYPE_CHECKING:
-    from localvit.bench_models import BenchOptions
-    from localvit.bench_result import Bench as Measured
+    from localvit.bench.prepare import BenchOptions
+    from localvit.bench.result import Bench as Measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +30,13 @@ class Bench:
     train: bool = False
     """Measure training steps: forward, cross entropy, backward, AdamW."""
     batch_sizes: tuple[int, ...] = (1, 16, 64)
-    """Pictures a call."""
+    """Images a call."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Inference converts the model to it; training runs under autocast."""
     compile: bool = False
     """Compile the models first, for each batch size."""
     channels_last: bool = False
-    """Lay pictures and weights out channels-last."""
+    """Lay images and weights out channels-last."""
     fuse: bool = True
     """Measure the inference form; without, the model as it was trained."""
     device: str | None = None
@@ -44,11 +44,11 @@ class Bench:
     rounds: int = 11
     """How often everything is measured; at least 3."""
     input_size: tuple[int, ...] = ()
-    """Side of the pictures, or height and width, in pixels; by default each model's own."""
+    """Side of the images, or height and width, in pixels; by default each model's own."""
     json: bool = False
     """JSON instead of tables."""
     plot: Path | None = None
-    """Picture of published accuracy against images/s to draw: PNG, SVG or PDF by its ending."""
+    """Image of published accuracy against images/s to draw: PNG, SVG or PDF by its ending."""
     force: bool = False
     """Report even where the machine is too noisy to tell."""
 
@@ -64,7 +64,7 @@ class Bench:
             _check_plot(self.plot)  # before minutes of measuring
         measured = self._measure(options, size)
 
-        from localvit.bench_report import as_text, as_values
+        from localvit.bench.tables import as_text, as_values
         from localvit_cli.console import say
 
         if noisy := measured.noisy():
@@ -73,7 +73,7 @@ class Bench:
             say(f"warning: this machine is too noisy to tell: {'; '.join(noisy)}")
         print(json.dumps(as_values(measured), indent=2) if self.json else as_text(measured), flush=True)
         if self.plot:
-            from localvit.bench_plot import draw_speeds
+            from localvit.bench.plot import draw_speeds
 
             left_out = draw_speeds(measured, self.plot)
             say(f"plot: {self.plot}")
@@ -81,8 +81,8 @@ class Bench:
                 say(f"plot: left out, for want of a published accuracy: {', '.join(left_out)}")
 
     def _options(self) -> "BenchOptions":
-        from localvit.bench_models import BenchOptions
-        from localvit.devices import DTYPES, choose_device
+        from localvit.bench.prepare import BenchOptions
+        from localvit.utils.devices import DTYPES, choose_device
         from localvit_cli.console import say
 
         try:
@@ -103,23 +103,23 @@ class Bench:
         return options
 
     def _measure(self, options: "BenchOptions", size: tuple[int, int] | None) -> "Measured":
-        from localvit.bench import bench, number_of_rounds
-        from localvit.bench_models import prepare
+        from localvit.bench.measure import bench, number_of_rounds
+        from localvit.bench.prepare import prepare
         from localvit_cli.console import progress
 
         names = dict.fromkeys((*self.names, *([self.baseline] if self.baseline else [])))
         models = [prepare(name, options, size) for name in names]
         if self.plot and all(model.acc1 is None for model in models):
-            raise UsageError(f"--plot: no accuracy is published for {', '.join(names)} at this picture size")
+            raise UsageError(f"--plot: no accuracy is published for {', '.join(names)} at this image size")
         with progress("bench", number_of_rounds(options), "rounds") as advance:
             return bench(models, options, baseline=self.baseline, progress=advance)
 
 
-def _check_plot(picture: Path) -> None:
-    from localvit.bench_plot import FORMATS
+def _check_plot(image: Path) -> None:
+    from localvit.bench.plot import FORMATS
 
-    if picture.suffix.lower() not in FORMATS:
-        raise UsageError(f"--plot {picture} must end in {', '.join(FORMATS)}")
+    if image.suffix.lower() not in FORMATS:
+        raise UsageError(f"--plot {image} must end in {', '.join(FORMATS)}")
 
 
 def _refusal(noisy: list[str]) -> str:

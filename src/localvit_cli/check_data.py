@@ -1,4 +1,4 @@
-"""`localvit check-data`: what would hurt in a folder of pictures, before training on it."""
+"""`localvit check-data`: what would hurt in a folder of images, before training on it."""
 
 import io
 import json
@@ -15,8 +15,8 @@ from localvit_cli import UsageError
 from localvit_cli.prediction_formats import printable
 
 if TYPE_CHECKING:
-    from localvit.data.check.findings import Finding
-    from localvit.data.check.report import CheckReport
+    from localvit.dataset_check.findings import Finding
+    from localvit.dataset_check.report import CheckReport
 
 _EXAMPLES = 5
 _CLASSES = 20
@@ -25,18 +25,18 @@ _WIDTH = 100
 
 @dataclass(frozen=True, kw_only=True)
 class CheckData:
-    """Find what would hurt in a folder of pictures before training on it. With errors found, the exit status is 1."""
+    """Find what would hurt in a folder of images before training on it. With errors found, the exit status is 1."""
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     """Folder with train/ and val/ (and test/, if there is one), or with a folder for each class."""
     json: bool = False
     """JSON with every place of every finding, instead of tables with the first few."""
     workers: int | None = None
-    """Processes that decode pictures; by default one for each CPU core, and 0 decodes in the main one."""
+    """Processes that decode images; by default one for each CPU core, and 0 decodes in the main one."""
 
     def run(self) -> int:
         """Check, and print the report."""
-        from localvit.data.check.report import check_folder
+        from localvit.dataset_check.report import check_folder
         from localvit_cli.console import progress, say
 
         if self.workers is not None and self.workers < 0:
@@ -57,7 +57,7 @@ def _cores() -> int:
 
 def _tables(report: "CheckReport") -> str:
     """The report for a person."""
-    from localvit.columns import columns
+    from localvit.utils.tables import columns
 
     parts = []
     if report.counts:
@@ -81,8 +81,8 @@ def _counted(number: int, word: str) -> str:
 
 
 def _classes(report: "CheckReport") -> str:
-    """Pictures by class and split; of many classes, the largest and the smallest."""
-    from localvit.columns import columns
+    """Images by class and split; of many classes, the largest and the smallest."""
+    from localvit.utils.tables import columns
 
     splits = list(report.counts)
     names = sorted({name for classes in report.counts.values() for name in classes})
@@ -109,7 +109,7 @@ def _sizes(report: "CheckReport") -> str:
     sides = []
     for side in ("width", "height"):
         if told[side] is None:
-            return "no picture could be read"
+            return "no image could be read"
         low, middle, high = (round(told[side][key]) for key in ("smallest", "median", "largest"))
         sides.append(f"{side} {low}" if low == high else f"{side} {low} to {high}, median {middle}")
     return f"pixels: {'; '.join(sides)}"

@@ -15,7 +15,7 @@ from localvit_cli import UsageError
 if TYPE_CHECKING:
     from localvit.train.compare import Group, Run, Spread
 
-_HEADINGS = ("run", "state", "epochs", "best Acc@1", "epoch", "last Acc@1", "loss", "time", "pictures/s", "parameters")
+_HEADINGS = ("run", "state", "epochs", "best Acc@1", "epoch", "last Acc@1", "loss", "time", "images/s", "parameters")
 _RESULTS_ON_THE_RIGHT = range(2, len(_HEADINGS))
 _GROUP_HEADINGS = ("runs alike but for the seed", "n", "best Acc@1", "last Acc@1", "loss")
 
@@ -29,7 +29,7 @@ class Compare:
     json: bool = False
     """JSON instead of tables."""
     plot: Path | None = None
-    """Picture of accuracy and training loss to draw: PNG, SVG or PDF by its ending."""
+    """Image of accuracy and training loss to draw: PNG, SVG or PDF by its ending."""
 
     def run(self) -> None:
         """Print the comparison, and draw it if asked."""
@@ -43,16 +43,16 @@ class Compare:
         print(_as_json(runs, groups(runs)) if self.json else _as_text(runs, groups(runs)), flush=True)
 
 
-def _draw(runs: "list[Run]", picture: Path) -> None:
+def _draw(runs: "list[Run]", image: Path) -> None:
     from localvit.train.compare import alike, shared_name
     from localvit.train.curves import FORMATS, draw_comparison
     from localvit_cli.console import say
 
-    if picture.suffix.lower() not in FORMATS:
-        raise UsageError(f"--plot {picture} must end in {', '.join(FORMATS)}")
+    if image.suffix.lower() not in FORMATS:
+        raise UsageError(f"--plot {image} must end in {', '.join(FORMATS)}")
     lots = alike([run for run in runs if run.rows])
-    draw_comparison({shared_name(lot, runs): [run.rows for run in lot] for lot in lots}, picture)
-    say(f"plot: {picture}")
+    draw_comparison({shared_name(lot, runs): [run.rows for run in lot] for lot in lots}, image)
+    say(f"plot: {image}")
 
 
 def _as_json(runs: "list[Run]", groups: "list[Group]") -> str:
@@ -103,7 +103,7 @@ def _as_text(runs: "list[Run]", groups: "list[Group]") -> str:
     left_out = [f"{name} ({why})" for group in groups for name, why in group.left_out.items()]
     notes = (
         "Acc@1 is in percent; epochs count from 0, as in log.txt.",
-        "The loss is the last epoch's on the validation pictures, in nats.",
+        "The loss is the last epoch's on the validation images, in nats.",
         "Time (h:mm:ss) is that of the training steps, without evaluation.",
         "?: the folder has no config.yaml that would say." if any(run.settings is None for run in runs) else "",
         "Means are told with the sample standard deviation over n runs." if groups else "",
@@ -152,7 +152,7 @@ def _group(group: "Group") -> tuple[str, ...]:
 
 def _fitted(rows: Sequence[Sequence[str]], width: int | None, *, right: Collection[int] = ()) -> str:
     """The table in columns; where it is wider than `width`, in several below each other, each with the first column."""
-    from localvit.columns import columns
+    from localvit.utils.tables import columns
 
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     blocks: list[list[int]] = [[0]]

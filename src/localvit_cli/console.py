@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from localvit.distributed import is_main
+from localvit.utils.distributed import is_main
 
 _SECONDS_BETWEEN_LINES = 10
 
@@ -24,7 +24,7 @@ def say(message: str) -> None:
 
 
 @contextmanager
-def progress(title: str, total: int, unit: str = "pictures") -> Iterator[Advance]:
+def progress(title: str, total: int, unit: str = "images") -> Iterator[Advance]:
     """A bar with rate and time left on a terminal, a line now and then elsewhere; yields a call that counts on."""
     if not is_main():
         yield lambda done, note="": None

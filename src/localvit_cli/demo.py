@@ -44,8 +44,8 @@ def run_demo(config: "TrainConfig") -> float:
     """Train on digits as told, evaluate the last checkpoint, predict with it, say where it all is; returns Acc@1."""
     import json
 
-    from localvit.train.files import BEST, LAST, LOG, STATE
-    from localvit.train.watch import CURVES
+    from localvit.train.run_folder import BEST, LAST, LOG, STATE
+    from localvit.train.trackers import CURVES
     from localvit_cli.eval import Eval
     from localvit_cli.predict import Predict
     from localvit_cli.train import run_training

@@ -1,4 +1,4 @@
-"""`localvit eval`: exact accuracy of a model on labelled pictures."""
+"""`localvit eval`: exact accuracy of a model on labeled images."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +18,11 @@ class Running:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Half precisions run under autocast."""
     batch_size: int | None = None
-    """Pictures a batch and process; by default 16 on a CPU and 128 elsewhere."""
+    """Images a batch and process; by default 16 on a CPU and 128 elsewhere."""
     workers: int = 2
-    """Processes that decode pictures; 0 decodes in the main one."""
+    """Processes that decode images; 0 decodes in the main one."""
     channels_last: bool = False
-    """Lay pictures and weights out channels-last."""
+    """Lay images and weights out channels-last."""
     compile: bool = False
     """Compile the model first; pays off over many batches."""
     fuse: bool = True
@@ -30,8 +30,8 @@ class Running:
 
     def options(self):
         """The package's `InferenceOptions`, with the device chosen and said."""
-        from localvit.devices import DTYPES, choose_device
-        from localvit.inference import InferenceOptions
+        from localvit.inference.runner import InferenceOptions
+        from localvit.utils.devices import DTYPES, choose_device
         from localvit_cli.console import say
 
         try:
@@ -53,7 +53,7 @@ class Running:
 
 @dataclass(frozen=True, kw_only=True)
 class Eval:
-    """Evaluate a model: each picture exactly once, on one process or many (under torchrun)."""
+    """Evaluate a model: each image exactly once, on one process or many (under torchrun)."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A checkpoint file, or a model's name (its released weights are downloaded unless --checkpoint is given)."""
@@ -62,18 +62,18 @@ class Eval:
     data_set: str = "IMNET"
     """IMNET, IMNET-A, IMNET-R, CIFAR (100), CIFAR10, INAT, INAT19, FOLDER, DIGITS, or a timm name like hfds/NAME."""
     inat_category: str = "name"
-    """Level of the taxonomy that INAT and INAT19 are labelled at."""
+    """Level of the taxonomy that INAT and INAT19 are labeled at."""
     checkpoint: Path | None = None
     """Weights for the model of the given name."""
     weights: Literal["raw", "ema"] = "raw"
     """Raw or averaged weights of a checkpoint."""
     input_size: tuple[int, ...] = ()
-    """Side of the pictures, or height and width, in pixels; by default the model's own."""
+    """Side of the images, or height and width, in pixels; by default the model's own."""
     running: Annotated[Running, tyro.conf.arg(name="")] = Running()
     limit: int | None = None
-    """Only the first so many pictures."""
+    """Only the first so many images."""
     skip_unreadable: bool = False
-    """Leave pictures that cannot be read out, and say how many, instead of stopping."""
+    """Leave images that cannot be read out, and say how many, instead of stopping."""
     real_labels: bool = False
     """Also score ImageNet-1k val on the reassessed labels (ImageNet-ReaL, arXiv 2006.07159)."""
     report: Path | None = None
@@ -81,7 +81,7 @@ class Eval:
 
     def run(self) -> None:
         """Evaluate, and print the published program's line last."""
-        from localvit.inference import ready_model
+        from localvit.inference.runner import ready_model
 
         size = square(self.input_size)
         ready = ready_model(self.model, checkpoint=self.checkpoint, weights=self.weights, input_size=size)
@@ -100,31 +100,31 @@ def run_evaluation(asked: Eval, ready, options) -> None:
     import time
     from dataclasses import replace
 
-    from localvit.checkpoints import versions
+    from localvit.checkpoints.checkpoint import versions
     from localvit.data.classes import IMAGENET_SUBSETS, subset_classes
-    from localvit.data.datasets import open_pictures
-    from localvit.distributed import is_main, process_group, rank, world_size
-    from localvit.evaluate import evaluate
-    from localvit.predict import readable_class_names
-    from localvit.real_labels import real_accuracy
-    from localvit.report import write_report
+    from localvit.data.datasets import open_images
+    from localvit.evaluation.evaluate import evaluate
+    from localvit.evaluation.predict import readable_class_names
+    from localvit.evaluation.real_labels import real_accuracy
+    from localvit.evaluation.report import write_report
+    from localvit.utils.distributed import is_main, process_group, rank, world_size
     from localvit_cli.console import progress, say
 
     with process_group(options.device):
         say(f"model: {ready.description}; {ready.preprocessing}")
-        pictures = open_pictures(
+        images = open_images(
             asked.data_set,
             asked.data_path,
             inat_category=asked.inat_category,
             remark=lambda message: say(f"warning: {message}"),
         )
         subset = asked.data_set.upper()
-        total = len(pictures) if asked.limit is None else min(asked.limit, len(pictures))
+        total = len(images) if asked.limit is None else min(asked.limit, len(images))
         started = time.monotonic()
         with progress("eval", len(range(rank(), total, world_size()))) as advance:
             evaluation = evaluate(
                 ready.place(options),
-                pictures,
+                images,
                 ready.preprocessing,
                 options,
                 class_names=ready.class_names,
@@ -152,12 +152,12 @@ def run_evaluation(asked: Eval, ready, options) -> None:
         if asked.real_labels:
             real1, real5, count = real_accuracy(evaluation)
             about["real"] = {"acc1": real1, "acc5": real5, "count": count}
-            print(f"ReaL Acc@1 {real1:.3f} Acc@5 {real5:.3f} over {count} pictures")
+            print(f"ReaL Acc@1 {real1:.3f} Acc@5 {real5:.3f} over {count} images")
         if asked.report is not None:
             words = readable_class_names(ready.class_names, len(evaluation.class_names))
             told = replace(evaluation, class_names=words)
-            written = write_report(told, asked.report, dataset_root=pictures.root, about=about)
+            written = write_report(told, asked.report, dataset_root=images.root, about=about)
             say(f"report: {', '.join(str(path) for path in written)}")
         if evaluation.skipped:
-            print(f"{len(evaluation.skipped)} unreadable pictures left out of {total}")
+            print(f"{len(evaluation.skipped)} unreadable images left out of {total}")
         print(evaluation.line(), flush=True)

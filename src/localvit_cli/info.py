@@ -10,7 +10,7 @@ import tyro
 from localvit_cli import UsageError
 
 if TYPE_CHECKING:
-    from localvit.checkpoints import Checkpoint
+    from localvit.checkpoints.checkpoint import Checkpoint
     from localvit.data.preprocessing import Preprocessing
 
 _NAMED = 5  # how many classes the text names
@@ -30,8 +30,8 @@ class Info:
     def run(self) -> int:
         """Print what is known; 1 for a file that is readable but fits no known model."""
         from localvit.data.preprocessing import Preprocessing
-        from localvit.inference import names_file
-        from localvit.zoo import create_model
+        from localvit.inference.runner import names_file
+        from localvit.models.zoo import create_model
         from localvit_cli.named_values import named_values
 
         if names_file(self.model):
@@ -50,8 +50,8 @@ class Info:
 
 def _file_facts(path: Path) -> dict[str, Any]:
     """What a file says of itself, and the model that it makes."""
-    from localvit.checkpoints import read_checkpoint
-    from localvit.inference import ready_model
+    from localvit.checkpoints.checkpoint import read_checkpoint
+    from localvit.inference.runner import ready_model
 
     checkpoint = read_checkpoint(path)
     problem = model = None
@@ -87,8 +87,8 @@ def _described(checkpoint: "Checkpoint", class_names: list[str] | None) -> dict[
 
 
 def _model_facts(model: Any, preprocessing: "Preprocessing") -> dict[str, Any]:
-    from localvit.cost import count_multiply_adds, count_parameters, locality_report, summarize_blocks
-    from localvit.zoo import published_model
+    from localvit.inference.cost import count_multiply_adds, count_parameters, locality_report, summarize_blocks
+    from localvit.models.zoo import published_model
 
     name = model.made_from["name"]
     published = published_model(name)
@@ -119,7 +119,7 @@ def _text(facts: dict[str, Any]) -> str:
 
 
 def _file_text(file: dict[str, Any]) -> str:
-    from localvit.columns import columns
+    from localvit.utils.tables import columns
 
     names = file["class_names"]
     more = ", ..." if names and len(names) > _NAMED else ""
@@ -141,7 +141,7 @@ def _file_text(file: dict[str, Any]) -> str:
 
 
 def _model_text(model: dict[str, Any]) -> str:
-    from localvit.columns import columns
+    from localvit.utils.tables import columns
 
     others = [model[key] for key in ("published_name", "friendly_name", "paper_name")]
     published = model["published"] or {}
@@ -153,7 +153,7 @@ def _model_text(model: dict[str, Any]) -> str:
         ("classes", f"{model['num_classes']:,}"),
         ("input", f"{height} x {width} pixels, {channels} channels"),
         ("parameters", f"{model['parameters']:,}"),
-        ("multiply-adds", f"{model['multiply_adds'] / 1e9:.3f} G a picture (half the FLOPs)"),
+        ("multiply-adds", f"{model['multiply_adds'] / 1e9:.3f} G an image (half the FLOPs)"),
         ("locality", _locality_text(model["locality"])),
         ("preprocessing", _listed(model["preprocessing"])),
         ("published", _listed({key: value for key, value in published.items() if value is not None})),

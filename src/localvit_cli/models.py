@@ -16,15 +16,15 @@ class Models:
 
     def run(self) -> None:
         """Count every model and print the list."""
-        from localvit.zoo import OWN_MODELS, ZOO
+        from localvit.models.zoo import OWN_MODELS, ZOO
 
         models = [_facts(name) for name in (*(model.name for model in ZOO), *OWN_MODELS)]
         print(json.dumps(models, indent=2) if self.json else _table(models))
 
 
 def _facts(name: str) -> dict[str, Any]:
-    from localvit.cost import count_multiply_adds, count_parameters
-    from localvit.zoo import create_model, published_model
+    from localvit.inference.cost import count_multiply_adds, count_parameters
+    from localvit.models.zoo import create_model, published_model
 
     published = published_model(name)
     model: Any = create_model(name, device="meta")
@@ -44,7 +44,7 @@ def _facts(name: str) -> dict[str, Any]:
 
 
 def _table(models: list[dict[str, Any]]) -> str:
-    from localvit.columns import columns
+    from localvit.utils.tables import columns
 
     rows = [
         (
@@ -62,6 +62,6 @@ def _table(models: list[dict[str, Any]]) -> str:
     ]
     return (
         f"{columns([_HEADINGS, *rows], right=(3, 4, 6, 7))}\n\n"
-        "Multiply-adds (half the FLOPs) are of one picture of the input size, height x width in pixels.\n"
+        "Multiply-adds (half the FLOPs) are of one image of the input size, height x width in pixels.\n"
         "Accuracies, in percent, are the published ones of the released weights on ImageNet-1k val."
     )

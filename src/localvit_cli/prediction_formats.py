@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
-    from localvit.predict import Prediction
+    from localvit.evaluation.predict import Prediction
 
 
 def _rounded(probability: float) -> float:
@@ -43,7 +43,7 @@ def write_json(predictions: Iterable["Prediction"], names: Sequence[str], stream
 
 
 def write_csv(predictions: Iterable["Prediction"], names: Sequence[str], stream: TextIO) -> None:
-    """A line for each class of each picture: file, rank from 1, class, name, probability; or one with the error."""
+    """A line for each class of each image: file, rank from 1, class, name, probability; or one with the error."""
     writer = csv.writer(stream, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)  # a bare \r would stay unquoted
     writer.writerow(("file", "rank", "class", "name", "probability", "error"))
     for prediction in predictions:
@@ -56,7 +56,7 @@ def write_csv(predictions: Iterable["Prediction"], names: Sequence[str], stream:
 
 
 def write_table(predictions: Iterable["Prediction"], names: Sequence[str], stream: TextIO) -> None:
-    """For people: each picture with its classes below each other."""
+    """For people: each image with its classes below each other."""
     stream.write(f"{'probability':>11}  class\n")
     for prediction in predictions:
         stream.write(f"{printable(prediction.file)}\n")

@@ -26,7 +26,7 @@ class Published:
     model: str = "localvit_tiny_mlp4_act3_r192"
     """Name of the model."""
     input_size: int = 224
-    """Side of the pictures in pixels."""
+    """Side of the images in pixels."""
     drop: float = 0.0
     """Dropout rate."""
     drop_path: float = 0.1
@@ -54,9 +54,9 @@ class Published:
     device: str = "cuda"
     """Device to run on; another one, with a warning, where there is none."""
     batch_size: int = 64
-    """Pictures a batch and process."""
+    """Images a batch and process."""
     num_workers: int = 10
-    """Processes that prepare pictures, beside each that runs the model."""
+    """Processes that prepare images, beside each that runs the model."""
     pin_mem: bool = True
     """Pin memory for the device; done here wherever it helps."""
     output_dir: str = ""
@@ -76,11 +76,11 @@ class Published:
     epochs: int = 300
     """Epochs."""
     opt: str = "adamw"
-    """Optimiser."""
+    """Optimizer."""
     opt_eps: float = 1e-8
-    """Optimiser's epsilon."""
+    """Optimizer's epsilon."""
     opt_betas: tuple[float, ...] = ()
-    """Optimiser's betas."""
+    """Optimizer's betas."""
     clip_grad: float | None = None
     """Largest norm of all gradients together; without it they stay as they are."""
     momentum: float = 0.9
@@ -90,7 +90,7 @@ class Published:
     sched: str = "cosine"
     """Learning rate schedule: cosine, tanh, step, multistep, poly or plateau."""
     lr: float = 5e-4
-    """Learning rate for 512 pictures a step."""
+    """Learning rate for 512 images a step."""
     lr_noise: tuple[float, ...] = ()
     """Parts of the schedule, from 0 to 1, between which the learning rate is noisy."""
     lr_noise_pct: float = 0.67
@@ -112,7 +112,7 @@ class Published:
     decay_rate: Annotated[float, tyro.conf.arg(aliases=["--dr"])] = 0.1
     """Factor of a fall of the learning rate, or the power of poly."""
     color_jitter: float = 0.4
-    """Colour jitter; acts only without --aa."""
+    """Color jitter; acts only without --aa."""
     aa: str = "rand-m9-mstd0.5-inc1"
     """timm's augmentation policy; none for none."""
     smoothing: float = 0.1
@@ -128,13 +128,13 @@ class Published:
     recount: int = 1
     """Most regions that random erasing takes."""
     resplit: Annotated[bool, Flag] = False
-    """Leave the first of each picture's repeats unerased."""
+    """Leave the first of each image's repeats unerased."""
     mixup: float = 0.8
     """Mixup's alpha."""
     cutmix: float = 1.0
     """CutMix's alpha."""
     cutmix_minmax: tuple[float, ...] = ()
-    """Smallest and largest side of what CutMix pastes, as parts of the picture's, instead of --cutmix."""
+    """Smallest and largest side of what CutMix pastes, as parts of the image's, instead of --cutmix."""
     mixup_prob: float = 1.0
     """Probability of mixing."""
     mixup_switch_prob: float = 0.5
@@ -178,7 +178,7 @@ class Published:
         if not self.resume:
             raise UsageError("--eval needs --resume FILE, the checkpoint to evaluate")
         from localvit.data.preprocessing import Preprocessing
-        from localvit.inference import ready_model
+        from localvit.inference.runner import ready_model
         from localvit_cli.eval import Eval, Running, run_evaluation
 
         asked = Eval(

@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypedDict
 import tyro
 
 from localvit.train.config import TrainConfig
-from localvit.train.files import CONFIG
+from localvit.train.run_folder import CONFIG
 from localvit.train.settings import read_recipe, read_settings
 from localvit_cli import UsageError
 from localvit_cli.named_values import named_values
@@ -88,8 +88,8 @@ def run_training(config: TrainConfig, resume: str | None = None, *, dry_run: boo
     Returns the exit status: 0, or what stands for the signal that stopped the run. A process that torchrun started
     again goes on by itself. A dry run says what the run would be, and leaves nothing.
     """
-    from localvit.devices import choose_device
-    from localvit.distributed import process_group
+    from localvit.utils.devices import choose_device
+    from localvit.utils.distributed import process_group
 
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
         resume = "auto"
@@ -98,10 +98,10 @@ def run_training(config: TrainConfig, resume: str | None = None, *, dry_run: boo
 
 
 def _rehearse(config: TrainConfig, resume: str | None) -> int:
-    from localvit.columns import columns
-    from localvit.distributed import is_main
-    from localvit.train.recipe import build
-    from localvit.train.rehearsal import rehearse
+    from localvit.train.build import build
+    from localvit.train.dry_run import rehearse
+    from localvit.utils.distributed import is_main
+    from localvit.utils.tables import columns
     from localvit_cli.console import say
 
     told = rehearse(build(config, say, resume))
@@ -111,20 +111,20 @@ def _rehearse(config: TrainConfig, resume: str | None) -> int:
 
 
 def _train(config: TrainConfig, resume: str | None) -> int:
-    from localvit.columns import columns
-    from localvit.distributed import is_main
-    from localvit.train.files import LAST
+    from localvit.train.build import build
     from localvit.train.loop import fit
-    from localvit.train.recipe import build
+    from localvit.train.run_folder import LAST
     from localvit.train.stopping import Stopped
     from localvit.train.summary import summary_rows, write_summary
+    from localvit.utils.distributed import is_main
+    from localvit.utils.tables import columns
     from localvit_cli.console import progress, say
 
     run = build(config, say, resume)
-    train_pictures = len(run.batches.pictures.pictures)
-    say(f"model: {config.model}, {train_pictures:,} pictures to train on, {len(run.val_pictures):,} to evaluate on")
+    train_images = len(run.batches.images.images)
+    say(f"model: {config.model}, {train_images:,} images to train on, {len(run.val_images):,} to evaluate on")
     try:
-        with progress("train", run.pictures_left) as advance:
+        with progress("train", run.images_left) as advance:
             rows = fit(run, advance, say)
     except Stopped as stopped:
         say(f"localvit: {stopped}")

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-import localvit.bench
+import localvit.bench.measure
 from localvit_cli import main
 
 NANO = "localvit_nano_patch4_32"
@@ -15,8 +15,8 @@ QUICK = ("--baseline", "None", "--batch-sizes", "2", "--rounds", "3", "--device"
 @pytest.fixture(autouse=True)
 def few_calls(monkeypatch):
     """Enough to see that everything runs."""
-    monkeypatch.setattr(localvit.bench, "LATENCY_CALLS", 6)
-    monkeypatch.setattr(localvit.bench, "_SECONDS_A_TIMING", 0.0)
+    monkeypatch.setattr(localvit.bench.measure, "LATENCY_CALLS", 6)
+    monkeypatch.setattr(localvit.bench.measure, "_SECONDS_A_TIMING", 0.0)
 
 
 def bench(capsys, *arguments) -> tuple[int, str, str]:
@@ -70,7 +70,7 @@ def test_for_people_in_training(capsys):
 def test_a_noisy_machine_is_refused(capsys, monkeypatch):
     # A clock that gives each next timing another length.
     ticks = iter(range(10**6))
-    monkeypatch.setattr(localvit.bench, "perf_counter", lambda: float(next(ticks) ** 2))
+    monkeypatch.setattr(localvit.bench.measure, "perf_counter", lambda: float(next(ticks) ** 2))
     status, out, err = bench(capsys, NANO, *QUICK)
     assert (status, out) == (1, "")
     last = err.splitlines()[-1]
@@ -109,7 +109,7 @@ def test_one_clear_line_for_what_is_wrong(capsys, arguments, status, message):
 def test_a_plot_needs_matplotlib(capsys, monkeypatch, tmp_path):
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delitem(sys.modules, "localvit.bench_plot", raising=False)
+    monkeypatch.delitem(sys.modules, "localvit.bench.plot", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     status, out, err = bench(capsys, NANO, *QUICK, "--plot", str(tmp_path / "speed.png"))
     assert (status, out) == (1, "")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from localvit.data.check.report import check_folder
+from localvit.dataset_check.report import check_folder
 from localvit_cli import main
 
 
@@ -47,7 +47,7 @@ def test_nothing_wrong(root, capsys):
         [],
         ["nothing", "found", "that", "would", "hurt"],
     ]
-    assert "5 of 5 pictures" in err
+    assert "5 of 5 images" in err
 
 
 def test_warnings_alone_are_no_failure(root, capsys):
@@ -86,7 +86,7 @@ def test_json_has_everything(root, capsys):
     told = json.loads(out)
     assert told == json.loads(json.dumps(check_folder(root).to_dict()))
     assert told["folder"] == str(root)
-    assert told["pictures"] == {"train": 3, "val": 9}
+    assert told["images"] == {"train": 3, "val": 9}
     assert told["classes"] == {"train": {"ape": 2, "bat": 1}, "val": {"ape": 8, "bat": 1}}
     assert told["width"] == {"smallest": 41, "median": 41, "largest": 41}
     assert told["height"] == {"smallest": 37, "median": 37, "largest": 37}
@@ -100,8 +100,8 @@ def test_json_has_everything(root, capsys):
 
 def test_of_many_classes_the_ends(tmp_path, capsys):
     for number in range(23):
-        for picture in range(2 if number == 11 else 1):
-            save(tmp_path / f"c{number:02}" / f"{picture}.png", 100 * number + picture)
+        for image in range(2 if number == 11 else 1):
+            save(tmp_path / f"c{number:02}" / f"{image}.png", 100 * number + image)
     status, out, _ = check(capsys, tmp_path, "--workers", 0)
     assert status == 0
     lines = out.splitlines()
@@ -112,21 +112,21 @@ def test_of_many_classes_the_ends(tmp_path, capsys):
     assert lines[22].split() == ["23", "classes", "24"]
 
 
-def test_a_folder_without_a_picture(tmp_path, capsys):
+def test_a_folder_without_an_image(tmp_path, capsys):
     status, out, _ = check(capsys, tmp_path)
     assert status == 1
     assert "has no class folders" in out
     assert out.endswith("1 error, 0 warnings\n")
 
 
-def test_no_picture_can_be_read(tmp_path, capsys):
+def test_no_image_can_be_read(tmp_path, capsys):
     for name in ("ape", "bat"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "1.png").write_bytes(b"")
     assert check(capsys, tmp_path, "--json")[0] == 1
     status, out, _ = check(capsys, tmp_path)
     assert status == 1
-    assert "no picture could be read" in out
+    assert "no image could be read" in out
 
 
 @pytest.mark.parametrize("form", [[], ["--json"]])
@@ -173,7 +173,7 @@ def test_bad_usage_is_status_2(arguments, capsys):
 # Ctrl-C may fall between the opening of a file and the block that closes it.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_interrupt_is_one_line(root, capsys):
-    """The main process waits for a pipe that is called a picture when Ctrl-C comes."""
+    """The main process waits for a pipe that is called an image when Ctrl-C comes."""
     pipe = root / "train" / "ape" / "waits.png"
     os.mkfifo(pipe)
 

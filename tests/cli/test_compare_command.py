@@ -1,4 +1,4 @@
-"""`localvit compare`: in a pipe, on a narrow terminal, for programs, and as a picture."""
+"""`localvit compare`: in a pipe, on a narrow terminal, for programs, and as an image."""
 
 import json
 import math
@@ -81,10 +81,10 @@ def test_for_programs(folders, capsys):
     assert group["last_loss"] == {"mean": None, "std": None}
 
 
-def test_a_picture_of_what_has_an_epoch(folders, capsys, tmp_path):
+def test_an_image_of_what_has_an_epoch(folders, capsys, tmp_path):
     assert main(["compare", *folders, "--plot", str(tmp_path / "new" / "runs.png")]) == 0
-    with Image.open(tmp_path / "new" / "runs.png") as picture:
-        assert picture.width == 1500
+    with Image.open(tmp_path / "new" / "runs.png") as image:
+        assert image.width == 1500
     main(["compare", *folders, "--plot", str(tmp_path / "runs.svg")])
     svg = (tmp_path / "runs.svg").read_text()
     for label in ("local-s*: 49.25 to 51.75 (2 runs)", "plain-s0: 30.00", "published: 75.00"):

@@ -18,7 +18,7 @@ from localvit_cli import main
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A checkpoint of two classes and folders of pictures, good and bad."""
+    """A checkpoint of two classes and folders of images, good and bad."""
     root = tmp_path_factory.mktemp("eval")
     torch.manual_seed(0)
     model = localvit.create_model("localvit_nano_patch4_32", num_classes=2)
@@ -109,11 +109,11 @@ def test_report(workplace, capsys, tmp_path):
     assert "report.html" in err
 
 
-def test_skipped_pictures_are_counted(workplace, capsys):
+def test_skipped_images_are_counted(workplace, capsys):
     asked = ["@/good.safetensors", "--data-set", "FOLDER", "--data-path", "@/broken", "--skip-unreadable"]
     status, out, err = evaluate(workplace, capsys, *asked)
     assert status == 0
-    assert out.splitlines()[0] == "1 unreadable pictures left out of 2"
+    assert out.splitlines()[0] == "1 unreadable images left out of 2"
     assert "2.jpg" in err
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import tyro
 
-from localvit.checkpoints import read_checkpoint
+from localvit.checkpoints.checkpoint import read_checkpoint
 from localvit.train.config import TrainConfig
 from localvit_cli.published import Published, main, to_config
 
@@ -33,7 +33,7 @@ DEFAULT = {
 
 PUBLISHED_RECIPE = {
     "opt": "adamw",
-    "opt_betas": (),  # the optimiser's own, (0.9, 0.999)
+    "opt_betas": (),  # the optimizer's own, (0.9, 0.999)
     "opt_eps": 1e-8,
     "weight_decay": 0.05,
     "lr": 5e-4,
@@ -209,7 +209,7 @@ LAUNCH = ["-m", "torch.distributed.launch", "--standalone", "--nproc_per_node=2"
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    # 3 x 13 = 39 pictures: three steps of 12, or of 2 x 6, and a rest.
+    # 3 x 13 = 39 images: three steps of 12, or of 2 x 6, and a rest.
     return write_some_digits(tmp_path_factory.mktemp("digits"), classes=3, train=13, val=3)
 
 
@@ -243,7 +243,7 @@ def test_it_trains(trained, digits):
 
     rows = rows_of(output_dir)
     assert [row["epoch"] for row in rows] == [0, 1, 2]
-    # The first two epochs at the warm-up's first rate, then the cosine's epoch 1 of 3, for 12 pictures a step.
+    # The first two epochs at the warm-up's first rate, then the cosine's epoch 1 of 3, for 12 images a step.
     assert [row["train_lr"] for row in rows] == [1e-3, 1e-3, pytest.approx(0.75 * 0.02 * 12 / 512, rel=1e-12)]
     checkpoint = read_checkpoint(output_dir / "last.safetensors")
     assert checkpoint.class_names == ["0", "1", "2"]

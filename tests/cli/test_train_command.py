@@ -6,12 +6,9 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import yaml
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 from tiny import tiny_config, write_some_digits
 
 from localvit_cli import main
@@ -33,9 +30,9 @@ def test_a_dry_run_says_what_a_run_would_be_and_leaves_nothing(digits, tmp_path,
     assert main(["train", "--config", told, "--dry-run"]) == 0
     shown = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
     shown = {name: value.strip() for name, value in shown.items()}
-    assert shown["pictures"].startswith("39 to train on, 9")
-    assert shown["pictures a step"].startswith("12 ")
-    assert shown["steps"].startswith("21 ")  # 39 pictures are 3 steps of 12
+    assert shown["images"].startswith("39 to train on, 9")
+    assert shown["images a step"].startswith("12 ")
+    assert shown["steps"].startswith("21 ")  # 39 images are 3 steps of 12
     assert float(shown["learning rate"].split()[0]) == pytest.approx(0.1 * 12 / 512, rel=1e-2)
     assert shown["model"].startswith("localvit_nano_patch4_32, 730,")
     assert {"time a step", "time in all", "memory", "runs on"} <= shown.keys()
@@ -86,7 +83,7 @@ def test_interrupted_it_leaves_and_goes_on_under_its_own_settings(digits, tmp_pa
         (["--freeze", "block.*"], 1, "freeze=block.* matches no parameter"),
         (["--distillation", "hard"], 1, "distilled=true"),
         (["--wandb", "project"], 1, "wandb"),
-        (["--batch-size", "40"], 1, "batch_size=40 is more than the 39 pictures"),
+        (["--batch-size", "40"], 1, "batch_size=40 is more than the 39 images"),
     ],
 )
 def test_refused_in_a_line(digits, tmp_path, monkeypatch, capsys, flags, status, words):

@@ -11,36 +11,36 @@ import pytest
 from PIL import Image
 
 from localvit.data.classes import imagenet_synsets, match_classes
-from localvit.data.datasets import open_pictures
+from localvit.data.datasets import open_images
 from localvit.data.digits import write_digits
-from localvit.data.pictures import DataError, DatasetPictures, FilePictures
+from localvit.data.images import DataError, DatasetImages, FileImages
 
-PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
 
 
 def write(root, *names):
     for name in names:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        PICTURE.save(path)
+        IMAGE.save(path)
 
 
 def test_imnet_is_the_val_folder(tmp_path):
     write(tmp_path, "val/n01440764/a.JPEG", "train/n01440764/b.JPEG")
-    assert open_pictures("IMNET", tmp_path).paths == ["n01440764/a.JPEG"]
-    assert open_pictures("imnet", tmp_path, split="train").paths == ["n01440764/b.JPEG"]
+    assert open_images("IMNET", tmp_path).paths == ["n01440764/a.JPEG"]
+    assert open_images("imnet", tmp_path, split="train").paths == ["n01440764/b.JPEG"]
 
 
 def test_folder_is_val_or_the_folder_itself(tmp_path):
     write(tmp_path / "split", "val/ape/a.png", "train/ape/b.png")
     write(tmp_path / "plain", "ape/c.png")
-    assert open_pictures("FOLDER", tmp_path / "split").paths == ["ape/a.png"]
-    assert open_pictures("FOLDER", tmp_path / "plain").paths == ["ape/c.png"]
+    assert open_images("FOLDER", tmp_path / "split").paths == ["ape/a.png"]
+    assert open_images("FOLDER", tmp_path / "plain").paths == ["ape/c.png"]
 
 
 @pytest.fixture
 def cifar(tmp_path, monkeypatch):
-    """CIFAR-10 and -100 with seven pictures each, in the archives' own format."""
+    """CIFAR-10 and -100 with seven images each, in the archives' own format."""
     from torchvision.datasets import CIFAR10, CIFAR100
 
     pixels = np.random.default_rng(1).integers(0, 256, (7, 3072), dtype=np.uint8)
@@ -69,11 +69,11 @@ def cifar(tmp_path, monkeypatch):
 )
 def test_cifar(cifar, name, labels, count):
     root, pixels = cifar
-    pictures = open_pictures(name, root)
-    assert pictures.labels == labels
-    assert pictures.class_names == [f"class{index}" for index in range(count)]
-    np.testing.assert_array_equal(np.asarray(pictures.load(5)), pixels[5].reshape(3, 32, 32).transpose(1, 2, 0))
-    assert pictures.name(5) == f"{name}[5]"
+    images = open_images(name, root)
+    assert images.labels == labels
+    assert images.class_names == [f"class{index}" for index in range(count)]
+    np.testing.assert_array_equal(np.asarray(images.load(5)), pixels[5].reshape(3, 32, 32).transpose(1, 2, 0))
+    assert images.name(5) == f"{name}[5]"
 
 
 @pytest.mark.parametrize("supercategories", [True, False])
@@ -98,11 +98,11 @@ def test_inat(tmp_path, supercategories):
     (tmp_path / "categories.json").write_text(json.dumps(categories))
     split("train", [(10, 2), (11, 1), (12, 0)])
     split("val", [(20, 0), (21, 1), (22, 2)])
-    by_name = open_pictures("INAT", tmp_path)
+    by_name = open_images("INAT", tmp_path)
     assert by_name.class_names == ["Corvus corax", "Quercus robur", "Pica pica"]
     assert by_name.labels == [2, 1, 0]
     assert by_name.load(0).size == (32, 32)
-    by_kingdom = open_pictures("INAT", tmp_path, inat_category="kingdom")
+    by_kingdom = open_images("INAT", tmp_path, inat_category="kingdom")
     assert by_kingdom.class_names == ["Animalia", "Plantae"]
     assert by_kingdom.labels == [0, 1, 0]
 
@@ -111,17 +111,17 @@ def test_digits_are_written_once_and_split_fairly(tmp_path):
     from sklearn.datasets import load_digits
 
     root = write_digits(tmp_path / "digits")
-    train, val = (open_pictures("DIGITS", root, split=split) for split in ("train", "val"))
+    train, val = (open_images("DIGITS", root, split=split) for split in ("train", "val"))
     assert (len(train), len(val)) == (1437, 360)
     assert not {path.split("/")[1] for path in train.paths} & {path.split("/")[1] for path in val.paths}
     assert all(33 <= val.labels.count(digit) <= 38 for digit in range(10))  # 174 to 183 of each, a fifth
     digits = load_digits()
-    for pictures in (train, val):
-        for index in range(0, len(pictures), 97):
-            number = int(pictures.paths[index].split("/")[1].removesuffix(".png"))
-            grey = np.asarray(pictures.load(index))[::4, ::4, 0]
-            assert pictures.labels[index] == digits.target[number]
-            np.testing.assert_array_equal(grey, np.round(digits.images[number] * 255 / 16))
+    for images in (train, val):
+        for index in range(0, len(images), 97):
+            number = int(images.paths[index].split("/")[1].removesuffix(".png"))
+            gray = np.asarray(images.load(index))[::4, ::4, 0]
+            assert images.labels[index] == digits.target[number]
+            np.testing.assert_array_equal(gray, np.round(digits.images[number] * 255 / 16))
     stamp = (root / "val").stat().st_mtime_ns
     assert write_digits(root) == root
     assert (root / "val").stat().st_mtime_ns == stamp
@@ -130,13 +130,13 @@ def test_digits_are_written_once_and_split_fairly(tmp_path):
 
 def test_a_name_of_timms_factory(cifar):
     root, pixels = cifar
-    pictures = open_pictures("torch/cifar10", root)
-    assert pictures.labels == [3, 1, 4, 1, 5, 9, 2]
-    np.testing.assert_array_equal(np.asarray(pictures.load(2)), pixels[2].reshape(3, 32, 32).transpose(1, 2, 0))
+    images = open_images("torch/cifar10", root)
+    assert images.labels == [3, 1, 4, 1, 5, 9, 2]
+    np.testing.assert_array_equal(np.asarray(images.load(2)), pixels[2].reshape(3, 32, 32).transpose(1, 2, 0))
 
 
 def test_a_streamed_set_becomes_a_fixed_sequence(tmp_path):
-    """Five pictures of distinct widths in a webdataset shard."""
+    """Five images of distinct widths in a webdataset shard."""
     pytest.importorskip("webdataset", reason="webdataset is an extra that is not installed")
     with tarfile.open(tmp_path / "validation-0000.tar", "w") as shard:
         for number in range(5):
@@ -148,9 +148,9 @@ def test_a_streamed_set_becomes_a_fixed_sequence(tmp_path):
                 shard.addfile(entry, io.BytesIO(content))
     split = {"name": "validation", "num_samples": 5, "filenames": ["validation-0000.tar"], "shard_lengths": [5]}
     (tmp_path / "_info.json").write_text(json.dumps({"splits": {"validation": split}}))
-    pictures = open_pictures("wds/", tmp_path)
-    assert pictures.labels == [0, 1, 2, 0, 1]
-    assert [pictures.load(index).width for index in (4, 0, 2)] == [12, 8, 10]
+    images = open_images("wds/", tmp_path)
+    assert images.labels == [0, 1, 2, 0, 1]
+    assert [images.load(index).width for index in (4, 0, 2)] == [12, 8, 10]
 
 
 def test_a_hugging_face_set(tmp_path, monkeypatch):
@@ -158,10 +158,10 @@ def test_a_hugging_face_set(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     pytest.importorskip("datasets", reason="datasets is an extra that is not installed")
     write(tmp_path / "set", "train/ape/a.png", "validation/ape/b.png", "validation/bat/c.png", "validation/bat/d.png")
-    pictures = open_pictures(f"hfds/{tmp_path / 'set'}", tmp_path / "cache")
-    assert pictures.labels == [0, 1, 1]
-    assert pictures.class_names == ["ape", "bat"]
-    np.testing.assert_array_equal(np.asarray(pictures.load(2)), np.asarray(PICTURE))
+    images = open_images(f"hfds/{tmp_path / 'set'}", tmp_path / "cache")
+    assert images.labels == [0, 1, 1]
+    assert images.class_names == ["ape", "bat"]
+    np.testing.assert_array_equal(np.asarray(images.load(2)), np.asarray(IMAGE))
 
 
 @pytest.mark.parametrize(
@@ -183,18 +183,18 @@ def test_a_hugging_face_set(tmp_path, monkeypatch):
 )
 def test_bad_data_sets(data_set, path, says, tmp_path):
     with pytest.raises(DataError, match=says):
-        open_pictures(data_set, tmp_path / path if path else None)
+        open_images(data_set, tmp_path / path if path else None)
 
 
 def test_bad_inat_category(tmp_path):
-    with pytest.raises(DataError, match="--inat-category colour"):
-        open_pictures("INAT", tmp_path, inat_category="colour")
+    with pytest.raises(DataError, match="--inat-category color"):
+        open_images("INAT", tmp_path, inat_category="color")
 
 
 def names(*class_names, fixed=False):
     if fixed:
-        return DatasetPictures(lambda index: PICTURE, [], list(class_names), "set")
-    return FilePictures(None, [], list(class_names))
+        return DatasetImages(lambda index: IMAGE, [], list(class_names), "set")
+    return FileImages(None, [], list(class_names))
 
 
 def test_labels_go_by_name():
@@ -206,7 +206,7 @@ def test_labels_go_by_name():
 
 
 @pytest.mark.parametrize(
-    ("pictures", "model_names", "num_classes", "says"),
+    ("images", "model_names", "num_classes", "says"),
     [
         (names("ape", "bta"), ["ape", "bat"], 2, r"1 of the data set's 2 classes.*'bta'.*did you mean 'bat'"),
         (names("cat"), imagenet_synsets(), 1000, "no ImageNet-1k synset"),
@@ -214,6 +214,6 @@ def test_labels_go_by_name():
         (names("a", "b", "c", fixed=True), ["x", "y"], 2, "'a', 'b', 'c'"),
     ],
 )
-def test_classes_that_do_not_fit(pictures, model_names, num_classes, says):
+def test_classes_that_do_not_fit(images, model_names, num_classes, says):
     with pytest.raises(DataError, match=says):
-        match_classes(pictures, model_names, num_classes)
+        match_classes(images, model_names, num_classes)

@@ -16,8 +16,8 @@ from localvit.data.preprocessing import Preprocessing
 @pytest.mark.parametrize("size", [224, 384, 160, 288, 48])
 @pytest.mark.parametrize("shape", [(300, 500), (500, 300), (61, 67), (1, 1)])
 def test_published_rule(size, shape):
-    """Resize the short side to int(256/224 * size), bicubic; centre crop; ImageNet's mean and deviation."""
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8))
+    """Resize the short side to int(256/224 * size), bicubic; center crop; ImageNet's mean and deviation."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8))
     by_hand = transforms.Compose(
         [
             transforms.Resize(int(256 / 224 * size), transforms.InterpolationMode.BICUBIC),
@@ -26,15 +26,15 @@ def test_published_rule(size, shape):
             transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
         ]
     )
-    ours = Preprocessing.published((size, size)).transform()(picture)
-    torch.testing.assert_close(ours, by_hand(picture), rtol=0, atol=0)
+    ours = Preprocessing.published((size, size)).transform()(image)
+    torch.testing.assert_close(ours, by_hand(image), rtol=0, atol=0)
 
 
-def test_small_pictures_are_not_resized():
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
-    normalised = (np.asarray(picture) / np.float32(255) - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
-    ours = Preprocessing.published((32, 32)).transform()(picture)
-    np.testing.assert_allclose(ours.permute(1, 2, 0), normalised, rtol=1e-5, atol=1e-6)  # float32 against float64
+def test_small_images_are_not_resized():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    normalized = (np.asarray(image) / np.float32(255) - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
+    ours = Preprocessing.published((32, 32)).transform()(image)
+    np.testing.assert_allclose(ours.permute(1, 2, 0), normalized, rtol=1e-5, atol=1e-6)  # float32 against float64
 
 
 def test_every_published_model_is_evaluated_alike():

@@ -9,65 +9,65 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from localvit.data.pictures import (
+from localvit.data.images import (
     DataError,
-    DatasetPictures,
-    FilePictures,
-    UnreadablePicture,
-    load_picture,
+    DatasetImages,
+    FileImages,
+    UnreadableImage,
+    load_image,
     scan_folder,
 )
-from localvit.data.split import split_pictures
+from localvit.data.split import split_images
 
 COUNTS = {"ape": 23, "bat": 2, "cat": 101, "dog": 7}
 
 
-def folder_pictures(counts, root="root", order_seed=None):
-    """Pictures that are not there, of so many of each class, in the folder's order or another."""
+def folder_images(counts, root="root", order_seed=None):
+    """Images that are not there, of so many of each class, in the folder's order or another."""
     names = sorted(counts)
     samples = [(f"{name}/{number}.png", names.index(name)) for name in names for number in range(counts[name])]
     if order_seed is not None:
         random.Random(order_seed).shuffle(samples)
-    return FilePictures(Path(root), samples, names)
+    return FileImages(Path(root), samples, names)
 
 
-def names_of(pictures):
-    return {pictures.name(index) for index in range(len(pictures))}
+def names_of(images):
+    return {images.name(index) for index in range(len(images))}
 
 
-def of_class(pictures, name):
-    return {each for each in names_of(pictures) if each.startswith(f"{name}/")}
+def of_class(images, name):
+    return {each for each in names_of(images) if each.startswith(f"{name}/")}
 
 
 @pytest.mark.parametrize("val_fraction", [0.15, 0.5, 0.01, 0.99])
 def test_every_class_on_both_sides_in_proportion(val_fraction):
-    pictures = folder_pictures(COUNTS)
-    train, val = split_pictures(pictures, val_fraction, seed=3)
-    assert names_of(train) | names_of(val) == names_of(pictures)
+    images = folder_images(COUNTS)
+    train, val = split_images(images, val_fraction, seed=3)
+    assert names_of(train) | names_of(val) == names_of(images)
     assert not names_of(train) & names_of(val)
-    assert len(train) + len(val) == len(pictures)
+    assert len(train) + len(val) == len(images)
     for name, count in COUNTS.items():
         share = len(of_class(val, name))
         assert 1 <= share <= count - 1
-        # To the nearest picture, unless a side would be left with none.
+        # To the nearest image, unless a side would be left with none.
         wanted = val_fraction * count
         assert abs(share - wanted) <= 0.5 or (wanted < 1 and share == 1) or (wanted > count - 1 and share == count - 1)
 
 
 def test_the_seed_alone_decides():
-    reference = [names_of(side) for side in split_pictures(folder_pictures(COUNTS), 0.15, seed=3)]
+    reference = [names_of(side) for side in split_images(folder_images(COUNTS), 0.15, seed=3)]
     for order_seed in (None, 1, 2):
-        moved = folder_pictures(COUNTS, root="elsewhere", order_seed=order_seed)
-        assert [names_of(side) for side in split_pictures(moved, 0.15, seed=3)] == reference
-    assert [names_of(side) for side in split_pictures(folder_pictures(COUNTS), 0.15, seed=4)] != reference
+        moved = folder_images(COUNTS, root="elsewhere", order_seed=order_seed)
+        assert [names_of(side) for side in split_images(moved, 0.15, seed=3)] == reference
+    assert [names_of(side) for side in split_images(folder_images(COUNTS), 0.15, seed=4)] != reference
     # Written down, so that neither another version of this package nor of any other may change a recorded split.
-    assert of_class(split_pictures(folder_pictures(COUNTS), 0.15, seed=3)[1], "dog") == {"dog/1.png"}
+    assert of_class(split_images(folder_images(COUNTS), 0.15, seed=3)[1], "dog") == {"dog/1.png"}
 
 
 def test_other_classes_change_nothing():
-    _, val = split_pictures(folder_pictures(COUNTS), 0.15, seed=3)
-    more = folder_pictures(COUNTS | {"aardvark": 40, "bee": 12})
-    _, val_of_more = split_pictures(more, 0.15, seed=3)
+    _, val = split_images(folder_images(COUNTS), 0.15, seed=3)
+    more = folder_images(COUNTS | {"aardvark": 40, "bee": 12})
+    _, val_of_more = split_images(more, 0.15, seed=3)
     for name in COUNTS:
         assert of_class(val_of_more, name) == of_class(val, name)
 
@@ -75,33 +75,33 @@ def test_other_classes_change_nothing():
 def test_classes_are_drawn_independently():
     """Files of one name in two classes do not go to the same side."""
     counts = {"ape": 200, "bat": 200}
-    _, val = split_pictures(folder_pictures(counts), 0.5, seed=0)
+    _, val = split_images(folder_images(counts), 0.5, seed=0)
     apes, bats = ({name.split("/")[1] for name in of_class(val, each)} for each in counts)
     # Of 100 files drawn from 200, chance puts 50 +- 3.5 on the same side: five deviations.
     assert abs(len(apes & bats) - 50) < 18
 
 
-def test_every_picture_has_the_same_chance():
-    pictures = folder_pictures({"ape": 20})
+def test_every_image_has_the_same_chance():
+    images = folder_images({"ape": 20})
     draws = 2000
     times = np.zeros(20)
     for seed in range(draws):
-        _, val = split_pictures(pictures, 0.15, seed)
+        _, val = split_images(images, 0.15, seed)
         for index in range(len(val)):
             times[int(val.name(index).split("/")[1].removesuffix(".png"))] += 1
-    # Binomial: 300 +- 16; five deviations, for 20 pictures.
+    # Binomial: 300 +- 16; five deviations, for 20 images.
     assert np.abs(times - 0.15 * draws).max() < 5 * math.sqrt(draws * 0.15 * 0.85)
 
 
-def test_one_picture_is_trained_on_and_remarked_on():
+def test_one_image_is_trained_on_and_remarked_on():
     remarks = []
-    train, val = split_pictures(folder_pictures({"ape": 1, "bat": 5, "cat": 1}), 0.15, 0, remarks.append)
+    train, val = split_images(folder_images({"ape": 1, "bat": 5, "cat": 1}), 0.15, 0, remarks.append)
     assert {"ape/0.png", "cat/0.png"} < names_of(train)
     assert set(val.labels) == {1}
     assert len(remarks) == 1
-    assert remarks[0].startswith("2 classes have one picture each")
+    assert remarks[0].startswith("2 classes have one image each")
     assert remarks[0].endswith("ape, cat")
-    split_pictures(folder_pictures(COUNTS), 0.15, 0, remarks.append)
+    split_images(folder_images(COUNTS), 0.15, 0, remarks.append)
     assert len(remarks) == 1
 
 
@@ -112,7 +112,7 @@ def test_both_sides_work_as_the_whole_does(tmp_path):
             shade = (number * 10, 0, 255 if name == "bat" else 0)
             Image.new("RGB", (3, 5), shade).save(tmp_path / name / f"{number}.png")
     whole, _ = scan_folder(tmp_path)
-    for side in split_pictures(whole, 0.3, seed=1):
+    for side in split_images(whole, 0.3, seed=1):
         assert side.root == tmp_path
         assert side.class_names == ["ape", "bat", "empty"]
         assert not side.fixed_order
@@ -120,15 +120,15 @@ def test_both_sides_work_as_the_whole_does(tmp_path):
             class_name, file = side.name(index).split("/")
             assert class_name == side.class_names[label]
             shade = (int(file.removesuffix(".png")) * 10, 0, 255 if class_name == "bat" else 0)
-            assert load_picture(side, index).getpixel((0, 0)) == shade
+            assert load_image(side, index).getpixel((0, 0)) == shade
         (tmp_path / side.name(0)).write_bytes(b"")
-        with pytest.raises(UnreadablePicture, match=str(tmp_path / side.name(0))):
-            load_picture(side, 0)
+        with pytest.raises(UnreadableImage, match=str(tmp_path / side.name(0))):
+            load_image(side, 0)
 
 
 def test_a_data_set_without_names_or_files():
-    pictures = DatasetPictures(lambda index: Image.new("L", (2, 3), index), [0, 1, 0, 1, 1, 0], None, "some")
-    train, val = split_pictures(pictures, 0.3, seed=0)
+    images = DatasetImages(lambda index: Image.new("L", (2, 3), index), [0, 1, 0, 1, 1, 0], None, "some")
+    train, val = split_images(images, 0.3, seed=0)
     assert sorted(val.labels) == [0, 1]
     assert val.class_names is None
     assert val.fixed_order
@@ -139,7 +139,7 @@ def test_a_data_set_without_names_or_files():
 
 def test_a_name_that_is_no_text():
     name = os.fsdecode(b"ape/\xff.png")
-    train, val = split_pictures(FilePictures(Path("root"), [(name, 0), ("ape/0.png", 0)], ["ape"]), 0.5, 0)
+    train, val = split_images(FileImages(Path("root"), [(name, 0), ("ape/0.png", 0)], ["ape"]), 0.5, 0)
     assert names_of(train) | names_of(val) == {name, "ape/0.png"}
 
 
@@ -149,9 +149,9 @@ def test_a_name_that_is_no_text():
         ({"ape": 3}, 0.0, ValueError, "val_fraction=0.0 must be in"),
         ({"ape": 3}, 1.0, ValueError, "val_fraction=1.0 must be in"),
         ({"ape": 3}, math.nan, ValueError, "val_fraction=nan must be in"),
-        ({"ape": 1, "bat": 1}, 0.15, DataError, "root has no class with two pictures"),
+        ({"ape": 1, "bat": 1}, 0.15, DataError, "root has no class with two images"),
     ],
 )
 def test_bad_input(counts, val_fraction, error, says):
     with pytest.raises(error, match=says):
-        split_pictures(folder_pictures(counts), val_fraction, seed=0)
+        split_images(folder_images(counts), val_fraction, seed=0)

@@ -1,4 +1,4 @@
-"""Every registered model of the package, made small: two blocks or so, pictures of 64 pixels."""
+"""Every registered model of the package, made small: two blocks or so, images of 64 pixels."""
 
 import timm
 from torch import nn
@@ -62,6 +62,6 @@ def small_model(name: str, **kwargs) -> nn.Module:
     return timm.create_model(name, **size | {"num_classes": 7} | kwargs)
 
 
-def picture_size(name: str) -> int:
-    """Height and width of the pictures that `small_model(name)` is made for."""
+def image_size(name: str) -> int:
+    """Height and width of the images that `small_model(name)` is made for."""
     return 16 if name == "localvit_nano_patch4_32" else 64

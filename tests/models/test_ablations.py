@@ -3,21 +3,21 @@
 import pytest
 import timm
 import torch
-from small import FAMILY, ONE_OF_EACH, picture_size, small_model
+from small import FAMILY, ONE_OF_EACH, image_size, small_model
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from localvit.surgery.selection import select_blocks
-from localvit.tokens import LocalityMlp
+from localvit.surgery.blocks import select_blocks
+from localvit.tokens.mlp import LocalityMlp
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 """float64: rounding in another order of summation, no more."""
 
 
-def pictures(name, batch=2, seed=5):
-    side = picture_size(name)
+def images(name, batch=2, seed=5):
+    side = image_size(name)
     return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
@@ -85,7 +85,7 @@ def test_the_other_blocks_stay_ordinary(name):
     norm = "norm_mlp" if FAMILY[name] == "localvit_tnt" else "norm2"
     assert isinstance(getattr(first, norm), nn.LayerNorm)
     assert isinstance(getattr(second, norm), nn.Identity)
-    assert torch.isfinite(model(pictures(name).float())).all()
+    assert torch.isfinite(model(images(name).float())).all()
 
 
 def timms(name):
@@ -101,7 +101,7 @@ def test_without_locality_the_model_is_timms(name):
     ours, theirs = small_model(name, local_blocks=[], drop_path_rate=0.1).double(), timms(name).double()
     theirs.load_state_dict(ours.state_dict(), strict=True)
     with torch.inference_mode():
-        torch.testing.assert_close(ours.eval()(pictures(name)), theirs.eval()(pictures(name)), **CLOSE)
+        torch.testing.assert_close(ours.eval()(images(name)), theirs.eval()(images(name)), **CLOSE)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_without_locality_the_model_is_the_baseline(local, baseline):
     ours, theirs = small_model(local, local_blocks="").double(), small_model(baseline).double()
     theirs.load_state_dict(ours.state_dict(), strict=True)
     with torch.inference_mode():
-        torch.testing.assert_close(ours.eval()(pictures(local)), theirs.eval()(pictures(local)), rtol=0, atol=0)
+        torch.testing.assert_close(ours.eval()(images(local)), theirs.eval()(images(local)), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("act", [1, 2, 3, 4, 5, "relu6", "hs", "hs+se", "hs+eca", "hs+ecah"])
@@ -124,7 +124,7 @@ def test_every_act_in_every_family(name, act):
     assert ("ReLU6" in kinds) == (act in (1, "relu6"))
     assert ("SqueezeExcite" in kinds) == (act in (3, "hs+se"))
     assert ("EfficientChannelAttention" in kinds) == (act in (4, 5, "hs+eca", "hs+ecah"))
-    assert torch.isfinite(model(pictures(name).float())).all()
+    assert torch.isfinite(model(images(name).float())).all()
 
 
 WIDTHS = {  # of the small models' first block
@@ -203,7 +203,7 @@ def test_t2t_has_patches_of_16_pixels_only():
         small_model("localvit_t2t_7", patch_size=8)
 
 
-def test_t2t_tokeniser_is_local_where_any_block_is():
+def test_t2t_tokenizer_is_local_where_any_block_is():
     for local_blocks, local in ((None, True), ("2", True), ([], False)):
         model = small_model("localvit_t2t_7", local_blocks=local_blocks)
         stages = (model.patch_embed.attention1, model.patch_embed.attention2)
@@ -226,7 +226,7 @@ def test_t2t_positions_are_sinusoids_and_its_random_features_orthogonal():
 
 
 def test_random_feature_attention_approximates_softmax_attention():
-    from localvit.models.localvit_t2t import random_feature_attention
+    from localvit.models.t2t import random_feature_attention
 
     generator = torch.Generator().manual_seed(0)
     query, key, value = (0.5 * torch.randn(2, 5, 3, generator=generator, dtype=torch.float64) for _ in range(3))
@@ -243,7 +243,7 @@ def test_distilled_leaves_the_distillation_token_alone():
     assert model.pos_embed.shape[1] == 2 + 16
     slot = model.blocks[0].mlp
     assert slot.layout.num_prefix_tokens == 2
-    image = pictures("localvit_nano_patch4_32")
+    image = images("localvit_nano_patch4_32")
     model.set_distilled_training(True)
     logits, distilled = model(image)
     assert logits.shape == distilled.shape == (2, 7)

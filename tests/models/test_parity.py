@@ -6,7 +6,7 @@ import torch
 import weights
 from torch.nn.functional import cross_entropy
 
-from localvit.models._builder import from_published, published_key
+from localvit.models.registry import from_published, published_key
 from published import GOLDEN, golden_model
 
 NAMES = sorted(path.stem for path in (GOLDEN / "models").glob("*.json"))

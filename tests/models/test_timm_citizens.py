@@ -6,22 +6,22 @@ import pickle
 import pytest
 import timm
 import torch
-from small import ABSOLUTE, BASELINES, FAMILY, FRIENDLY, LOCAL, MODELS, ONE_OF_EACH, picture_size, small_model
+from small import ABSOLUTE, BASELINES, FAMILY, FRIENDLY, LOCAL, MODELS, ONE_OF_EACH, image_size, small_model
 from timm.models import FeatureGraphNet, group_parameters
 from timm.optim import param_groups_weight_decay
 from torch import nn
 
 from localvit.locality import SqueezeExcite
-from localvit.models._builder import published_key
-from localvit.tokens import LocalityMlp
+from localvit.models.registry import published_key
+from localvit.tokens.mlp import LocalityMlp
 from published import GOLDEN
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 """float64 through a few layers of order one: rounding in another order of summation, no more."""
 
 
-def pictures(name, batch=2, in_chans=3, scale=(1, 1), dtype=torch.float32, seed=5):
-    height, width = (side * picture_size(name) for side in scale)
+def images(name, batch=2, in_chans=3, scale=(1, 1), dtype=torch.float32, seed=5):
+    height, width = (side * image_size(name) for side in scale)
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, in_chans, height, width, generator=generator, dtype=torch.float64).to(dtype)
 
@@ -32,7 +32,7 @@ def double(name, **kwargs):
 
 
 def shaken(model):
-    """The model with random norms, biases and positions, so that nothing is zero or the same by initialisation."""
+    """The model with random norms, biases and positions, so that nothing is zero or the same by initialization."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -81,7 +81,7 @@ def test_forward_and_every_live_parameter_gets_a_gradient(name):
     for module in model.modules():
         if isinstance(module, SqueezeExcite):  # a bottleneck a few wide may start with every ReLU off
             nn.init.ones_(module.fc[0].bias)
-    logits = model(pictures(name))
+    logits = model(images(name))
     assert logits.shape == (2, 7)
     assert torch.isfinite(logits).all()
     logits.square().mean().backward()
@@ -93,7 +93,7 @@ def test_forward_and_every_live_parameter_gets_a_gradient(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_reset_classifier(name):
     model = small_model(name).eval()
-    image = pictures(name)
+    image = images(name)
     model.reset_classifier(11)
     assert model(image).shape == (2, 11)
     model.reset_classifier(0)
@@ -109,7 +109,7 @@ def test_reset_classifier(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_forward_intermediates_end_in_forward_features(name):
     model = shaken(double(name)).eval()
-    image = pictures(name, dtype=torch.float64, scale=(1, 2))
+    image = images(name, dtype=torch.float64, scale=(1, 2))
     depth = len(model.feature_info)
     final, maps = model.forward_intermediates(image)
     torch.testing.assert_close(final, model.forward_features(image), **CLOSE)
@@ -135,14 +135,14 @@ def test_forward_intermediates_end_in_forward_features(name):
 @pytest.mark.parametrize("name", ["localvit_tnt_t_patch16_224", "localvit_pvt_tiny"])
 def test_unknown_output_format_raises(name):
     with pytest.raises(ValueError, match="output_fmt='NHWC'"):
-        small_model(name).forward_intermediates(pictures(name), output_fmt="NHWC")
+        small_model(name).forward_intermediates(images(name), output_fmt="NHWC")
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_features_only(name):
     torch.manual_seed(1)
     whole = small_model(name).eval()
-    image = pictures(name)
+    image = images(name)
     depth = len(whole.feature_info)
     for indices in ((0, depth - 1), (0,)):
         torch.manual_seed(1)
@@ -159,14 +159,14 @@ def test_features_only(name):
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("in_chans", [1, 4])
-def test_channels_of_the_pictures(name, in_chans):
-    assert small_model(name, in_chans=in_chans)(pictures(name, in_chans=in_chans)).shape == (2, 7)
+def test_channels_of_the_images(name, in_chans):
+    assert small_model(name, in_chans=in_chans)(images(name, in_chans=in_chans)).shape == (2, 7)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_batch_of_one_equals_its_row_of_a_batch(name):
     model = shaken(double(name)).eval()
-    image = pictures(name, batch=3, dtype=torch.float64)
+    image = images(name, batch=3, dtype=torch.float64)
     torch.testing.assert_close(model(image[1:2]), model(image)[1:2], **CLOSE)
 
 
@@ -174,7 +174,7 @@ def test_batch_of_one_equals_its_row_of_a_batch(name):
 def test_other_sizes_run_and_matter(name):
     model = small_model(name).eval()
     for scale in ((1, 2), (2, 1), (2, 2)):
-        assert torch.isfinite(model(pictures(name, scale=scale))).all()
+        assert torch.isfinite(model(images(name, scale=scale))).all()
 
 
 @pytest.mark.parametrize("name", ABSOLUTE)
@@ -182,7 +182,7 @@ def test_other_sizes_run_and_matter(name):
 def test_a_new_input_size_computes_what_the_old_one_resamples(name, scale):
     # Float32: timm resamples positions in it whatever they are in, and here once and there in each forward, the same.
     dynamic = shaken(small_model(name)).eval()
-    image = pictures(name, scale=scale)
+    image = images(name, scale=scale)
     moved = copy.deepcopy(dynamic)
     moved.set_input_size(tuple(image.shape[2:]))
     old, new = dynamic.position_grids(), moved.position_grids()
@@ -197,7 +197,7 @@ def test_a_new_input_size_computes_what_the_old_one_resamples(name, scale):
 @pytest.mark.parametrize("name", ABSOLUTE)
 def test_equal_counts_of_tokens_on_other_grids_are_told_apart(name):
     model = shaken(small_model(name)).eval()
-    square, wide, tall = (pictures(name, scale=scale, seed=7) for scale in ((2, 2), (1, 4), (4, 1)))
+    square, wide, tall = (images(name, scale=scale, seed=7) for scale in ((2, 2), (1, 4), (4, 1)))
     in_turn = [model(image) for image in (square, wide, tall, wide, square)]
     torch.testing.assert_close(in_turn[1], in_turn[3], rtol=0, atol=0)
     torch.testing.assert_close(in_turn[0], in_turn[4], rtol=0, atol=0)
@@ -205,21 +205,21 @@ def test_equal_counts_of_tokens_on_other_grids_are_told_apart(name):
         alone = copy.deepcopy(model)
         alone.set_input_size(tuple(image.shape[2:]))
         torch.testing.assert_close(alone(image), got)
-    # The same tokens in the same order, on a grid laid out otherwise: neighbours and positions differ.
+    # The same tokens in the same order, on a grid laid out otherwise: neighbors and positions differ.
     assert not torch.allclose(model.forward_features(wide), model.forward_features(wide.mT), atol=1e-3)
 
 
 def test_swin_takes_a_new_input_size():
     model = small_model("localvit_swin_tiny_patch4_window7_224").eval()
     model.set_input_size((128, 64))
-    assert torch.isfinite(model(pictures("localvit_swin_tiny_patch4_window7_224", scale=(2, 1)))).all()
+    assert torch.isfinite(model(images("localvit_swin_tiny_patch4_window7_224", scale=(2, 1)))).all()
 
 
 @pytest.mark.parametrize("name", ["localvit_tnt_t_patch16_224", "localvit_pvt_tiny", "localvit_T2t_conv7", *BASELINES])
 @pytest.mark.parametrize(
     ("size", "side"), [((65, 64), "height of 65"), ((64, 72), "width of 72"), ((8, 64), "height of 8")]
 )
-def test_pictures_that_patches_do_not_divide_raise_with_both_numbers(name, size, side):
+def test_images_that_patches_do_not_divide_raise_with_both_numbers(name, size, side):
     patch = 32 if "pvt" in name else 16
     with pytest.raises(ValueError, match=rf"{side} pixels .* {patch}"):
         small_model(name)(torch.zeros(1, 3, *size))
@@ -239,7 +239,7 @@ def test_set_input_size_refuses_what_patches_do_not_divide(name):
 @pytest.mark.parametrize("name", LOCAL)
 def test_tokens_that_do_not_fill_the_grid_raise_with_both_numbers(name):
     model = small_model(name).eval()
-    model(pictures(name))
+    model(images(name))
     slots = [module for module in model.modules() if isinstance(module, LocalityMlp)]
     assert slots
     for slot in slots:
@@ -261,7 +261,7 @@ def test_stochastic_depth_acts_on_attention_and_never_on_locality(name):
     model = shaken(small_model(name, drop_path_rate=0.999, local_blocks=None)).train()
     for module in model.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-            module.eval()  # so that what one picture gives does not depend on the others
+            module.eval()  # so that what one image gives does not depend on the others
     seen = []
     slots = [module for module in model.modules() if isinstance(module, LocalityMlp)]
     # The last block's rate is the highest; Swin's slot reads a map's tokens, the others' the class token before them.
@@ -269,7 +269,7 @@ def test_stochastic_depth_acts_on_attention_and_never_on_locality(name):
     residual = []
     [block] = [module for module in model.modules() if getattr(module, "mlp", None) is slots[-1]]
     block.register_forward_hook(lambda module, args, output: residual.append((args, output)))
-    model(pictures(name, batch=16))
+    model(images(name, batch=16))
     [(before, change)], [(args, after)] = seen, residual
     after = after[1] if isinstance(after, tuple) else after
     torch.testing.assert_close(before + change, after.reshape(before.shape), rtol=0, atol=0)
@@ -280,7 +280,7 @@ def test_stochastic_depth_acts_on_attention_and_never_on_locality(name):
         # TNT adds the inner tokens to the image tokens on the way; the class token shows the outer attention alone.
         attention = (before - entering)[:, class_token].flatten(1)
     dropped = attention.abs().amax(1) == 0
-    # Rate 0.999 in the last block: all 16 pictures lose it with probability 0.984, more than half of them surely.
+    # Rate 0.999 in the last block: all 16 images lose it with probability 0.984, more than half of them surely.
     assert dropped.sum() > 8
     assert (change[:, -1].abs().amax(-1) > 0).all()
 
@@ -302,7 +302,7 @@ def test_tnt_without_locality_is_timms():
         drop_path_rate=0.4,
     ).double()  # fmt: skip
     theirs.load_state_dict(ours.state_dict(), strict=True)
-    image = pictures("tnt_t_patch16_224", dtype=torch.float64)
+    image = images("tnt_t_patch16_224", dtype=torch.float64)
     outputs = []
     for model in (ours, theirs):
         torch.manual_seed(9)
@@ -317,7 +317,7 @@ def test_gradient_checkpointing_changes_nothing(name):
         model = shaken(double(name, drop_path_rate=0.2)).train()
         model.set_grad_checkpointing(checkpointing)
         torch.manual_seed(4)
-        loss = model(pictures(name, dtype=torch.float64)).square().sum()
+        loss = model(images(name, dtype=torch.float64)).square().sum()
         loss.backward()
         results.append((loss.detach(), {key: p.grad for key, p in model.named_parameters() if p.grad is not None}))
     torch.testing.assert_close(results[0], results[1], **CLOSE)
@@ -330,7 +330,7 @@ def test_graph_feature_extraction(name):
     last = len(model.feature_info) - 1
     graph = FeatureGraphNet(copy.deepcopy(model), out_indices=(0, last)).eval()
     for scale in ((1, 1), (1, 2)):
-        image = pictures(name, scale=scale)
+        image = images(name, scale=scale)
         [(feature, prefix)] = model.forward_intermediates(
             image, indices=[last], return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True
         )
@@ -343,7 +343,7 @@ def test_compiles_into_one_graph(name):
     model = shaken(small_model(name, drop_path_rate=0.0)).eval()
     compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
     for scale in ((1, 1), (1, 2)):
-        image = pictures(name, scale=scale)
+        image = images(name, scale=scale)
         torch.testing.assert_close(compiled(image), model(image))
 
 
@@ -354,7 +354,7 @@ def test_trains_compiled(name):
     for compiled in (False, True):
         model = shaken(double(name, drop_path_rate=0.0)).train()
         forward = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
-        loss = forward(pictures(name, dtype=torch.float64)).square().sum()
+        loss = forward(images(name, dtype=torch.float64)).square().sum()
         loss.backward()
         losses.append((loss.detach(), {key: p.grad for key, p in model.named_parameters() if p.grad is not None}))
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-7, atol=1e-9)  # hard sigmoid: 3e-8, see test_parity
@@ -363,7 +363,7 @@ def test_trains_compiled(name):
 def test_inductor():
     torch._dynamo.reset()
     model = shaken(small_model("localvit_nano_patch4_32", depth=1)).eval()
-    image = pictures("localvit_nano_patch4_32")
+    image = images("localvit_nano_patch4_32")
     # float32 with fused sums
     torch.testing.assert_close(torch.compile(model, fullgraph=True)(image), model(image), rtol=1e-4, atol=1e-5)
 
@@ -371,7 +371,7 @@ def test_inductor():
 @pytest.mark.parametrize("name", [*ONE_OF_EACH, *BASELINES])
 def test_exports(name):
     model = shaken(small_model(name)).eval()
-    image = pictures(name)
+    image = images(name)
     program = torch.export.export(model, (image,), strict=False)
     torch.testing.assert_close(program.module()(image), model(image))
 
@@ -379,7 +379,7 @@ def test_exports(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_memory_formats_agree(name):
     model = shaken(double(name)).eval()
-    image = pictures(name, dtype=torch.float64)
+    image = images(name, dtype=torch.float64)
     expected = model(image)
     model = model.to(memory_format=torch.channels_last)
     torch.testing.assert_close(model(image.to(memory_format=torch.channels_last)), expected, **CLOSE)
@@ -390,7 +390,7 @@ def test_memory_formats_agree(name):
 def test_dtype(name, dtype):
     model = small_model(name, dtype=dtype).eval()
     assert {p.dtype for p in model.parameters()} == {dtype}
-    logits = model(pictures(name, dtype=dtype))
+    logits = model(images(name, dtype=dtype))
     assert logits.dtype == dtype
     assert torch.isfinite(logits).all()
 
@@ -409,7 +409,7 @@ def test_meta_device(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_autocast(name):
     model = shaken(small_model(name)).eval()
-    image = pictures(name)
+    image = images(name)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.isfinite(model(image)).all()
 
@@ -417,10 +417,10 @@ def test_autocast(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_copies_and_pickles(name):
     model = shaken(small_model(name, drop_path_rate=0.1)).eval()
-    wide = pictures(name, scale=(1, 2))
+    wide = images(name, scale=(1, 2))
     expected = model(wide)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        model(pictures(name))  # Its grid is its own: this must not be the twin's.
+        model(images(name))  # Its grid is its own: this must not be the twin's.
         torch.testing.assert_close(twin(wide), expected, rtol=0, atol=0)
 
 

@@ -102,24 +102,24 @@ def without_attention(site: Site) -> None:
                 nn.init.zeros_(module.bias)
 
 
-def check_map_is_the_picture(
-    model: nn.Module, picture_BCHW: torch.Tensor, *, reach: int = 0, silence=without_attention
+def check_map_is_the_image(
+    model: nn.Module, image_BCHW: torch.Tensor, *, reach: int = 0, silence=without_attention
 ) -> None:
-    """A spot of the picture shows at its own place of the first site's hidden map, and no further than `reach` patches.
+    """A spot of the image shows at its own place of the first site's hidden map, and no further than `reach` patches.
 
-    The place is where the spot is on the map's own grid; what lies between picture and site (a convolutional stem, for
+    The place is where the spot is on the map's own grid; what lies between image and site (a convolutional stem, for
     which `reach` allows, but no attention) must not mix further.
     """
     localized = copy.deepcopy(model).double().eval()
     for site in find_sites(localized)[:1]:
         silence(site)
     localized = localvit.localize(localized)
-    picture_BCHW = picture_BCHW.double()
-    [before, *_] = hidden_maps(localized, picture_BCHW)
+    image_BCHW = image_BCHW.double()
+    [before, *_] = hidden_maps(localized, image_BCHW)
     grid_height, grid_width = before.shape[2:]
-    height, width = picture_BCHW.shape[2:]
+    height, width = image_BCHW.shape[2:]
     for row, column in ((0, 0), (0, grid_width - 1), (grid_height - 1, 0), (grid_height // 2, grid_width // 3)):
-        spotted = picture_BCHW.clone()
+        spotted = image_BCHW.clone()
         top, left = int((row + 0.5) * height / grid_height), int((column + 0.5) * width / grid_width)
         spotted[:, :, top, left] += 3.0
         [after, *_] = hidden_maps(localized, spotted)

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from localvit.surgery.branch import GATES, NORMS, LocalityBranch, attach, detach, load_as_before, load_without_branches
-from localvit.tokens import Grid, TokenSequence
+from localvit.tokens.grid import Grid
+from localvit.tokens.layouts import TokenSequence
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 """float64 sums of at most some hundred terms of order one."""
@@ -49,7 +50,7 @@ def test_adds_the_convolution_of_the_image_tokens(kernel_size, dilation):
     x_BNE = hidden()
     out_BNE = module(x_BNE)
     assert torch.equal(out_BNE[:, :2], x_BNE[:, :2])
-    # Each output pixel is the sum over the kernel of weight times the neighbour, written out.
+    # Each output pixel is the sum over the kernel of weight times the neighbor, written out.
     weight = module.conv.weight[:, 0]
     reach = kernel_size // 2
     for row, column in ((0, 0), (2, 3), (4, 6)):
@@ -79,14 +80,14 @@ def test_gate_scales_the_image_tokens_by_twice_its_sigmoid(gate):
     torch.testing.assert_close(module(x_BNE)[:, 2:], expected, **CLOSE)
 
 
-def test_norms_normalise_what_the_convolution_reads():
+def test_norms_normalize_what_the_convolution_reads():
     x_BNE = hidden() * 5 + 3
     image = x_BNE[:, 2:]
     by_channel = (image - image.mean((0, 1))) / (image.var((0, 1), correction=0) + 1e-5).sqrt()
     by_token = (image - image.mean(2, keepdim=True)) / (image.var(2, correction=0, keepdim=True) + 1e-5).sqrt()
-    for norm, normalised in (("batchnorm", by_channel), ("layernorm", by_token)):
+    for norm, normalized in (("batchnorm", by_channel), ("layernorm", by_token)):
         module = shaken(branch(norm=norm)).train()
-        expected = image + module.conv(normalised.mT.unflatten(2, (5, 7))).flatten(2).mT
+        expected = image + module.conv(normalized.mT.unflatten(2, (5, 7))).flatten(2).mT
         torch.testing.assert_close(module(x_BNE)[:, 2:], expected, **CLOSE)
 
 

@@ -8,7 +8,7 @@ import torch
 import tyro
 
 from localvit.surgery.localize import locality_modules
-from localvit.tokens import LocalityMlp
+from localvit.tokens.mlp import LocalityMlp
 from localvit_cli import main
 from localvit_cli.train import Train
 

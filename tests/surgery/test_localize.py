@@ -12,7 +12,7 @@ from torch import nn
 import localvit
 from localvit.surgery.branch import LocalityBranch
 from localvit.surgery.localize import locality_modules
-from localvit.tokens import LocalityMlp
+from localvit.tokens.mlp import LocalityMlp
 
 DEPTH = 3
 
@@ -23,7 +23,7 @@ def small_vit(**kwargs):
     return timm.create_model("test_vit", **defaults | kwargs).double().eval()
 
 
-def picture(batch=2, height=48, width=80, dtype=torch.float64):
+def image(batch=2, height=48, width=80, dtype=torch.float64):
     return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(5)).to(dtype)
 
 
@@ -54,12 +54,12 @@ def test_parameters_keep_names_values_and_identity():
 @pytest.mark.parametrize("gate", [None, "se", "eca"])
 def test_it_comes_back_bit_for_bit(gate):
     model = small_vit()
-    expected, keys = model(picture()), model.state_dict().keys()
+    expected, keys = model(image()), model.state_dict().keys()
     hooks = [(name, len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()]
     localvit.localize(model, gate=gate, trainable="locality")
-    assert torch.equal(model(picture()), expected)
+    assert torch.equal(model(image()), expected)
     assert localvit.delocalize(model) is model
-    assert torch.equal(model(picture()), expected)
+    assert torch.equal(model(image()), expected)
     assert model.state_dict().keys() == keys
     assert [(name, len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()] == hooks
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -69,12 +69,12 @@ def test_it_comes_back_bit_for_bit(gate):
 
 def test_trained_branches_are_not_thrown_away_unasked():
     model = small_vit()
-    expected = model(picture())
+    expected = model(image())
     shaken(localvit.localize(model))
     with pytest.raises(ValueError, match=r"3 of 3 branches are trained \(blocks.0.mlp.fc2, .*discard=True"):
         localvit.delocalize(model)
     assert len(locality_modules(model)) == DEPTH
-    assert torch.equal(localvit.delocalize(model, discard=True)(picture()), expected)
+    assert torch.equal(localvit.delocalize(model, discard=True)(image()), expected)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_trainable_locality_trains_nothing_else():
     frozen = {name: parameter.clone() for name, parameter in model.named_parameters() if name not in trained}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(2):
-        model(picture()).square().sum().backward()
+        model(image()).square().sum().backward()
         optimizer.step()
     parameters = dict(model.named_parameters())
     assert all(torch.equal(parameters[name], value) for name, value in frozen.items())
@@ -174,27 +174,27 @@ def test_trainable_locality_trains_nothing_else():
 
 def test_any_size_and_neither_size_mixed_up():
     model = localized_vit()
-    alone = {size: model(picture(1, *size)) for size in ((48, 80), (80, 48), (16, 112))}
+    alone = {size: model(image(1, *size)) for size in ((48, 80), (80, 48), (16, 112))}
     for size, expected in reversed(alone.items()):
-        torch.testing.assert_close(model(picture(1, *size)), expected, rtol=0, atol=0)
+        torch.testing.assert_close(model(image(1, *size)), expected, rtol=0, atol=0)
     assert model.blocks[0].mlp.fc2.locality.layout.grid.size == (3, 5)
 
 
-def test_batches_are_pictures_apart():
+def test_batches_are_images_apart():
     model = localized_vit(gate="se")
-    pictures = picture(3)
-    together = model(pictures)
+    images = image(3)
+    together = model(images)
     for index in range(3):
         torch.testing.assert_close(
-            together[index : index + 1], model(pictures[index : index + 1]), rtol=1e-10, atol=1e-12
+            together[index : index + 1], model(images[index : index + 1]), rtol=1e-10, atol=1e-12
         )
-    channels_last = model(pictures.to(memory_format=torch.channels_last))
+    channels_last = model(images.to(memory_format=torch.channels_last))
     torch.testing.assert_close(channels_last, together, rtol=1e-10, atol=1e-12)
 
 
 def test_tokens_that_do_not_fill_the_grid_are_refused():
     model = localvit.localize(small_vit())
-    model(picture())
+    model(image())
     with pytest.raises(ValueError, match=r"14 image tokens \(1 prefix .*do not fill the 3 x 5 grid of 15"):
         model.blocks(torch.zeros(2, 15, model.embed_dim, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"patch_drop_rate=0.4"):
@@ -203,18 +203,18 @@ def test_tokens_that_do_not_fill_the_grid_are_refused():
 
 def test_a_replaced_patch_embedding_is_noticed():
     model = localvit.localize(small_vit())
-    model(picture())
+    model(image())
     model.set_input_size((40, 24), patch_size=8)  # as many patches, 5 x 3 of them, from a new convolution
     with pytest.raises(ValueError, match="no patch grid was noted"):
-        model(picture(1, 40, 24))
+        model(image(1, 40, 24))
 
 
 def test_copies_are_independent():
     model = localized_vit(gate="eca")
-    expected = model(picture())
+    expected = model(image())
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        model(picture(1, 80, 48))
-        assert torch.equal(twin(picture()), expected)
+        model(image(1, 80, 48))
+        assert torch.equal(twin(image()), expected)
         assert twin.localized == model.localized
         twin.load_state_dict(small_vit().state_dict(), strict=True)
         localvit.delocalize(twin, discard=True)
@@ -227,7 +227,7 @@ def test_compiles_to_one_graph():
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
     for size in ((48, 80), (80, 48)):
         # The compiler may fold and reorder: some ten roundings of float64.
-        torch.testing.assert_close(compiled(picture(2, *size)), model(picture(2, *size)), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(compiled(image(2, *size)), model(image(2, *size)), rtol=1e-10, atol=1e-12)
 
 
 def test_code_compiled_for_the_model_before_is_not_run_for_it():
@@ -235,18 +235,18 @@ def test_code_compiled_for_the_model_before_is_not_run_for_it():
     plain, model = small_vit(), localized_vit()
     runs = [torch.compile(each, backend="aot_eager", dynamic=False) for each in (plain, model, plain, model)]
     for compiled, each in zip(runs, (plain, model, plain, model), strict=True):
-        torch.testing.assert_close(compiled(picture()), each(picture()), rtol=1e-10, atol=1e-12)
-    assert not torch.allclose(model(picture()), plain(picture()))
+        torch.testing.assert_close(compiled(image()), each(image()), rtol=1e-10, atol=1e-12)
+    assert not torch.allclose(model(image()), plain(image()))
     shaken(localvit.localize(plain, gate="se"))
-    torch.testing.assert_close(runs[0](picture()), plain(picture()), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(runs[0](image()), plain(image()), rtol=1e-10, atol=1e-12)
 
 
 def test_exports_with_any_batch():
     model = localized_vit(gate="se")
     batch = torch.export.Dim("batch", min=1, max=64)
-    program = torch.export.export(model, (picture(3),), dynamic_shapes=({0: batch},), strict=False)
+    program = torch.export.export(model, (image(3),), dynamic_shapes=({0: batch},), strict=False)
     for size in (1, 3, 5):
-        torch.testing.assert_close(program.module()(picture(size)), model(picture(size)), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(program.module()(image(size)), model(image(size)), rtol=1e-10, atol=1e-12)
 
 
 def test_gradient_checkpointing_changes_no_gradient():
@@ -254,7 +254,7 @@ def test_gradient_checkpointing_changes_no_gradient():
     for checkpointing in (False, True):
         model = localized_vit().train()
         model.set_grad_checkpointing(checkpointing)
-        model(picture()).square().sum().backward()
+        model(image()).square().sum().backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-9, atol=1e-12)
@@ -269,7 +269,7 @@ def test_in_distributed_data_parallel(tmp_path):
             localvit.localize(wrapped)
         for _ in range(2):
             for each in (wrapped, alone):
-                each(picture()).square().sum().backward()
+                each(image()).square().sum().backward()
         for (name, parameter), expected in zip(model.named_parameters(), alone.parameters(), strict=True):
             assert torch.equal(parameter.grad, expected.grad), name
         del wrapped
@@ -279,16 +279,16 @@ def test_in_distributed_data_parallel(tmp_path):
 
 def test_intermediates_and_features_see_it():
     model, host = localized_vit(), small_vit()
-    _, maps = model.forward_intermediates(picture())
-    _, plain = host.forward_intermediates(picture())
+    _, maps = model.forward_intermediates(image())
+    _, plain = host.forward_intermediates(image())
     assert maps[0].shape == plain[0].shape == (2, host.embed_dim, 3, 5)
     assert not torch.allclose(maps[0], plain[0])
     backbone = localvit.localize(small_vit(features_only=True))
     assert len(locality_modules(backbone)) == DEPTH
-    before = small_vit(features_only=True)(picture())
-    for feature, expected in zip(backbone(picture()), before, strict=True):
+    before = small_vit(features_only=True)(image())
+    for feature, expected in zip(backbone(image()), before, strict=True):
         assert torch.equal(feature, expected)
-    changed = shaken(backbone)(picture())
+    changed = shaken(backbone)(image())
     assert not torch.allclose(changed[-1], before[-1])
 
 
@@ -306,8 +306,8 @@ def test_on_the_meta_device_nothing_is_computed():
 def test_lower_precision(dtype, tolerance):
     # 2^-24, 2^-9, 2^-11 over the roundings of three blocks.
     model = localized_vit()
-    expected = model(picture())
-    out = copy.deepcopy(model).to(dtype)(picture().to(dtype))
+    expected = model(image())
+    out = copy.deepcopy(model).to(dtype)(image().to(dtype))
     assert out.dtype == dtype
     assert (out.double() - expected).norm() <= tolerance * expected.norm()
     made_low = localvit.localize(small_vit().to(dtype))
@@ -317,8 +317,8 @@ def test_lower_precision(dtype, tolerance):
 def test_under_autocast():
     model = localized_vit().float()
     with torch.autocast("cpu", torch.bfloat16):
-        low = model(picture(dtype=torch.float32))
-    expected = model(picture(dtype=torch.float32))
+        low = model(image(dtype=torch.float32))
+    expected = model(image(dtype=torch.float32))
     assert (low.float() - expected).norm() <= 0.08 * expected.norm()
 
 
@@ -332,10 +332,10 @@ def test_inside_another_module():
             return self.neck(self.backbone(x))
 
     detector = Detector()
-    expected = detector(picture())
+    expected = detector(image())
     localvit.localize(detector)
     assert list(locality_modules(detector)) == [f"backbone.blocks.{i}.mlp.fc2.locality" for i in range(DEPTH)]
-    assert torch.equal(detector(picture()), expected)
+    assert torch.equal(detector(image()), expected)
     original = {key: value for key, value in detector.state_dict().items() if ".locality." not in key}
     detector.load_state_dict(original, strict=True)
 
@@ -354,7 +354,7 @@ def test_paper_form_replaces_the_feed_forward_its_norm_and_its_stochastic_depth(
     hidden = model.blocks[0].mlp.fc2.in_features
     assert model.blocks[1].mlp.conv[0].out_channels == hidden
     assert not any(isinstance(module, LocalityBranch) for module in model.modules())
-    model.train()(picture(dtype=torch.float32)).sum().backward()
+    model.train()(image(dtype=torch.float32)).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
@@ -394,6 +394,6 @@ def test_report_of_a_convolution_before_the_expansion_and_a_gate_after_it():
     assert {part.multiply_adds for part in report} == {9 * 192 * 196 + kernel * 768}
 
 
-def test_report_needs_to_know_the_picture():
-    with pytest.raises(ValueError, match="does not say what pictures it takes: give input_size"):
+def test_report_needs_to_know_the_image():
+    with pytest.raises(ValueError, match="does not say what images it takes: give input_size"):
         localvit.locality_report(nn.Sequential(localized_vit()))

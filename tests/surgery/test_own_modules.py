@@ -13,7 +13,7 @@ import localvit
 
 
 class PlainTransformer(nn.Module):
-    """Patches of 5 x 5 pixels, a class token, and `nn.TransformerEncoder`; without positions it takes any picture."""
+    """Patches of 5 x 5 pixels, a class token, and `nn.TransformerEncoder`; without positions it takes any image."""
 
     def __init__(self, *, batch_first: bool = True, norm_first: bool = False) -> None:
         super().__init__()
@@ -23,8 +23,8 @@ class PlainTransformer(nn.Module):
         self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         self.batch_first = batch_first
 
-    def forward(self, picture_BCHW):
-        x_BNC = self.patch_embed(picture_BCHW).flatten(2).transpose(1, 2)
+    def forward(self, image_BCHW):
+        x_BNC = self.patch_embed(image_BCHW).flatten(2).transpose(1, 2)
         x_BNC = torch.cat([self.class_token.expand(len(x_BNC), -1, -1), x_BNC], 1)
         return self.encoder(x_BNC) if self.batch_first else self.encoder(x_BNC.transpose(0, 1))
 
@@ -40,8 +40,8 @@ def make(**kwargs) -> PlainTransformer:
     return model.double().eval()
 
 
-def picture(height: int = 7, width: int = 3, batch: int = 2) -> torch.Tensor:
-    """Pictures of this many patches."""
+def image(height: int = 7, width: int = 3, batch: int = 2) -> torch.Tensor:
+    """Images of this many patches."""
     generator = torch.Generator().manual_seed(1)
     return torch.randn(batch, 3, 5 * height, 5 * width, generator=generator, dtype=torch.float64)
 
@@ -49,7 +49,7 @@ def picture(height: int = 7, width: int = 3, batch: int = 2) -> torch.Tensor:
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("grid", ["patch_embed", (7, 3)], ids=["followed", "fixed"])
 def test_function_is_kept(norm_first, grid):
-    check_function_is_kept(make(norm_first=norm_first), picture(), **OPTIONS | {"grid": grid})
+    check_function_is_kept(make(norm_first=norm_first), image(), **OPTIONS | {"grid": grid})
 
 
 def test_fused_layers_do_not_bypass_branches():
@@ -62,35 +62,35 @@ def test_fused_layers_do_not_bypass_branches():
     ]
     with torch.no_grad():
         for branch in branches_of(model):
-            expected = model(picture())
+            expected = model(image())
             branch.conv.weight.normal_(generator=torch.Generator().manual_seed(2))
-            assert not torch.allclose(model(picture()), expected, rtol=1e-6)
+            assert not torch.allclose(model(image()), expected, rtol=1e-6)
             branch.make_neutral()
         # float64; the reference takes the fused kernel.
-        torch.testing.assert_close(model(picture()), reference(picture()))
+        torch.testing.assert_close(model(image()), reference(image()))
     with torch.inference_mode():
         nn.init.ones_(branch.conv.weight)
-        assert not torch.allclose(model(picture()), reference(picture()), rtol=1e-6)
+        assert not torch.allclose(model(image()), reference(image()), rtol=1e-6)
 
 
 def test_gradients_reach_every_branch():
     model = localvit.localize(make().train(), **OPTIONS)
     # Not the plain sum of squares: the last layer norm fixes it.
-    (model(picture()) ** 3).sum().backward()
+    (model(image()) ** 3).sum().backward()
     assert len(branches_of(model)) == 2
     assert all(branch.conv.weight.grad.any() for branch in branches_of(model))
 
 
 @pytest.mark.parametrize("grid", ["patch_embed", (7, 3)], ids=["followed", "fixed"])
 def test_layer_with_locality_written_out(grid):
-    """The first layer's feed-forward against its formula, with a convolution in picture order."""
+    """The first layer's feed-forward against its formula, with a convolution in image order."""
     model = localvit.localize(make(norm_first=True), **OPTIONS | {"grid": grid})
     layer = model.encoder.layers[0]
     weight = layer.linear2.locality.conv.weight
     nn.init.normal_(weight, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         x_BNC = torch.randn(2, 22, 24, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-        model.patch_embed(picture())  # A block alone has no grid before some picture did.
+        model.patch_embed(image())  # A block alone has no grid before some image did.
         found_BNC = layer(x_BNC)
         between_BNC = x_BNC + layer.self_attn(*[layer.norm1(x_BNC)] * 3, need_weights=False)[0]
         hidden_BNE = F.relu(layer.linear1(layer.norm2(between_BNC)))
@@ -101,26 +101,26 @@ def test_layer_with_locality_written_out(grid):
     torch.testing.assert_close(found_BNC, expected_BNC)
 
 
-def test_grid_follows_the_picture():
+def test_grid_follows_the_image():
     model = localvit.localize(make(), **OPTIONS)
     for height, width in ((7, 3), (2, 11)):
-        assert [tuple(map_BEHW.shape[2:]) for map_BEHW in hidden_maps(model, picture(height, width))] == [
+        assert [tuple(map_BEHW.shape[2:]) for map_BEHW in hidden_maps(model, image(height, width))] == [
             (height, width),
             (height, width),
         ]
 
 
-def test_fixed_grid_takes_no_other_picture():
+def test_fixed_grid_takes_no_other_image():
     model = localvit.localize(make(), **OPTIONS | {"grid": (7, 3)})
     with pytest.raises(ValueError, match=r"22 image tokens .* do not fill the 7 x 3 grid of 21"):
-        model(picture(2, 11))
+        model(image(2, 11))
 
 
 def test_tokens_before_the_batch():
-    """Without batch_first the second dimension is the batch, and 2 pictures are not 21 patches."""
+    """Without batch_first the second dimension is the batch, and 2 images are not 21 patches."""
     model = localvit.localize(make(batch_first=False), **OPTIONS)
     with pytest.raises(ValueError, match=r"1 image tokens .* do not fill the 7 x 3 grid of 21"):
-        model(picture())
+        model(image())
 
 
 def test_block_alone_has_no_grid():
@@ -167,6 +167,6 @@ def test_state_dict_and_back():
     nn.init.normal_(branches_of(model)[0].conv.weight)
     other.load_state_dict(model.state_dict())
     with torch.no_grad():
-        assert torch.equal(other(picture()), model(picture()))
+        assert torch.equal(other(image()), model(image()))
         localvit.delocalize(model, discard=True)
-        assert torch.equal(model(picture()), original(picture()))
+        assert torch.equal(model(image()), original(image()))

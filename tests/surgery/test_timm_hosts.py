@@ -17,20 +17,21 @@ from checks import (
     check_branch_matters,
     check_function_is_kept,
     check_gradients_reach_every_branch,
-    check_map_is_the_picture,
+    check_map_is_the_image,
     randomized,
 )
 from timm.layers import SEModule
 from timm.models.davit import ChannelBlock, SpatialBlock
 from timm.models.swin_transformer_v2_cr import SwinTransformerV2CrBlock
 from timm.models.vision_transformer import ParallelThingsBlock, VisionTransformer
-from timm_families import PLAIN, ROWS, make, pictures
+from timm_families import PLAIN, ROWS, images, make
 from torch import nn
 
 import localvit
-from localvit.models._builder import from_published
+from localvit.models.registry import from_published
 from localvit.surgery.sites import find_sites
-from localvit.tokens import ChannelsFirstMap, ChannelsLastMap, LocalityMlp
+from localvit.tokens.layouts import ChannelsFirstMap, ChannelsLastMap
+from localvit.tokens.mlp import LocalityMlp
 from published import golden_model
 
 every_row = pytest.mark.parametrize("row", ROWS, ids=str)
@@ -43,17 +44,17 @@ def test_sites_follow_from_the_depths(row):
 
 @every_row
 def test_function_is_kept(row):
-    check_function_is_kept(make(row), pictures(row.size))
+    check_function_is_kept(make(row), images(row.size))
 
 
 @every_row
 def test_gradients_reach_every_branch(row):
-    check_gradients_reach_every_branch(make(row), pictures(row.size))
+    check_gradients_reach_every_branch(make(row), images(row.size))
 
 
 @every_row
 def test_every_branch_matters(row):
-    check_branch_matters(make(row), pictures(row.size, batch=1))
+    check_branch_matters(make(row), images(row.size, batch=1))
 
 
 @every_row
@@ -62,9 +63,9 @@ def test_state_dict_goes_from_one_localized_model_to_another(row):
     other = localvit.localize(make(row)).eval()
     other.load_state_dict(one.state_dict(), strict=True)
     assert not any(branch.is_neutral for branch in branches_of(other))
-    picture = pictures(row.size, batch=1)
+    image = images(row.size, batch=1)
     with torch.no_grad():
-        assert torch.equal(one(picture), other(picture))
+        assert torch.equal(one(image), other(image))
 
 
 def without_gates(model: nn.Module) -> nn.Module:
@@ -82,8 +83,8 @@ def without_gates(model: nn.Module) -> nn.Module:
     + [(row, row.size[::-1]) for row in ROWS if row.reach is not None and row.any_size],
     ids=str,
 )
-def test_map_is_the_picture(row, size):
-    check_map_is_the_picture(without_gates(make(row)), pictures(size, batch=1), reach=row.reach)
+def test_map_is_the_image(row, size):
+    check_map_is_the_image(without_gates(make(row)), images(size, batch=1), reach=row.reach)
 
 
 MIXED = [row for row in ROWS if row.reach is None and row.family.startswith("vision_transformer")]
@@ -98,7 +99,7 @@ def test_map_is_that_of_timms_intermediates(row):
     for block in model.blocks:
         block.register_forward_hook(lambda block, args, x_BNC: maps.append(layout.to_map(x_BNC)))
     with torch.no_grad():
-        expected = model.forward_intermediates(pictures(row.size), output_fmt="NCHW", intermediates_only=True)
+        expected = model.forward_intermediates(images(row.size), output_fmt="NCHW", intermediates_only=True)
     assert len(maps) == len(expected) == 2
     for map_BCHW, timms_BCHW in zip(maps, expected, strict=True):
         assert torch.equal(map_BCHW, timms_BCHW)
@@ -133,7 +134,7 @@ def test_papers_form(row):
     seen = {}
     for module in [*(site.block for site in sites), *slots]:
         module.register_forward_hook(lambda module, args, out: seen.update({module: (args[0], out)}))
-    model(pictures(row.size)).square().sum().backward()
+    model(images(row.size)).square().sum().backward()
     for site, slot in zip(sites, slots, strict=True):
         assert slot is site.block.get_submodule(site.slot.mlp)
         read, made = seen[slot]
@@ -194,12 +195,12 @@ def test_convits_class_token_comes_after_its_local_blocks():
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.any_size], ids=str)
 def test_sizes_take_turns(row):
-    """After pictures as wide as the last were high, which have as many patches, nothing of the last is left."""
+    """After images as wide as the last were high, which have as many patches, nothing of the last is left."""
     model = randomized(localvit.localize(make(row)), seed=2).eval()
     untouched = copy.deepcopy(model)
     with torch.no_grad():
-        model(pictures(row.size))
-        assert torch.equal(model(pictures(row.size[::-1])), untouched(pictures(row.size[::-1])))
+        model(images(row.size))
+        assert torch.equal(model(images(row.size[::-1])), untouched(images(row.size[::-1])))
 
 
 CSATV2 = [
@@ -258,10 +259,10 @@ def test_papers_form_of_deit_is_localvit_t():
     ours.load_state_dict(from_published(state_dict, ours), strict=True)
     model.load_state_dict(ours.state_dict(), strict=True)
     expected = fixture["eval"]
-    picture_BCHW = torch.from_numpy(weights.images(**expected["images"]))
+    image_BCHW = torch.from_numpy(weights.images(**expected["images"]))
     with torch.inference_mode():
-        logits = model(picture_BCHW)
-        assert torch.equal(logits, ours(picture_BCHW))
+        logits = model(image_BCHW)
+        assert torch.equal(logits, ours(image_BCHW))
     published = torch.tensor(expected["logits_first_10"], dtype=torch.float64)
     # float64 through twelve blocks: as in tests/models/test_parity.py.
     torch.testing.assert_close(logits[:, :10], published, rtol=1e-9, atol=1e-9)

@@ -20,7 +20,7 @@ from checks import (
     check_branch_matters,
     check_function_is_kept,
     check_gradients_reach_every_branch,
-    check_map_is_the_picture,
+    check_map_is_the_image,
     hidden_maps,
     randomized,
     without_attention,
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 import localvit
 from localvit.surgery.sites import Site, find_sites
-from localvit.tokens import LocalityMlp
+from localvit.tokens.mlp import LocalityMlp
 
 CLASSES = {"num_classes": 5}
 
@@ -44,11 +44,11 @@ class Tokens(nn.Module):
         super().__init__()
         self.model: Any = model
 
-    def forward(self, picture_BCHW: Tensor) -> Tensor:
+    def forward(self, image_BCHW: Tensor) -> Tensor:
         if hasattr(self.model, "transformers"):
-            _, maps = self.model.forward_intermediates(picture_BCHW)
+            _, maps = self.model.forward_intermediates(image_BCHW)
             return maps[-1]
-        tokens = self.model.forward_features(picture_BCHW)
+        tokens = self.model.forward_features(image_BCHW)
         return torch.cat(tokens, dim=1) if isinstance(tokens, list) else tokens
 
 
@@ -70,7 +70,7 @@ class Host:
     make: Callable[..., nn.Module]
     sites: int
     """How many feed-forwards: by the depths that `make` is given."""
-    picture: tuple[int, int] = (64, 96)
+    image: tuple[int, int] = (64, 96)
     reach: int = 0
     """Patches that a pixel reaches through the convolutions before the first site."""
     silence: Callable[[Site], None] = without_attention
@@ -82,12 +82,12 @@ class Host:
         torch.manual_seed(0)
         return randomized(self.make(**CLASSES, **self.more)).eval()
 
-    def pictures(self) -> Tensor:
-        return torch.randn(2, 3, *self.picture, generator=torch.Generator().manual_seed(0))
+    def images(self) -> Tensor:
+        return torch.randn(2, 3, *self.image, generator=torch.Generator().manual_seed(0))
 
 
 def mvitv2(**config: Any) -> Callable[..., nn.Module]:
-    """Made for square pictures, it takes flatter ones too."""
+    """Made for square images, it takes flatter ones too."""
     config = {"depths": (1, 2, 1, 2), "embed_dim": 16} | config
     return lambda **kwargs: MultiScaleVit(MultiScaleVitCfg(**config), img_size=96, **kwargs)
 
@@ -118,12 +118,12 @@ HOSTS = {
         refused="one feed-forward serves three grids",
     ),
     "crossvit": Host(
-        make=create("crossvit_9_240", **SMALL_CROSSVIT, img_size=(60, 120)), sites=1 + 2 + 1 + 1, picture=(60, 120)
+        make=create("crossvit_9_240", **SMALL_CROSSVIT, img_size=(60, 120)), sites=1 + 2 + 1 + 1, image=(60, 120)
     ),
     "crossvit_dagger": Host(
         make=create("crossvit_9_dagger_240", **SMALL_CROSSVIT, img_size=(120, 240)),
         sites=1 + 2 + 1 + 1,
-        picture=(120, 240),
+        image=(120, 240),
         reach=1,  # 7x7 of stride 4, 3x3 of stride 3, 3x3
     ),
     "hiera": Host(make=create("hiera_tiny_224", **SMALL_HIERA), sites=1 + 2 + 2 + 1, reach=1),  # 7x7 of stride 4
@@ -131,20 +131,20 @@ HOSTS = {
     "levit": Host(
         make=create("levit_128s", **SMALL_LEVIT),
         sites=1 + 2 + 2 + 2,  # and two downsamplings
-        picture=(80, 112),
+        image=(80, 112),
         reach=1,  # four 3x3 of stride 2
         silence=silence_levit,
     ),
     "levit_conv": Host(
         make=create("levit_conv_128s", **SMALL_LEVIT),
         sites=1 + 2 + 2 + 2,
-        picture=(80, 112),
+        image=(80, 112),
         reach=1,
         silence=silence_levit,
     ),
-    "mobilevit": Host(make=create("mobilevit_xxs"), sites=2 + 4 + 3, picture=(96, 160), reach=3),  # seven 3x3
+    "mobilevit": Host(make=create("mobilevit_xxs"), sites=2 + 4 + 3, image=(96, 160), reach=3),  # seven 3x3
     "mobilevit_v2": Host(
-        make=create("mobilevitv2_050"), sites=2 + 4 + 3, picture=(96, 160), reach=3, silence=silence_mobilevit_v2
+        make=create("mobilevitv2_050"), sites=2 + 4 + 3, image=(96, 160), reach=3, silence=silence_mobilevit_v2
     ),
     "mvitv2": Host(make=mvitv2(), sites=1 + 2 + 1 + 2, reach=1),  # 7x7 of stride 4
     "mvitv2_cls": Host(make=mvitv2(use_cls_token=True), sites=1 + 2 + 1 + 2, reach=1, more={"global_pool": "avg"}),
@@ -154,14 +154,14 @@ HOSTS = {
     "nest": Host(
         make=partial(Nest, img_size=48, embed_dims=(16, 24, 32), num_heads=(2, 3, 4), depths=(1, 2, 2)),
         sites=1 + 2 + 2,
-        picture=(48, 48),
+        image=(48, 48),
         more={"drop_path_rate": 0.0},  # 0.5 by default
     ),
     "pit": Host(
-        make=create("pit_ti_224", tokens=True, **SMALL_PIT), sites=1 + 2 + 1, picture=(64, 88), reach=1
+        make=create("pit_ti_224", tokens=True, **SMALL_PIT), sites=1 + 2 + 1, image=(64, 88), reach=1
     ),  # patches overlap by half
     "pit_distilled": Host(
-        make=create("pit_ti_distilled_224", tokens=True, **SMALL_PIT), sites=1 + 2 + 1, picture=(64, 88), reach=1
+        make=create("pit_ti_distilled_224", tokens=True, **SMALL_PIT), sites=1 + 2 + 1, image=(64, 88), reach=1
     ),
     "twins_pcpvt": Host(make=create("twins_pcpvt_small", **SMALL_TWINS), sites=2 + 2 + 3 + 2),
     "twins_svt": Host(make=create("twins_svt_small", **SMALL_TWINS), sites=2 + 2 + 3 + 2),
@@ -172,22 +172,22 @@ each_host = pytest.mark.parametrize("host", HOSTS.values(), ids=HOSTS.keys())
 
 @each_host
 def test_function_is_kept(host):
-    check_function_is_kept(host.model(), host.pictures())
+    check_function_is_kept(host.model(), host.images())
 
 
 @each_host
 def test_gradients_reach_every_branch(host):
-    check_gradients_reach_every_branch(host.model(), host.pictures())
+    check_gradients_reach_every_branch(host.model(), host.images())
 
 
 @each_host
 def test_branch_matters(host):
-    check_branch_matters(host.model(), host.pictures())
+    check_branch_matters(host.model(), host.images())
 
 
 @each_host
-def test_map_is_the_picture(host):
-    check_map_is_the_picture(host.model(), host.pictures(), reach=host.reach, silence=host.silence)
+def test_map_is_the_image(host):
+    check_map_is_the_image(host.model(), host.images(), reach=host.reach, silence=host.silence)
 
 
 @each_host
@@ -198,7 +198,7 @@ def test_every_feed_forward_is_a_site(host):
     assert len({site.block_name for site in sites}) == host.sites
 
 
-def outputs_as_maps(model: nn.Module, pictures_BCHW: Tensor) -> list[Tensor]:
+def outputs_as_maps(model: nn.Module, images_BCHW: Tensor) -> list[Tensor]:
     """What each block returns, (B, C, H, W), as the layout of its site shows it, in order."""
     maps = []
 
@@ -210,7 +210,7 @@ def outputs_as_maps(model: nn.Module, pictures_BCHW: Tensor) -> list[Tensor]:
         for site in find_sites(model)
     ]
     with torch.no_grad():
-        model(pictures_BCHW)
+        model(images_BCHW)
     for handle in handles:
         handle.remove()
     return maps
@@ -225,16 +225,16 @@ def test_blocks_return_the_hosts_own_maps(name):
     if not hasattr(timm_model, "forward_intermediates"):
         pytest.skip(f"timm {timm.__version__} has no forward_intermediates for {type(timm_model).__name__}")
     with torch.no_grad():
-        theirs = timm_model.forward_intermediates(host.pictures(), output_fmt="NCHW", intermediates_only=True)
-    ours = outputs_as_maps(model, host.pictures())
+        theirs = timm_model.forward_intermediates(host.images(), output_fmt="NCHW", intermediates_only=True)
+    ours = outputs_as_maps(model, host.images())
     assert len(theirs) >= 2
     for map_BCHW in theirs:
         assert sum(map_BCHW.shape == other.shape and torch.equal(map_BCHW, other) for other in ours) == 1
 
 
 @pytest.mark.parametrize("name", ["mobilevit", "mobilevit_v2"])
-@pytest.mark.parametrize("picture", [(64, 128), (72, 104)], ids=["whole patches", "interpolated"])
-def test_mobilevit_blocks_return_what_the_host_folds(name, picture):
+@pytest.mark.parametrize("image", [(64, 128), (72, 104)], ids=["whole patches", "interpolated"])
+def test_mobilevit_blocks_return_what_the_host_folds(name, image):
     """Behind the transformer the host folds its tokens into a map, and interpolates it (the first version) back."""
     model = localvit.localize(HOSTS[name].model())
     blocks = [module for module in model.modules() if hasattr(module, "conv_proj")]
@@ -243,13 +243,13 @@ def test_mobilevit_blocks_return_what_the_host_folds(name, picture):
         block.norm = nn.Identity()
         block.conv_proj.register_forward_pre_hook(lambda _, args: theirs.append(args[0]))
     last_of_block = [site.block is block.transformer[-1] for block in blocks for site in find_sites(block)]
-    maps = outputs_as_maps(model, torch.randn(2, 3, *picture, generator=torch.Generator().manual_seed(0)))
+    maps = outputs_as_maps(model, torch.randn(2, 3, *image, generator=torch.Generator().manual_seed(0)))
     ours = [map_BCHW for map_BCHW, last in zip(maps, last_of_block, strict=True) if last]
     assert len(ours) == len(theirs) == 3
     for map_BCHW, their_BCHW in zip(ours, theirs, strict=True):
         assert [size % 2 for size in map_BCHW.shape[2:]] == [0, 0]
         if map_BCHW.shape != their_BCHW.shape:
-            assert (name, picture) == ("mobilevit", (72, 104))
+            assert (name, image) == ("mobilevit", (72, 104))
             map_BCHW = F.interpolate(map_BCHW, size=their_BCHW.shape[2:], mode="bilinear", align_corners=False)
         assert torch.equal(map_BCHW, their_BCHW)
 
@@ -260,13 +260,13 @@ def test_a_model_cut_up_for_its_features():
     model = randomized(host.make(features_only=True)).eval()
     assert len(find_sites(model)) == host.sites
     with torch.no_grad():
-        before = model(host.pictures())
-        torch.testing.assert_close(localvit.localize(model)(host.pictures()), before, rtol=0, atol=0)
+        before = model(host.images())
+        torch.testing.assert_close(localvit.localize(model)(host.images()), before, rtol=0, atol=0)
 
 
 def test_coat_shares_a_feed_forward_among_three_grids():
     host = HOSTS["coat"]
-    maps = hidden_maps(localvit.localize(host.model()), host.pictures())
+    maps = hidden_maps(localvit.localize(host.model()), host.images())
     serial = [(16, 24), (8, 12), (8, 12), (4, 6), (2, 3), (2, 3)]
     assert [tuple(map_BEHW.shape[2:]) for map_BEHW in maps] == serial + 2 * [(8, 12), (4, 6), (2, 3)]
 
@@ -279,15 +279,15 @@ def test_coat_says_which_grids_its_tokens_do_not_fill():
 
 
 def test_masked_hiera_says_both_numbers():
-    """Two of the six mask units of 8 x 8 are dropped; none dropped is the whole picture."""
+    """Two of the six mask units of 8 x 8 are dropped; none dropped is the whole image."""
     host = HOSTS["hiera"]
-    model, pictures = localvit.localize(host.model()), host.pictures()
+    model, images = localvit.localize(host.model()), host.images()
     mask = torch.tensor([[True, False, True, True, False, True]] * 2)
     with pytest.raises(ValueError, match="256 image tokens do not fill the 16 x 24 grid of 384"):
-        model.forward_features(pictures, mask=mask)
+        model.forward_features(images, mask=mask)
     with torch.no_grad():
-        whole = model.forward_features(pictures, mask=torch.ones_like(mask))
-        assert torch.equal(whole, model.forward_features(pictures))
+        whole = model.forward_features(images, mask=torch.ones_like(mask))
+        assert torch.equal(whole, model.forward_features(images))
 
 
 SMALL_VIDEO = {
@@ -304,7 +304,7 @@ SMALL_VIDEO = {
     ("changes", "message"),
     [
         ({"patch_drop_rate": 0.25}, r"drops mask units in training \(patch_drop_rate=0.25\)"),
-        (SMALL_VIDEO, "3 dimensions of tokens: locality is for pictures"),
+        (SMALL_VIDEO, "3 dimensions of tokens: locality is for images"),
     ],
     ids=["patch_drop_rate", "video"],
 )
@@ -324,7 +324,7 @@ def with_branches_trained(model: nn.Module) -> nn.Module:
 @each_host
 def test_copies_compute_the_same(host):
     """A deep copy, a pickled one, and a new model that loads the state dict."""
-    model, pictures = with_branches_trained(localvit.localize(host.model())), host.pictures()
+    model, images = with_branches_trained(localvit.localize(host.model())), host.images()
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     file.seek(0)
@@ -332,10 +332,10 @@ def test_copies_compute_the_same(host):
     loaded.load_state_dict(torch.load(file, weights_only=True), strict=True)
     copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), loaded]
     with torch.no_grad():
-        expected = model(pictures)
-        assert not torch.equal(expected, host.model()(pictures))
+        expected = model(images)
+        assert not torch.equal(expected, host.model()(images))
         for each in copies:
-            assert torch.equal(each(pictures), expected)
+            assert torch.equal(each(images), expected)
 
 
 def paper_parameters(dim: int, hidden_dim: int) -> int:
@@ -347,7 +347,7 @@ def paper_parameters(dim: int, hidden_dim: int) -> int:
 def test_paper_form(name):
     """It has the parameters that the paper's figure 3 counts, learns everywhere, and leaves nothing but itself."""
     host = HOSTS[name]
-    model, pictures = host.model().train(), host.pictures()
+    model, images = host.model().train(), host.images()
     before, replaced, added = sum(parameter.numel() for parameter in model.parameters()), 0, 0
     for site in find_sites(model):
         gone = [site.block.mlp, *([site.block.norm2] if site.slot.norm else [])]
@@ -357,11 +357,11 @@ def test_paper_form(name):
     assert sum(parameter.numel() for parameter in model.parameters()) == before - replaced + added
     modules = [module for module in model.modules() if isinstance(module, LocalityMlp)]
     assert len(modules) == host.sites
-    model(pictures).square().sum().backward()
+    model(images).square().sum().backward()
     for module in modules:
         assert all(parameter.grad is not None and parameter.grad.any() for parameter in module.parameters())
     with torch.no_grad():
-        assert torch.isfinite(model.eval()(pictures)).all()
+        assert torch.isfinite(model.eval()(images)).all()
 
 
 @pytest.mark.parametrize("name", [name for name, host in HOSTS.items() if host.refused])
@@ -375,10 +375,10 @@ def test_paper_form_is_refused_with_the_reason(name):
 
 def test_paper_form_in_some_blocks_of_a_host():
     """Refused are only those that widen: of MViTv2 without `expand_attn`, the last of each stage but one."""
-    model, pictures = HOSTS["mvitv2_widening"].model(), HOSTS["mvitv2_widening"].pictures()
+    model, images = HOSTS["mvitv2_widening"].model(), HOSTS["mvitv2_widening"].images()
     assert [isinstance(site.slot, str) for site in find_sites(model)] == [True, False, True, True, False, False]
     localvit.localize(model, preserve=False, blocks=[2, 5, 6])
-    assert torch.isfinite(model(pictures)).all()
+    assert torch.isfinite(model(images)).all()
 
 
 def test_paper_form_needs_a_stochastic_depth_of_its_own():

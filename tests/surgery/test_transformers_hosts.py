@@ -15,7 +15,7 @@ from checks import (
     check_branch_matters,
     check_function_is_kept,
     check_gradients_reach_every_branch,
-    check_map_is_the_picture,
+    check_map_is_the_image,
     output_of,
     randomized,
 )
@@ -23,7 +23,7 @@ from torch import nn
 
 import localvit
 from localvit.surgery.sites import Site, find_sites
-from localvit.tokens import LocalityMlp
+from localvit.tokens.mlp import LocalityMlp
 
 transformers = pytest.importorskip("transformers", reason="Hugging Face transformers is an extra")
 
@@ -33,19 +33,19 @@ PATCH = {"patch_size": 5}
 
 
 class Interpolating(nn.Module):
-    """A tower that resamples its positions to the picture."""
+    """A tower that resamples its positions to the image."""
 
     def __init__(self, tower: nn.Module) -> None:
         super().__init__()
         self.tower = tower
 
-    def forward(self, picture_BCHW):
-        return self.tower(picture_BCHW, interpolate_pos_encoding=True)
+    def forward(self, image_BCHW):
+        return self.tower(image_BCHW, interpolate_pos_encoding=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A tower, or a variant of one with other parts, on pictures whose grid is not square."""
+    """A tower, or a variant of one with other parts, on images whose grid is not square."""
 
     id: str
     model: str
@@ -56,11 +56,11 @@ class Row:
     sites: int = 2
     grid: tuple[int, int] = (7, 3)
     interpolating: bool = False
-    """Whether the tower has to be told that the picture is not square."""
+    """Whether the tower has to be told that the image is not square."""
 
     @property
-    def picture(self) -> torch.Tensor:
-        return picture(5 * self.grid[0], 5 * self.grid[1])
+    def image(self) -> torch.Tensor:
+        return image(5 * self.grid[0], 5 * self.grid[1])
 
     def make(self, **changes: Any) -> nn.Module:
         torch.manual_seed(0)
@@ -161,7 +161,7 @@ every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
 ROW = {row.id: row for row in ROWS}
 
 
-def picture(height: int = 35, width: int = 15) -> torch.Tensor:
+def image(height: int = 35, width: int = 15) -> torch.Tensor:
     return torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
@@ -184,22 +184,22 @@ def perturb(model: nn.Module) -> nn.Module:
 def test_function_is_kept(row):
     model = row.make()
     assert len(find_sites(model)) == row.sites
-    check_function_is_kept(model, row.picture)
+    check_function_is_kept(model, row.image)
 
 
 @every_row
 def test_gradients_reach_every_branch(row):
-    check_gradients_reach_every_branch(row.make(), row.picture)
+    check_gradients_reach_every_branch(row.make(), row.image)
 
 
 @every_row
 def test_branch_matters(row):
-    check_branch_matters(row.make(), row.picture)
+    check_branch_matters(row.make(), row.image)
 
 
 @every_row
-def test_map_is_the_picture(row):
-    check_map_is_the_picture(row.make(), row.picture, silence=without_attention)
+def test_map_is_the_image(row):
+    check_map_is_the_image(row.make(), row.image, silence=without_attention)
 
 
 @every_row
@@ -210,7 +210,7 @@ def test_first_branch_convolves_the_patches_and_leaves_the_rest(row):
     seen = []
     branch.register_forward_hook(lambda branch, args, output: seen.append((args[0], output)))
     with torch.no_grad():
-        output_of(model, row.picture)
+        output_of(model, row.image)
     [(before_BNE, after_BNE)] = seen
     assert before_BNE.shape[1] == row.prefix + row.grid[0] * row.grid[1]
     map_BEHW = before_BNE[:, row.prefix :].transpose(1, 2).unflatten(2, row.grid)
@@ -236,7 +236,7 @@ def test_paper_form(row):
     seen = []
     layer.register_forward_hook(lambda layer, args, output: seen.append((args[0], output)))
     with torch.no_grad():
-        output_of(model, row.picture)
+        output_of(model, row.image)
         [(before_BNC, after_BNC)] = seen
         after_BNC = after_BNC[0] if isinstance(after_BNC, tuple) else after_BNC
         map_BCHW = before_BNC[:, row.prefix :].transpose(1, 2).unflatten(2, row.grid)
@@ -283,9 +283,9 @@ def test_classifiers_and_backbones_hold_towers():
     config = transformers.Dinov2WithRegistersConfig(**ROW["dinov2 registers"].kwargs, out_features=["stage2"])
     backbone = randomized(transformers.Dinov2WithRegistersBackbone(config)).double().eval()
     with torch.no_grad():
-        [expected] = backbone(picture()).feature_maps
-        [after] = localvit.localize(backbone)(picture()).feature_maps
-        [other] = perturb(backbone)(picture()).feature_maps
+        [expected] = backbone(image()).feature_maps
+        [after] = localvit.localize(backbone)(image()).feature_maps
+        [other] = perturb(backbone)(image()).feature_maps
     assert expected.shape[2:] == (7, 3)
     assert torch.equal(after, expected)
     assert not torch.allclose(other, expected)
@@ -300,15 +300,15 @@ def test_text_towers_are_left_alone(family):
     model = randomized(getattr(transformers, f"{family}Model")(config)).eval()
     words = torch.tensor([[5, 11, 3, 2]])
     with torch.no_grad():
-        before = model(words, picture(25, 25).float())
+        before = model(words, image(25, 25).float())
         perturb(localvit.localize(model))
-        after = model(words, picture(25, 25).float())
+        after = model(words, image(25, 25).float())
     assert len(branches_of(model.vision_model)) == len(branches_of(model)) == 2
     assert torch.equal(after.text_embeds, before.text_embeds)
     assert not torch.allclose(after.image_embeds, before.image_embeds)
 
 
-def test_pictures_may_change_their_size():
+def test_images_may_change_their_size():
     """A branch that shifts the map by one row does so on either grid."""
     row = ROW["vit"]
     tower = row.make(image_size=25)
@@ -320,7 +320,7 @@ def test_pictures_may_change_their_size():
     branch.register_forward_hook(lambda branch, args, output: seen.append((args[0][:, 1:], output[:, 1:])))
     with torch.no_grad():
         for height, width in ((7, 3), (2, 11)):
-            output_of(model, picture(5 * height, 5 * width))
+            output_of(model, image(5 * height, 5 * width))
             before, after = (x.unflatten(1, (height, width)) for x in seen.pop())
             torch.testing.assert_close(after[:, 1:], before[:, 1:] + before[:, :-1])
             torch.testing.assert_close(after[:, 0], before[:, 0])
@@ -330,7 +330,7 @@ def test_masked_patches_stay_on_the_grid():
     model = perturb(localvit.localize(ROW["dinov2"].make().double().eval()))
     masked = torch.arange(2 * 21).reshape(2, 21) % 3 == 0
     with torch.no_grad():
-        out = model(picture(), bool_masked_pos=masked).last_hidden_state
+        out = model(image(), bool_masked_pos=masked).last_hidden_state
     assert out.shape == (2, 22, 24)
     assert torch.isfinite(out).all()
 
@@ -345,7 +345,7 @@ def test_gradient_checkpointing_changes_nothing(name):
         if checkpointing:
             model.gradient_checkpointing_enable()
         model.zero_grad()
-        output_of(model, ROW[name].picture).square().sum().backward()
+        output_of(model, ROW[name].image).square().sum().backward()
         gradients.append([branch.conv.weight.grad.clone() for branch in branches_of(model)])
     assert all(grad.any() for grad in gradients[0])
     for grad, again in zip(*gradients, strict=True):
@@ -361,9 +361,9 @@ def test_files_of_the_library_hold_the_original(tmp_path):
     loaded = transformers.ViTModel.from_pretrained(tmp_path).eval()
     assert loaded.state_dict().keys() == original.state_dict().keys()
     with torch.no_grad():
-        expected = output_of(original, picture().float())
-        assert torch.equal(output_of(loaded, picture().float()), expected)
-        assert torch.equal(output_of(localvit.localize(loaded), picture().float()), expected)
+        expected = output_of(original, image().float())
+        assert torch.equal(output_of(loaded, image().float()), expected)
+        assert torch.equal(output_of(localvit.localize(loaded), image().float()), expected)
 
 
 def test_layers_under_an_unknown_name():
@@ -377,7 +377,7 @@ def test_layers_under_an_unknown_name():
         localvit.localize(model)
 
 
-# SigLIP 2: pictures of several shapes in a batch
+# SigLIP 2: images of several shapes in a batch
 
 
 def siglip2(**changes: Any) -> nn.Module:
@@ -387,7 +387,7 @@ def siglip2(**changes: Any) -> nn.Module:
 
 
 def patches_of_shapes(*shapes: tuple[int, int], padding: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Patches (B, N, 12) of pictures with these grids, noise in the padding, their mask and shapes."""
+    """Patches (B, N, 12) of images with these grids, noise in the padding, their mask and shapes."""
     tokens = max(height * width for height, width in shapes) + padding
     generator = torch.Generator().manual_seed(3)
     patches = torch.randn(len(shapes), tokens, 12, generator=generator, dtype=torch.float64)
@@ -406,7 +406,7 @@ def test_siglip2_keeps_its_function():
     check_branch_matters(model, *inputs)
 
 
-def test_siglip2_gives_each_picture_what_it_gets_alone():
+def test_siglip2_gives_each_image_what_it_gets_alone():
     model = perturb(localvit.localize(siglip2().double().eval(), kernel_size=5))
     patches, mask, shapes = patches_of_shapes(*SHAPES, padding=2)
     with torch.no_grad():
@@ -420,7 +420,7 @@ def test_siglip2_gives_each_picture_what_it_gets_alone():
 
 
 def test_siglip2_branch_convolves_each_map():
-    """Against a convolution over each picture's own map, of a prime size."""
+    """Against a convolution over each image's own map, of a prime size."""
     model = perturb(localvit.localize(siglip2().double().eval()))
     branch = branches_of(model)[0]
     seen = []
@@ -467,7 +467,7 @@ def test_siglip2_refuses_means_over_maps(options, why):
 
 
 def test_siglip2_takes_layer_norm():
-    """It is zero where there is no token, so that pictures still get what they get alone."""
+    """It is zero where there is no token, so that images still get what they get alone."""
     model = perturb(localvit.localize(siglip2().double().eval(), norm="layernorm"))
     patches, mask, shapes = patches_of_shapes((2, 7), (5, 3))
     with torch.no_grad():

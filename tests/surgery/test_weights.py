@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 import localvit
 from localvit.surgery.localize import locality_modules
 from localvit.surgery.weights import locality_state
-from localvit.weight_files import CheckpointError
+from localvit.utils.weight_files import CheckpointError
 
 
 def small_vit(**kwargs):
@@ -25,7 +25,7 @@ def shaken(model):
     return model
 
 
-PICTURE = torch.randn(2, 3, 48, 80, generator=torch.Generator().manual_seed(5))
+IMAGE = torch.randn(2, 3, 48, 80, generator=torch.Generator().manual_seed(5))
 
 
 @pytest.mark.parametrize(
@@ -44,10 +44,10 @@ def test_the_file_and_the_base_make_the_model_again(options, tmp_path):
     assert held.keys() == locality_state(model).keys()
     assert sum(value.numel() for value in held.values()) < sum(value.numel() for value in model.state_dict().values())
     again = localvit.load_locality(small_vit(), path)
-    assert torch.equal(again(PICTURE), model(PICTURE))
+    assert torch.equal(again(IMAGE), model(IMAGE))
     assert again.localized.options == model.localized.options
     other = localvit.localize(small_vit(), **options)
-    assert torch.equal(localvit.load_locality(other, path)(PICTURE), model(PICTURE))
+    assert torch.equal(localvit.load_locality(other, path)(IMAGE), model(IMAGE))
 
 
 def test_what_cannot_be_saved_or_loaded_says_why(tmp_path):
@@ -76,7 +76,7 @@ def test_checkpoints_rebuild_a_localized_model(options, tmp_path):
     path = localvit.save_checkpoint(model, tmp_path / "model.safetensors")
     again, checkpoint = localvit.model_from_checkpoint(path)
     assert checkpoint.args["localize"] == options
-    assert torch.equal(again.eval()(PICTURE), model(PICTURE))
+    assert torch.equal(again.eval()(IMAGE), model(IMAGE))
 
 
 def test_delocalized_models_are_remembered_as_they_were_made(tmp_path):

@@ -1,6 +1,6 @@
 """The families of timm, small: one row each, and one more for each kind of block that has a rule of its own.
 
-Pictures are the smallest that make patch grids of different height and width, of primes where the model allows it.
+Images are the smallest that make patch grids of different height and width, of primes where the model allows it.
 """
 
 from dataclasses import dataclass, field
@@ -29,11 +29,11 @@ class Row:
     """Of an entry point of timm, or of the class where the entry points fix the depth."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     size: tuple[int, int] = (48, 80)
-    """Height and width of the pictures; these are 3 x 5 patches of 16."""
+    """Height and width of the images; these are 3 x 5 patches of 16."""
     told_size: bool = True
     """Whether the constructor takes `img_size`."""
     any_size: bool = False
-    """Whether it takes pictures of other sizes too."""
+    """Whether it takes images of other sizes too."""
     sites: int
     """Feed-forwards that see patches, by the depths."""
     reach: int | None = 0
@@ -258,14 +258,14 @@ ROWS = [
 
 
 class Features(nn.Module):
-    """All tokens that a model makes of a picture: its head may read the class token alone, which no site moves."""
+    """All tokens that a model makes of an image: its head may read the class token alone, which no site moves."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model: Any = model
 
-    def forward(self, picture_BCHW: torch.Tensor) -> torch.Tensor:
-        return self.model.forward_features(picture_BCHW)
+    def forward(self, image_BCHW: torch.Tensor) -> torch.Tensor:
+        return self.model.forward_features(image_BCHW)
 
 
 def make(row: Row, **kwargs: Any) -> Features:
@@ -277,5 +277,5 @@ def make(row: Row, **kwargs: Any) -> Features:
     return randomized(Features(getattr(timm.models, row.name)(**row.kwargs | kwargs)))
 
 
-def pictures(size: tuple[int, int], batch: int = 2) -> torch.Tensor:
+def images(size: tuple[int, int], batch: int = 2) -> torch.Tensor:
     return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(1))

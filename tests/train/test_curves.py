@@ -1,4 +1,4 @@
-"""The pictures of runs."""
+"""The images of runs."""
 
 import importlib
 import json
@@ -14,21 +14,21 @@ from run_folders import log_row
 
 
 @pytest.mark.parametrize("epochs", [1, 3, 60])
-def test_a_log_becomes_a_picture(tmp_path, epochs):
+def test_a_log_becomes_an_image(tmp_path, epochs):
     log = tmp_path / "log.txt"
     log.write_text("".join(json.dumps(log_row(epoch, 60.0)) + "\n" for epoch in range(epochs)))
-    with Image.open(draw_curves(log, tmp_path / "new" / "curves.png")) as picture:
-        assert picture.size == (1350, 540)
-        red = picture.convert("RGB").getcolors(picture.width * picture.height)
-    assert any(colour == (192, 57, 43) for _, colour in red)  # the validation curve is there
+    with Image.open(draw_curves(log, tmp_path / "new" / "curves.png")) as image:
+        assert image.size == (1350, 540)
+        red = image.convert("RGB").getcolors(image.width * image.height)
+    assert any(color == (192, 57, 43) for _, color in red)  # the validation curve is there
 
 
 def test_losses_that_are_not_finite_leave_a_gap(tmp_path):
     log = tmp_path / "log.txt"
     rows = [log_row(0, 10.0), log_row(1, 10.0, math.nan), log_row(2, 10.0, math.inf), log_row(3, 10.0)]
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with Image.open(draw_curves(log, tmp_path / "curves.png")) as picture:
-        assert picture.size == (1350, 540)
+    with Image.open(draw_curves(log, tmp_path / "curves.png")) as image:
+        assert image.size == (1350, 540)
 
 
 @pytest.mark.parametrize(("text", "words"), [("", "no finished epoch"), ("epoch 1\n", "is no training log")])
@@ -54,7 +54,7 @@ def test_another_ending_is_refused(tmp_path):
 
 
 def lines(svg):
-    """Colour and dashes of each curve, of as many points as epochs."""
+    """Color and dashes of each curve, of as many points as epochs."""
     styles = re.findall(r'<path d="M[^"]*" clip-path="[^"]*" style="([^"]*)"', svg)
     curves = [style for style in styles if "#e6e9ec" not in style]  # but for the grid
     return [(re.search("stroke: (#......)", s)[1], *re.findall("stroke-dasharray: ([^;]*)", s)) for s in curves]

@@ -12,7 +12,7 @@ from torch import nn
 import localvit
 from localvit.data.preprocessing import Preprocessing
 from localvit.train.distillation import DistillationLoss, Teacher, build_teacher, check_student
-from localvit.weight_files import CheckpointError
+from localvit.utils.weight_files import CheckpointError
 from published import published_state
 
 NANO = "localvit_nano_patch4_32"
@@ -27,7 +27,7 @@ class Constant(nn.Module):
         super().__init__()
         self.logits_BM = nn.Parameter(logits_BM)
 
-    def forward(self, pictures_BCHW):
+    def forward(self, images_BCHW):
         return self.logits_BM
 
 
@@ -111,9 +111,9 @@ def test_a_step_moves_both_heads_and_nothing_of_the_teacher(kind, dtype):
     assert list(loss.parameters()) == []
     assert list(loss.state_dict()) == []
     assert not any(module.training for module in teacher.modules())
-    pictures, targets = Mixup(mixup_alpha=1.0, num_classes=M)(torch.randn(4, 3, 32, 32), torch.tensor([0, 3, 6, 1]))
+    images, targets = Mixup(mixup_alpha=1.0, num_classes=M)(torch.randn(4, 3, 32, 32), torch.tensor([0, 3, 6, 1]))
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        value = loss(pictures, student.train()(pictures), targets)
+        value = loss(images, student.train()(images), targets)
     assert torch.isfinite(value)
     value.backward()
     for head in (student.head, student.head_dist, student.blocks[0].attn.qkv):
@@ -131,24 +131,24 @@ def test_alpha_chooses_the_head(alpha, head, other):
     student = distilled()
     student.set_distilled_training(True)
     loss = DistillationLoss(nn.CrossEntropyLoss(), Constant(logits(2).float()), "hard", alpha=alpha, tau=1.0)
-    pictures = torch.randn(B, 3, 32, 32)
-    loss(pictures, student.train()(pictures), torch.arange(B)).backward()
+    images = torch.randn(B, 3, 32, 32)
+    loss(images, student.train()(images), torch.arange(B)).backward()
     assert getattr(student, head).weight.grad.abs().max() > 0
     assert not getattr(student, other).weight.grad.any()
 
 
-def normalised(values, mean, std):
+def normalized(values, mean, std):
     return (values - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
 
 
-def test_the_teacher_sees_pictures_normalised_its_own_way():
+def test_the_teacher_sees_images_normalized_its_own_way():
     values = torch.rand(2, 3, 160, 160)
     model = timm.create_model("test_vit", num_classes=M).eval()
     mean, std = (0.1, 0.5, 0.7), (0.9, 0.2, 0.4)
     teacher = Teacher(model, mean, std, None, None)
-    ours = teacher(normalised(values, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-    # Two normalisations in a row for one, in float32
-    torch.testing.assert_close(ours, model(normalised(values, mean, std)).detach(), rtol=1e-4, atol=1e-5)
+    ours = teacher(normalized(values, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    # Two normalizations in a row for one, in float32
+    torch.testing.assert_close(ours, model(normalized(values, mean, std)).detach(), rtol=1e-4, atol=1e-5)
     assert not ours.requires_grad
     same = Teacher(model, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, None, None)
     torch.testing.assert_close(same(values), model(values).detach(), rtol=0, atol=0)
@@ -178,14 +178,14 @@ def test_classes_go_by_name(tmp_path):
         preprocessing=Preprocessing.published((32, 32)),
         remark=remarks.append,
     )
-    pictures = torch.randn(3, 3, 32, 32)
-    theirs, ours = model(pictures), teacher(pictures)
+    images = torch.randn(3, 3, 32, 32)
+    theirs, ours = model(images), teacher(images)
     for index, name in enumerate(shuffled):
         torch.testing.assert_close(ours[:, index], theirs[:, CLASSES.index(name)].detach(), rtol=0, atol=0)
     assert remarks == []
 
 
-def test_a_checkpoint_says_how_its_pictures_are_prepared(tmp_path):
+def test_a_checkpoint_says_how_its_images_are_prepared(tmp_path):
     mean, std = (0.3, 0.4, 0.6), (0.25, 0.5, 0.125)
     preprocessing = Preprocessing(input_size=(32, 32), mean=mean, std=std).to_dict()
     model = saved_teacher(tmp_path / "teacher.safetensors", preprocessing=preprocessing)
@@ -193,9 +193,9 @@ def test_a_checkpoint_says_how_its_pictures_are_prepared(tmp_path):
         str(tmp_path / "teacher.safetensors"), None, M, CLASSES, CPU, preprocessing=Preprocessing.published((32, 32))
     )
     values = torch.rand(2, 3, 32, 32)
-    ours = teacher(normalised(values, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-    # Two normalisations in a row for one, in float32
-    torch.testing.assert_close(ours, model(normalised(values, mean, std)).detach(), rtol=1e-4, atol=1e-5)
+    ours = teacher(normalized(values, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    # Two normalizations in a row for one, in float32
+    torch.testing.assert_close(ours, model(normalized(values, mean, std)).detach(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_a_checkpoint_says_how_its_pictures_are_prepared(tmp_path):
         ("test_resnet", False, "160 x 160 pixels, not of 48 x 32, which it takes as they are"),
     ],
 )
-def test_pictures_of_another_size(name, resized, says, tmp_path):
+def test_images_of_another_size(name, resized, says, tmp_path):
     torch.manual_seed(3)
     model = timm.create_model(name, num_classes=M).eval()
     torch.save(model.state_dict(), tmp_path / "teacher.pth")
@@ -223,11 +223,11 @@ def test_pictures_of_another_size(name, resized, says, tmp_path):
     assert "does not name its classes" in remarks[0]
     assert says in remarks[1]
     values = torch.rand(2, 3, 48, 32)
-    shown = normalised(values, model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
+    shown = normalized(values, model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
     if resized:
         shown = F.interpolate(shown, (224, 224), mode="bicubic", antialias=True)
-    ours = teacher(normalised(values, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-    # Normalised before and after resizing; float32
+    ours = teacher(normalized(values, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    # Normalized before and after resizing; float32
     torch.testing.assert_close(ours, model(shown).detach(), rtol=1e-4, atol=1e-4)
 
 
@@ -278,9 +278,9 @@ def test_outputs_of_one_head(prepare):
     student = distilled()
     prepare(student)
     loss = DistillationLoss(nn.CrossEntropyLoss(), Constant(logits(2).float()), "hard", alpha=0.5, tau=1.0)
-    pictures = torch.randn(2, 3, 32, 32)
+    images = torch.randn(2, 3, 32, 32)
     with pytest.raises(ValueError, match=r"set_distilled_training\(True\)"):
-        loss(pictures, student(pictures), torch.arange(2))
+        loss(images, student(images), torch.arange(2))
 
 
 @pytest.mark.parametrize(

@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 
 import localvit
-from localvit.checkpoints import describe
-from localvit.checkpoints import published_state as published_names
+from localvit.checkpoints.checkpoint import describe
+from localvit.checkpoints.checkpoint import published_state as published_names
 from localvit.data.classes import imagenet_synsets
 from localvit.data.preprocessing import Preprocessing
 from localvit.train.config import TrainConfig
 from localvit.train.finetune import load_pretrained
 from localvit.train.model import build_model
-from localvit.weight_files import CheckpointError
+from localvit.utils.weight_files import CheckpointError
 from published import published_state
 
 NANO = ("localvit_nano_patch4_32", {"depth": 2})
@@ -54,9 +54,9 @@ FAMILIES = {
     "timm resnet": ("resnet10t", {}, None, None, {}),
     "timm efficientnet": ("test_efficientnet", {}, None, None, {}),
 }
-"""A name, arguments that make it small, two picture sizes, and each position entry's two grids and prefix tokens."""
+"""A name, arguments that make it small, two image sizes, and each position entry's two grids and prefix tokens."""
 DYNAMIC = ["vit", "distilled", "pvt", "tnt", "t2t", "plain tnt"]
-"""Those that take pictures of other sizes without being told, resampling their positions on the way."""
+"""Those that take images of other sizes without being told, resampling their positions on the way."""
 
 
 def make(name, arguments, img_size=None, num_classes=5, seed=0):
@@ -67,7 +67,7 @@ def make(name, arguments, img_size=None, num_classes=5, seed=0):
 
 
 def shaken(model, seed=7):
-    """The model with random weights and statistics, so that nothing is as it was initialised."""
+    """The model with random weights and statistics, so that nothing is as it was initialized."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for value in model.state_dict().values():
@@ -76,7 +76,7 @@ def shaken(model, seed=7):
     return model
 
 
-def pictures(img_size, seed=5):
+def random_images(img_size, seed=5):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(2, 3, *(img_size or (64, 64)), generator=generator)
 
@@ -123,7 +123,7 @@ def test_other_classes_same_features(family, kind, tmp_path):
     assert heads
     for key, value in model.state_dict().items():
         same(value, (fresh if key in heads else source.state_dict())[key])
-    images = pictures(img_size)
+    images = random_images(img_size)
     same(model.eval().forward_features(images), source.forward_features(images))
 
 
@@ -157,7 +157,7 @@ def test_positions_on_another_grid(family, tmp_path):
             torch.testing.assert_close(value, interpolated(source.state_dict()[key], *grids[key]), rtol=1e-5, atol=1e-6)
         elif key not in heads:
             torch.testing.assert_close(value, source.state_dict()[key], rtol=0, atol=0, check_dtype=False)
-    images = pictures(other_size)
+    images = random_images(other_size)
     features = model.float().eval().forward_features(images)
     assert torch.isfinite(features).all()
     if family in DYNAMIC:
@@ -174,7 +174,7 @@ def test_positions_on_another_grid(family, tmp_path):
         ("timm swin", (96, 32), (64, 64), {key: (new, old, None) for key, (old, new, _) in SWIN_GRIDS.items()}),
     ],
 )
-def test_back_from_a_picture_that_is_not_square(family, img_size, other_size, grids, tmp_path):
+def test_back_from_an_image_that_is_not_square(family, img_size, other_size, grids, tmp_path):
     """The old grid is the file's own, not the square root of a count: 5 x 20 patches would pass for 10 x 10."""
     name, arguments, *_ = FAMILIES[family]
     source = shaken(make(name, arguments, img_size))
@@ -311,7 +311,7 @@ def test_timms_swin_from_a_file_of_the_research_code(tmp_path):
     source = shaken(make("swin_tiny_patch4_window7_224", SWIN)).eval()
     model = make("swin_tiny_patch4_window7_224", SWIN, num_classes=3, seed=1)
     load_pretrained(model, research_swin(source, tmp_path / "swin.pth"))
-    images = pictures((224, 224))
+    images = random_images((224, 224))
     same(model.eval().forward_features(images), source.forward_features(images))
 
 
@@ -435,7 +435,7 @@ def test_a_model_of_unknown_origin(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["ours", "state", "plain"])
-def test_pictures_are_prepared_as_the_weights_learned_them(kind, tmp_path):
+def test_images_are_prepared_as_the_weights_learned_them(kind, tmp_path):
     """A file says it itself; one that does not is taken to be like timm's released weights of the model."""
     arguments = {"patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 3, "img_size": (16, 16)}
     told = Preprocessing(input_size=(16, 16), mean=(0.1, 0.2, 0.3), std=(0.4, 0.6, 0.7))

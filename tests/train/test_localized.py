@@ -6,9 +6,9 @@ from tiny import tiny_config, write_some_digits
 
 import localvit
 from localvit.surgery.localize import locality_modules
+from localvit.train.build import build
 from localvit.train.loop import fit
 from localvit.train.model import build_model
-from localvit.train.recipe import build
 
 HOST = {
     "model": "vit_tiny_patch16_224",
@@ -16,7 +16,7 @@ HOST = {
     "input_size": (16,),
 }
 ARGUMENTS = HOST["model_args"] | {"img_size": (16, 16)}
-PICTURES = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+IMAGES = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(3))
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_fine_tuning_begins_with_what_the_base_computes(base, tmp_path):
     plain, _ = localvit.model_from_checkpoint(base)
     model, remarks = built(base, tmp_path, localize={"gate": "eca"})
     assert len(locality_modules(model)) == 2
-    assert torch.equal(model(PICTURES), plain.eval()(PICTURES))
+    assert torch.equal(model(IMAGES), plain.eval()(IMAGES))
     assert [remark for remark in remarks if "put into 2 feed-forwards" in remark]
     assert not any("other arguments" in remark for remark in remarks)
 
@@ -78,7 +78,7 @@ def test_a_localized_checkpoint_is_fine_tuned_as_it_is(base, tmp_path):
             module.conv.weight.normal_(generator=torch.Generator().manual_seed(2))
     path = localvit.save_checkpoint(model, tmp_path / "localized.safetensors", class_names=["0", "1", "2"])
     again, remarks = built(path, tmp_path, localize={"kernel_size": 5})
-    assert torch.equal(again(PICTURES), model(PICTURES))
+    assert torch.equal(again(IMAGES), model(IMAGES))
     assert not any("put into" in remark for remark in remarks)
     with pytest.raises(ValueError, match="does not fit the model"):
         built(path, tmp_path)
@@ -98,6 +98,6 @@ def test_resumed_after_an_epoch_it_ends_the_same(base, digits, tmp_path):
     ends = []
     for folder in ("whole", "resumed"):
         rebuilt, _ = localvit.model_from_checkpoint(tmp_path / folder / "last.safetensors")
-        ends.append(rebuilt.eval()(PICTURES))
+        ends.append(rebuilt.eval()(IMAGES))
     assert torch.equal(*ends)
     assert [module.is_neutral for module in locality_modules(rebuilt).values()] == [False, True]

@@ -7,14 +7,14 @@ import torch
 from tiny import STILL, tiny_config
 from torch import nn
 
-from localvit.checkpoints import read_checkpoint
-from localvit.data.datasets import open_pictures
-from localvit.data.pictures import UnreadablePicture
-from localvit.evaluate import evaluate
-from localvit.inference import InferenceOptions, ready_model
-from localvit.train.files import save_epoch
+from localvit.checkpoints.checkpoint import read_checkpoint
+from localvit.data.datasets import open_images
+from localvit.data.images import UnreadableImage
+from localvit.evaluation.evaluate import evaluate
+from localvit.inference.runner import InferenceOptions, ready_model
+from localvit.train.build import build
 from localvit.train.loop import fit
-from localvit.train.recipe import build
+from localvit.train.run_folder import save_epoch
 
 KEYS = ["train_lr", "train_loss", "test_loss", "test_acc1", "test_acc5", "epoch", "n_parameters"]
 
@@ -42,7 +42,7 @@ def test_a_run_again_and_with_workers_gives_the_same_bits(tiny_digits, tmp_path)
     assert not same_bits(raw, raw_other)
 
 
-def test_epochs_differ_and_each_takes_a_picture_once(tiny_digits, tmp_path):
+def test_epochs_differ_and_each_takes_an_image_once(tiny_digits, tmp_path):
     batches = build(tiny_config(tiny_digits, tmp_path, batch_size=13, **STILL)).batches
     orders = []
     for epoch in (0, 1):
@@ -81,14 +81,14 @@ def test_the_average_is_that_of_one_step(tiny_digits, tmp_path):
     assert not torch.equal(averaged["head.weight"], after["head.weight"])
 
 
-def test_the_loss_is_that_of_the_labelled_pictures(tiny_digits, tmp_path):
+def test_the_loss_is_that_of_the_labeled_images(tiny_digits, tmp_path):
     """The first loss against torch's on the same batch, made anew from a model that has not trained."""
     changes = dict(epochs=1, warmup_epochs=0, batch_size=20, label_smoothing=0.0, drop_path_rate=0.0, **STILL)
     (row,) = fit(build(tiny_config(tiny_digits, tmp_path / "run", **changes)))
     fresh = build(tiny_config(tiny_digits, tmp_path / "fresh", **changes))
-    ((pictures_BCHW, labels_B),) = fresh.batches.epoch(0)
+    ((images_BCHW, labels_B),) = fresh.batches.epoch(0)
     assert len(labels_B.unique()) == 3
-    logits_BM = fresh.state.model.double().train()(pictures_BCHW.double())
+    logits_BM = fresh.state.model.double().train()(images_BCHW.double())
     # float32 training against float64
     assert row["train_loss"] == pytest.approx(nn.functional.cross_entropy(logits_BM, labels_B).item(), rel=1e-4)
 
@@ -103,9 +103,9 @@ def test_the_checkpoint_is_enough_to_evaluate_and_the_log_says_the_same(tiny_dig
     ready = ready_model(str(tmp_path / "last.safetensors"))
     assert ready.class_names == ["0", "1", "2"]
     assert (ready.preprocessing.input_size, ready.preprocessing.crop_pct) == ((32, 32), 1.0)
-    pictures = open_pictures("DIGITS", tiny_digits)
+    images = open_images("DIGITS", tiny_digits)
     options = InferenceOptions(batch_size=5, workers=0)
-    result = evaluate(ready.model, pictures, ready.preprocessing, options, class_names=ready.class_names)
+    result = evaluate(ready.model, images, ready.preprocessing, options, class_names=ready.class_names)
     assert result.acc1 == rows[1]["test_acc1"]
     # Another batch size sums float32 products in another order.
     assert result.loss == pytest.approx(rows[1]["test_loss"], rel=1e-4)
@@ -135,12 +135,12 @@ def test_half_precision_trains(tiny_digits, tmp_path, dtype):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_unreadable_picture_stops_the_run_and_is_named(tmp_path, tiny_digits, workers):
+def test_an_unreadable_image_stops_the_run_and_is_named(tmp_path, tiny_digits, workers):
     import shutil
 
     root = tmp_path / "digits"
     shutil.copytree(tiny_digits, root)
     bad = min((root / "train" / "1").iterdir())
-    bad.write_bytes(b"no picture")
-    with pytest.raises(UnreadablePicture, match=bad.name):
+    bad.write_bytes(b"no image")
+    with pytest.raises(UnreadableImage, match=bad.name):
         fit(build(tiny_config(root, tmp_path / "run", batch_size=38, workers=workers)))

@@ -7,15 +7,15 @@ import torch
 from PIL import Image
 from tiny import STILL, tiny_config
 
-from localvit.train.files import STATE, read_state
+from localvit.train.build import build
 from localvit.train.loop import MOST_SKIPS, fit
 from localvit.train.nonfinite import explain
-from localvit.train.recipe import build
+from localvit.train.run_folder import STATE, read_state
 
 
 @pytest.fixture
 def one_white(tiny_digits, tmp_path):
-    """The digits, one of them a white picture; and its name."""
+    """The digits, one of them a white image; and its name."""
     root = tmp_path / "digits"
     shutil.copytree(tiny_digits, root)
     white = min((root / "train" / "1").iterdir())
@@ -24,7 +24,7 @@ def one_white(tiny_digits, tmp_path):
 
 
 def allergic(training):
-    """Make the model's patch embedding give NaN for a white picture."""
+    """Make the model's patch embedding give NaN for a white image."""
 
     def sneeze(module, inputs, output):
         white = inputs[0].mean((1, 2, 3)) > 1

@@ -61,16 +61,16 @@ def test_processes_compute_what_one_does(tiny_digits, tmp_path):
 
 
 def test_without_shared_statistics_the_first_process_s_are_everyone_s(tiny_digits, tmp_path):
-    """Each process evaluates its share of the pictures: the result is that of the saved model only if all agree."""
-    from localvit.data.datasets import open_pictures
-    from localvit.evaluate import evaluate
-    from localvit.inference import InferenceOptions, ready_model
+    """Each process evaluates its share of the images: the result is that of the saved model only if all agree."""
+    from localvit.data.datasets import open_images
+    from localvit.evaluation.evaluate import evaluate
+    from localvit.inference.runner import InferenceOptions, ready_model
 
     (_, row) = log_of(2, tiny_digits, tmp_path, **STILL, lr=0.5)
     ready = ready_model(str(tmp_path / "run2" / "last.safetensors"))
     options = InferenceOptions(batch_size=3, workers=0)
-    pictures = open_pictures("DIGITS", tiny_digits)
-    result = evaluate(ready.model, pictures, ready.preprocessing, options, class_names=ready.class_names)
+    images = open_images("DIGITS", tiny_digits)
+    result = evaluate(ready.model, images, ready.preprocessing, options, class_names=ready.class_names)
     # Another batch size sums float32 products in another order.
     assert row["test_loss"] == pytest.approx(result.loss, rel=1e-4)
 

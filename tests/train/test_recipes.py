@@ -8,9 +8,9 @@ import pytest
 import torch
 import tyro
 
+from localvit.models.zoo import ZOO, create_model, published_model
 from localvit.train.config import TrainConfig
 from localvit.train.settings import RECIPES, read_recipe
-from localvit.zoo import ZOO, create_model, published_model
 from localvit_cli.train import Train
 
 ABLATIONS = sorted(path.stem for path in RECIPES.glob("ablation_*.yaml"))

@@ -18,13 +18,13 @@ from tiny import skip_without_plateau, tiny_config
 from torch import nn
 
 import localvit
-from localvit.models._builder import published_key
+from localvit.models.registry import published_key
+from localvit.train.build import build
 from localvit.train.config import TrainConfig
-from localvit.train.files import STATE, newest_state, read_state, save_state
 from localvit.train.loop import fit
-from localvit.train.recipe import build
+from localvit.train.run_folder import STATE, newest_state, read_state, save_state
 from localvit.train.stopping import Stopped
-from localvit.weight_files import CheckpointError
+from localvit.utils.weight_files import CheckpointError
 from published import published_state
 
 EVERYTHING = ("model", "model_ema", "optimizer", "scaler", "lr_scheduler", "epoch")
@@ -66,7 +66,7 @@ class Interrupting(nn.Module):
         super().__init__()
         self.calls_left, self.number = call, number
 
-    def forward(self, pictures_BCHW, logits_BM, targets):
+    def forward(self, images_BCHW, logits_BM, targets):
         if self.calls_left == 0:
             os.kill(os.getpid(), self.number)
         self.calls_left -= 1
@@ -329,7 +329,7 @@ def test_a_run_goes_on_from_what_the_published_program_would_have_saved(tiny_dig
 @pytest.mark.parametrize(
     ("entries", "words"),
     [
-        ({"model": {}}, "no optimiser: begin a new run from it with --finetune"),
+        ({"model": {}}, "no optimizer: begin a new run from it with --finetune"),
         ({"model": {"a": torch.zeros(3)}, "optimizer": {"state": {}, "param_groups": []}}, "of another model"),
     ],
 )
@@ -366,7 +366,7 @@ def test_inside_an_epoch_the_batch_stays(tiny_digits, tmp_path):
     training = replace(build(eventful(tiny_digits, tmp_path)), criterion=Interrupting(0, signal.SIGTERM))
     with pytest.raises(Stopped):
         fit(training)
-    with pytest.raises(CheckpointError, match="an epoch of 12 pictures a step, and this run takes 6"):
+    with pytest.raises(CheckpointError, match="an epoch of 12 images a step, and this run takes 6"):
         build(eventful(tiny_digits, tmp_path, batch_size=6), resume="auto")
 
 

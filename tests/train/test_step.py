@@ -7,8 +7,8 @@ from tiny import STILL, tiny_config
 from torch import nn
 from torchvision import transforms
 
+from localvit.train.build import build
 from localvit.train.loop import fit
-from localvit.train.recipe import build
 from localvit.train.step import train_step
 
 CALM = STILL | {"label_smoothing": 0.0, "drop_path_rate": 0.0, "opt": "momentum", "lr": 0.5, "weight_decay": 0.0}
@@ -53,17 +53,17 @@ def test_accumulated_gradients_are_those_of_one_batch(tiny_digits, tmp_path):
                 module.training = False
         result = train_step(training, training.batches.epoch(0), stop=False)
         weights = torch.cat([each.detach().double().flatten() for each in training.state.model.parameters()])
-        found.append((result.loss, weights, training.steps_per_epoch, training.pictures_per_step))
-    (loss, weights, steps, pictures), (loss_in_parts, weights_in_parts, steps_in_parts, pictures_in_parts) = found
+        found.append((result.loss, weights, training.steps_per_epoch, training.images_per_step))
+    (loss, weights, steps, images), (loss_in_parts, weights_in_parts, steps_in_parts, images_in_parts) = found
     # float32 sums in another order
     assert loss_in_parts == pytest.approx(loss, rel=1e-5)
     torch.testing.assert_close(weights_in_parts, weights, rtol=1e-5, atol=1e-6)
     assert steps == steps_in_parts == 3
-    assert pictures == pictures_in_parts == 12
+    assert images == images_in_parts == 12
 
 
 def test_class_weights_even_out_the_classes(tiny_digits, tmp_path):
-    """Classes of 13, 7 and 3 pictures, whose mean weight is 1."""
+    """Classes of 13, 7 and 3 images, whose mean weight is 1."""
     import shutil
 
     root = tmp_path / "digits"
@@ -85,14 +85,14 @@ def test_class_weights_even_out_the_classes(tiny_digits, tmp_path):
 
 def test_resplit_leaves_the_first_of_three_repeats_unerased(tiny_digits, tmp_path):
     changes = STILL | {"repeated_aug": True, "random_erasing": 1.0, "resplit": True}
-    pictures = build(tiny_config(tiny_digits, tmp_path, **changes)).batches.pictures
+    images = build(tiny_config(tiny_digits, tmp_path, **changes)).batches.images
     erased = [
         any(isinstance(step, transforms.RandomErasing) or type(step).__name__ == "RandomErasing" for step in steps)
-        for steps in (pictures.first.transform.transforms, pictures.repeated.transform.transforms)
+        for steps in (images.first.transform.transforms, images.repeated.transform.transforms)
     ]
     assert erased == [False, True]
     # Noise has no two pixels alike; a digit on its black ground has many.
-    distinct = [len(pictures[(0, 5, repeat)][0].unique()) for repeat in (0, 1, 2)]
+    distinct = [len(images[(0, 5, repeat)][0].unique()) for repeat in (0, 1, 2)]
     assert distinct[0] < min(distinct[1:])
 
 
@@ -109,7 +109,7 @@ def test_early_stopping_ends_after_so_many_epochs_without_a_better_one(tiny_digi
 def test_a_teacher_is_learned_from(tiny_digits, tmp_path):
     """The teacher's weight in the loss reaches the distillation head alone, and the files stay those of a student."""
     import localvit
-    from localvit.checkpoints import read_checkpoint, save_checkpoint
+    from localvit.checkpoints.checkpoint import read_checkpoint, save_checkpoint
 
     teacher = localvit.create_model("localvit_nano_patch4_32", num_classes=3)
     save_checkpoint(teacher, tmp_path / "teacher.safetensors", class_names=["0", "1", "2"])

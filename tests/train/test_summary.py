@@ -54,7 +54,7 @@ def test_rows_say_values_with_units(tmp_path):
     assert rows["epochs"] == "3 of 3"
     assert rows["best epoch"] == "1: Acc@1 71.250 %, Acc@5 97.000 %, validation loss 1.2500, training loss 1.7500"
     assert rows["time"] == "1:01:02 (h:mm:ss), without evaluation"
-    assert (rows["speed"], rows["peak memory"], rows["skipped steps"]) == ("17.0 pictures/s", "700 MB", "5")
+    assert (rows["speed"], rows["peak memory"], rows["skipped steps"]) == ("17.0 images/s", "700 MB", "5")
     assert rows["device"].startswith("cpu (")
 
 
@@ -104,13 +104,13 @@ def test_an_unfinished_run_says_how_to_go_on(tmp_path):
 
 
 @pytest.mark.parametrize("val", [True, False])
-def test_pictures_that_were_trained_on_are_not_offered_for_evaluation(tmp_path, val):
+def test_images_that_were_trained_on_are_not_offered_for_evaluation(tmp_path, val):
     if val:
         (tmp_path / "val").mkdir()
     asked = config(tmp_path / "run", data_set="FOLDER", data_path=str(tmp_path))
     text = write_summary(asked, METRICS, CPU).read_text()
     (command,) = commands(text)
-    assert Path(command[-1]) == (tmp_path if val else Path("OTHER_PICTURES"))
+    assert Path(command[-1]) == (tmp_path if val else Path("OTHER_IMAGES"))
     assert ("were trained on" in text) is not val
 
 

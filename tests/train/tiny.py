@@ -1,4 +1,4 @@
-"""A data set and a run small enough to repeat: 3 digits, 39 pictures to train on, 9 to evaluate on."""
+"""A data set and a run small enough to repeat: 3 digits, 39 images to train on, 9 to evaluate on."""
 
 import shutil
 from pathlib import Path
@@ -24,7 +24,7 @@ STILL = {
 
 
 def write_some_digits(root: Path, *, classes: int, train: int, val: int) -> Path:
-    """The first `classes` digits, with `train` and `val` pictures each."""
+    """The first `classes` digits, with `train` and `val` images each."""
     whole = write_digits(root / "whole")
     for split, count in (("train", train), ("val", val)):
         for digit in range(classes):

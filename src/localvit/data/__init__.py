@@ -1,1 +1,1 @@
-"""Pictures with labels: where they come from, how they are prepared, and which class of the model each belongs to."""
+"""Images and their labels: data sets, class names, preprocessing, splits, the order of training, workers."""

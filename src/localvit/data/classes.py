@@ -8,7 +8,7 @@ from importlib import resources
 from timm.data import ImageNetInfo
 from torch import nn
 
-from localvit.data.pictures import DataError, Pictures
+from localvit.data.images import DataError, Images
 
 IMAGENET_SUBSETS = {"IMNET-A": "imagenet_a_synsets.txt", "IMNET-R": "imagenet_r_synsets.txt"}
 """The 200-class sets that are scored on their own classes (ImageNet-A, arXiv 1907.07174; ImageNet-R, 2006.16241)."""
@@ -40,7 +40,7 @@ def model_class_names(model: nn.Module, class_names: Sequence[str] | None) -> li
     return imagenet_synsets() if getattr(model, "num_classes", None) == 1000 else None
 
 
-def match_classes(pictures: Pictures, model_names: Sequence[str] | None, num_classes: int) -> list[int]:
+def match_classes(images: Images, model_names: Sequence[str] | None, num_classes: int) -> list[int]:
     """For each class of the data set, the model's class of that name.
 
     Where either side knows no names, or the data set numbers its classes itself under other names, classes are matched
@@ -48,7 +48,7 @@ def match_classes(pictures: Pictures, model_names: Sequence[str] | None, num_cla
 
     Raises DataError, naming the first few classes, when the data set has classes that the model lacks.
     """
-    data_names = pictures.class_names
+    data_names = images.class_names
     if data_names is None:
         return list(range(num_classes))
     if model_names is None:
@@ -60,7 +60,7 @@ def match_classes(pictures: Pictures, model_names: Sequence[str] | None, num_cla
         return list(range(num_classes))
     index_of = {name: index for index, name in enumerate(model_names)}
     unknown = [name for name in data_names if name not in index_of]
-    if unknown and pictures.fixed_order and len(data_names) == num_classes:
+    if unknown and images.fixed_order and len(data_names) == num_classes:
         return list(range(num_classes))
     if unknown:
         close = difflib.get_close_matches(unknown[0], model_names, n=1)

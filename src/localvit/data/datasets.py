@@ -13,8 +13,8 @@ from timm.data import create_dataset
 from torch.utils.data import IterableDataset
 
 from localvit.data.digits import write_digits
+from localvit.data.images import DataError, DatasetImages, Images, scan_folder
 from localvit.data.inaturalist import inaturalist
-from localvit.data.pictures import DataError, DatasetPictures, Pictures, scan_folder
 
 NAMES = ("IMNET", "IMNET-A", "IMNET-R", "CIFAR", "CIFAR10", "INAT", "INAT19", "FOLDER", "DIGITS")
 """Besides these, any name that timm's factory knows (hfds/..., wds/..., tfds/..., torch/...)."""
@@ -26,20 +26,20 @@ def default_digits_folder() -> Path:
     return Path(cache) / "localvit" / "digits"
 
 
-def open_pictures(
+def open_images(
     data_set: str,
     data_path: Path | None,
     *,
     split: str = "val",
     inat_category: str = "name",
     remark: Callable[[str], None] = lambda message: None,
-) -> Pictures:
-    """The pictures of `split` ("train" or "val") of a data set.
+) -> Images:
+    """The images of `split` ("train" or "val") of a data set.
 
     Args:
         data_set: one of `NAMES`, or a name of timm's dataset factory.
         data_path: its folder; only DIGITS has a default.
-        inat_category: level of the taxonomy that INAT and INAT19 are labelled at.
+        inat_category: level of the taxonomy that INAT and INAT19 are labeled at.
         remark: told of everything that was left out.
 
     Raises:
@@ -50,7 +50,7 @@ def open_pictures(
         folder = write_digits(data_path or default_digits_folder())
         return _scan(folder / split, remark)
     if data_path is None:
-        raise DataError(f"--data-set {data_set} needs --data-path, the folder of the pictures")
+        raise DataError(f"--data-set {data_set} needs --data-path, the folder of the images")
     if "/" not in data_set and not data_path.exists():
         raise DataError(f"--data-path {data_path}: no such folder")
     if name == "IMNET":
@@ -68,14 +68,14 @@ def open_pictures(
     raise DataError(f"--data-set {data_set} is not known; choose {', '.join(NAMES)}, or a timm name like hfds/NAME")
 
 
-def _scan(folder: Path, remark: Callable[[str], None]) -> Pictures:
-    pictures, remarks = scan_folder(folder)
+def _scan(folder: Path, remark: Callable[[str], None]) -> Images:
+    images, remarks = scan_folder(folder)
     for message in remarks:
         remark(message)
-    return pictures
+    return images
 
 
-def _cifar(name: str, data_path: Path, split: str) -> Pictures:
+def _cifar(name: str, data_path: Path, split: str) -> Images:
     kind = torchvision.datasets.CIFAR100 if name == "CIFAR" else torchvision.datasets.CIFAR10
     try:
         dataset = kind(str(data_path), train=split == "train")
@@ -86,11 +86,11 @@ def _cifar(name: str, data_path: Path, split: str) -> Pictures:
     return _of_torchvision(dataset, name)
 
 
-def _of_torchvision(dataset: Any, title: str) -> Pictures:
-    return DatasetPictures(partial(_picture_of_item, dataset), list(dataset.targets), list(dataset.classes), title)
+def _of_torchvision(dataset: Any, title: str) -> Images:
+    return DatasetImages(partial(_image_of_item, dataset), list(dataset.targets), list(dataset.classes), title)
 
 
-def _of_timm(data_set: str, data_path: Path, split: str) -> Pictures:
+def _of_timm(data_set: str, data_path: Path, split: str) -> Images:
     kind = data_set.split("/", 1)[0].lower()
     if kind == "torch" and not data_path.exists():
         raise DataError(f"--data-path {data_path}: no such folder")
@@ -108,12 +108,12 @@ def _of_timm(data_set: str, data_path: Path, split: str) -> Pictures:
         return _of_torchvision(dataset, data_set)
     reader = getattr(dataset, "reader", None)
     if reader is None:
-        raise DataError(f"--data-set {data_set}: {type(dataset).__name__} does not say the classes of its pictures")
-    # The reader and not the data set: timm's data set puts the next picture in the place of one it cannot read.
+        raise DataError(f"--data-set {data_set}: {type(dataset).__name__} does not say the classes of its images")
+    # The reader and not the data set: timm's data set puts the next image in the place of one it cannot read.
     labels = [int(label) for label in _reader_labels(reader)]
     class_to_idx = getattr(reader, "class_to_idx", None) or {}
     names = sorted(class_to_idx, key=class_to_idx.__getitem__) or None
-    return DatasetPictures(partial(_picture_of_reader, reader), labels, names, data_set)
+    return DatasetImages(partial(_image_of_reader, reader), labels, names, data_set)
 
 
 def _reader_labels(reader: Any) -> list[int]:
@@ -122,27 +122,27 @@ def _reader_labels(reader: Any) -> list[int]:
     return reader.dataset[reader.label_key]
 
 
-def _stream_to_memory(dataset: IterableDataset, title: str) -> Pictures:
-    """A streamed data set as a fixed sequence, which can be dealt out exactly: each picture kept as a lossless file."""
+def _stream_to_memory(dataset: IterableDataset, title: str) -> Images:
+    """A streamed data set as a fixed sequence, which can be dealt out exactly: each image kept as a lossless file."""
     files, labels = [], []
-    for picture, label in dataset:
+    for image, label in dataset:
         packed = io.BytesIO()
-        picture.convert("RGB").save(packed, format="PNG", compress_level=1)
+        image.convert("RGB").save(packed, format="PNG", compress_level=1)
         files.append(packed.getvalue())
         labels.append(int(label))
     if not files:
-        raise DataError(f"--data-set {title}: the stream holds no pictures")
-    return DatasetPictures(partial(_picture_of_bytes, files), labels, None, title)
+        raise DataError(f"--data-set {title}: the stream holds no images")
+    return DatasetImages(partial(_image_of_bytes, files), labels, None, title)
 
 
 # Functions of the module and not lambdas, since worker processes receive them pickled.
-def _picture_of_item(dataset: Any, index: int) -> Image.Image:
+def _image_of_item(dataset: Any, index: int) -> Image.Image:
     return dataset[index][0]
 
 
-def _picture_of_reader(reader: Any, index: int) -> Image.Image:
+def _image_of_reader(reader: Any, index: int) -> Image.Image:
     return Image.open(reader[index][0])
 
 
-def _picture_of_bytes(files: list[bytes], index: int) -> Image.Image:
+def _image_of_bytes(files: list[bytes], index: int) -> Image.Image:
     return Image.open(io.BytesIO(files[index]))

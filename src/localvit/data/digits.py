@@ -1,4 +1,4 @@
-"""The embedded default: scikit-learn's handwritten digits as a folder of pictures, so that everything runs anywhere."""
+"""The embedded default: scikit-learn's handwritten digits as a folder of images, so that everything runs anywhere."""
 
 import shutil
 import tempfile
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from localvit.data.pictures import DataError
+from localvit.data.images import DataError
 
 SPLIT_SEED = 0
 VAL_FRACTION = 0.2
@@ -17,11 +17,11 @@ SIZE = 32
 def write_digits(root: Path) -> Path:
     """Write the 1,797 digits (UCI optical recognition of handwritten digits) as an ImageFolder, once; returns `root`.
 
-    8 x 8 grey values from 0 to 16 become 32 x 32 PNGs (nearest neighbour: each value a 4 x 4 square) below
+    8 x 8 gray values from 0 to 16 become 32 x 32 PNGs (nearest neighbor: each value a 4 x 4 square) below
     `root/{train,val}/<digit>/`. The split is stratified and fixed: 1,437 to train on, 360 to validate on. The folder
     appears whole or not at all.
 
-    Raises DataError when scikit-learn, which holds the pictures, is not installed.
+    Raises DataError when scikit-learn, which holds the images, is not installed.
     """
     if (root / "val").is_dir():
         return root
@@ -41,8 +41,8 @@ def write_digits(root: Path) -> Path:
             for index in sorted(indices):
                 folder = unfinished / split / str(digits.target[index])
                 folder.mkdir(parents=True, exist_ok=True)
-                grey = np.round(digits.images[index] * (255 / 16)).astype(np.uint8)
-                Image.fromarray(grey).resize((SIZE, SIZE), Image.Resampling.NEAREST).save(folder / f"{index:04d}.png")
+                gray = np.round(digits.images[index] * (255 / 16)).astype(np.uint8)
+                Image.fromarray(gray).resize((SIZE, SIZE), Image.Resampling.NEAREST).save(folder / f"{index:04d}.png")
         unfinished.chmod(0o755)
         unfinished.rename(root)
     except OSError:

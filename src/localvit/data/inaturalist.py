@@ -1,15 +1,15 @@
-"""iNaturalist 2018 and 2019 as the competition's files lay them out, labelled at any level of the taxonomy."""
+"""iNaturalist 2018 and 2019 as the competition's files lay them out, labeled at any level of the taxonomy."""
 
 import json
 from pathlib import Path
 
-from localvit.data.pictures import DataError, FilePictures
+from localvit.data.images import DataError, FileImages
 
 INAT_CATEGORIES = ("name", "kingdom", "phylum", "class", "order", "supercategory", "family", "genus")
 
 
-def inaturalist(root: Path, split: str, year: int, category: str) -> FilePictures:
-    """Pictures of `split` ("train" or "val"), their class being their `category` of the taxonomy.
+def inaturalist(root: Path, split: str, year: int, category: str) -> FileImages:
+    """Images of `split` ("train" or "val"), their class being their `category` of the taxonomy.
 
     Reads `<split><year>.json`, `train<year>.json` and, where categories are described outside them (2018),
     `categories.json`. Classes are counted in the order in which the training annotations first mention them, as the
@@ -41,7 +41,7 @@ def inaturalist(root: Path, split: str, year: int, category: str) -> FilePicture
     if unknown:
         raise DataError(f"{split}{year}.json has classes that train{year}.json lacks: {', '.join(sorted(unknown)[:5])}")
     samples = [(file_of[entry["image_id"]], label_of[taxon(entry)]) for entry in wanted["annotations"]]
-    return FilePictures(root, samples, class_names)
+    return FileImages(root, samples, class_names)
 
 
 def _read(path: Path) -> dict:

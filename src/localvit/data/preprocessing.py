@@ -1,4 +1,4 @@
-"""How a picture is prepared for evaluation, as a value that a checkpoint carries."""
+"""How an image is prepared for evaluation, as a value that a checkpoint carries."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """Resize, centre crop and normalisation of pictures for a model."""
+    """Resize, center crop and normalization of images for a model."""
 
     input_size: tuple[int, int] = (224, 224)
     """Height and width that the model sees, in pixels."""
@@ -35,7 +35,7 @@ class Preprocessing:
 
     @classmethod
     def published(cls, input_size: tuple[int, int]) -> "Preprocessing":
-        """The published program's: the same for every model, and no resizing margin for small pictures (32 or less)."""
+        """The published program's: the same for every model, and no resizing margin for small images (32 or less)."""
         return cls(input_size=input_size, crop_pct=1.0 if max(input_size) <= 32 else 224 / 256)
 
     @classmethod
@@ -63,7 +63,7 @@ class Preprocessing:
         return asdict(self)
 
     def transform(self) -> Callable[[Image.Image], Tensor]:
-        """timm's evaluation transform: PIL image to normalised float32 tensor (3, H, W)."""
+        """timm's evaluation transform: PIL image to normalized float32 tensor (3, H, W)."""
         return create_transform(
             (3, *self.input_size),
             is_training=False,

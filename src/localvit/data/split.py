@@ -5,69 +5,69 @@ from collections.abc import Callable, Sequence
 
 from PIL import Image
 
-from localvit.data.pictures import DataError, Pictures
+from localvit.data.images import DataError, Images
 
 
-class SomePictures(Pictures):
-    """Those of `pictures` at `indices`; classes are numbered and named as before."""
+class SomeImages(Images):
+    """Those of `images` at `indices`; classes are numbered and named as before."""
 
-    def __init__(self, pictures: Pictures, indices: Sequence[int]) -> None:
-        self.pictures = pictures
+    def __init__(self, images: Images, indices: Sequence[int]) -> None:
+        self.images = images
         self.indices = indices
-        self.root = pictures.root
-        self.class_names = pictures.class_names
-        self.labels = [pictures.labels[index] for index in indices]
-        self.fixed_order = pictures.fixed_order
+        self.root = images.root
+        self.class_names = images.class_names
+        self.labels = [images.labels[index] for index in indices]
+        self.fixed_order = images.fixed_order
 
     def load(self, index: int) -> Image.Image:
-        return self.pictures.load(self.indices[index])
+        return self.images.load(self.indices[index])
 
     def name(self, index: int) -> str:
-        return self.pictures.name(self.indices[index])
+        return self.images.name(self.indices[index])
 
 
-def split_pictures(
-    pictures: Pictures, val_fraction: float, seed: int, remark: Callable[[str], None] = lambda message: None
-) -> tuple[Pictures, Pictures]:
-    """The pictures to train on, and `val_fraction` of those of each class to evaluate on.
+def split_images(
+    images: Images, val_fraction: float, seed: int, remark: Callable[[str], None] = lambda message: None
+) -> tuple[Images, Images]:
+    """The images to train on, and `val_fraction` of those of each class to evaluate on.
 
-    A picture's side follows from the seed, its class and its name, whatever order the pictures come in and whatever
-    other classes there are. Each class with two pictures or more has at least one on either side; the only picture of
+    An image's side follows from the seed, its class and its name, whatever order the images come in and whatever
+    other classes there are. Each class with two images or more has at least one on either side; the only image of
     a class is trained on.
 
     Raises:
         ValueError: for a fraction outside (0, 1).
-        DataError: when no class has two pictures.
+        DataError: when no class has two images.
     """
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction={val_fraction} must be in (0, 1)")
     of_class: dict[int, list[int]] = {}
-    for index, label in enumerate(pictures.labels):
+    for index, label in enumerate(images.labels):
         of_class.setdefault(label, []).append(index)
     chosen: set[int] = set()
     for label, indices in of_class.items():
-        class_name = _class_name(pictures, label)
-        drawn = sorted(indices, key=lambda index: _draw(seed, class_name, pictures.name(index)))
+        class_name = _class_name(images, label)
+        drawn = sorted(indices, key=lambda index: _draw(seed, class_name, images.name(index)))
         chosen.update(drawn[: min(max(round(val_fraction * len(indices)), 1), len(indices) - 1)])
     if not chosen:
         raise DataError(
-            f"{pictures.root or 'the data set'} has no class with two pictures, so none to evaluate on; add some"
+            f"{images.root or 'the data set'} has no class with two images, so none to evaluate on; add some"
         )
-    single = sorted(_class_name(pictures, label) for label, indices in of_class.items() if len(indices) == 1)
+    single = sorted(_class_name(images, label) for label, indices in of_class.items() if len(indices) == 1)
     if single:
         remark(
-            f"{len(single)} classes have one picture each, which is trained on and leaves none to evaluate on: "
+            f"{len(single)} classes have one image each, which is trained on and leaves none to evaluate on: "
             f"{', '.join(single[:5])}{', ...' if len(single) > 5 else ''}"
         )
-    everything = range(len(pictures))
+    everything = range(len(images))
     return (
-        SomePictures(pictures, [index for index in everything if index not in chosen]),
-        SomePictures(pictures, [index for index in everything if index in chosen]),
+        SomeImages(images, [index for index in everything if index not in chosen]),
+        SomeImages(images, [index for index in everything if index in chosen]),
     )
 
 
-def _class_name(pictures: Pictures, label: int) -> str:
-    return pictures.class_names[label] if pictures.class_names else str(label)
+def _class_name(images: Images, label: int) -> str:
+    return images.class_names[label] if images.class_names else str(label)
 
 
 def _draw(seed: int, class_name: str, name: str) -> bytes:

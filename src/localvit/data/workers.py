@@ -1,4 +1,4 @@
-"""Worker processes that prepare pictures: they start, stop and die without noise."""
+"""Worker processes that prepare images: they start, stop and die without noise."""
 
 import os
 import signal
@@ -61,6 +61,6 @@ def loaded(loader: DataLoader) -> Iterator[Any]:
     except RuntimeError as error:
         if "exited unexpectedly" in str(error) or ("worker" in str(error) and "killed" in str(error)):
             raise RuntimeError(
-                "a process that decodes pictures died (out of memory, or killed); try fewer --workers"
+                "a process that decodes images died (out of memory, or killed); try fewer --workers"
             ) from error
         raise

@@ -1,3 +1,3 @@
-"""The model families; importing them registers every model with timm."""
+"""The published models, one family a file; importing the package registers every name with timm."""
 
-from localvit.models import localvit_pvt, localvit_swin, localvit_t2t, localvit_tnt, localvit_vit
+from localvit.models import pvt, swin, t2t, tnt, vit

@@ -1,10 +1,3 @@
-"""Surgery: locality in a transformer that somebody else wrote.
+"""Locality in a transformer that somebody else wrote: where it goes, the two ways to put it there, and the call."""
 
-`sites` finds the feed-forwards and how their tokens lie on the patch grid, by the rules of `timm_hosts` and
-`transformers_hosts`; `branch` and `paper_form` are the two ways to put locality there; `localize` is the call.
-"""
-
-from localvit.surgery import timm_hosts as timm_hosts  # importing it registers its rules
-from localvit.surgery import timm_pyramids as timm_pyramids
-from localvit.surgery import timm_naflex as timm_naflex
-from localvit.surgery import transformers_hosts as transformers_hosts
+from localvit.surgery import hosts  # importing it registers the rules of the known hosts

@@ -15,7 +15,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from localvit.locality import EfficientChannelAttention, SqueezeExcite
-from localvit.tokens import refuse_empty_places
+from localvit.tokens.layouts import refuse_empty_places
 
 GATES = ("se", "eca", "ecah")
 """Channel gates of the branch: squeeze-and-excitation, ECA, ECA with a hard sigmoid."""
@@ -26,7 +26,7 @@ NORMS = ("batchnorm", "layernorm")
 
 @register_notrace_module
 class LocalityBranch(nn.Module):
-    """Adds to hidden tokens what their neighbours say; at the start, nothing, and then whatever training finds.
+    """Adds to hidden tokens what their neighbors say; at the start, nothing, and then whatever training finds.
 
     Computes h + conv(norm(h)) for the image tokens h, and with a gate h * g + conv(norm(h)), where g is twice the
     gate's sigmoid, 1 as long as its last weights are zero. The gate multiplies and the convolution adds, so the
@@ -36,7 +36,7 @@ class LocalityBranch(nn.Module):
     Args:
         hidden_dim: channels E.
         layout: how the tokens lie on the patch grid, such as `localvit.tokens.TokenSequence`.
-        kernel_size: of the convolution, odd; 1 mixes no neighbours, the control.
+        kernel_size: of the convolution, odd; 1 mixes no neighbors, the control.
         dilation: of the convolution.
         gate: one of `GATES`, or None.
         reduction: divisor of E for the squeeze-and-excitation bottleneck.
@@ -63,7 +63,7 @@ class LocalityBranch(nn.Module):
     ) -> None:
         super().__init__()
         if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size={kernel_size} must be odd, so that every patch is the centre of its own")
+            raise ValueError(f"kernel_size={kernel_size} must be odd, so that every patch is the center of its own")
         if dilation < 1:
             raise ValueError(f"dilation={dilation} must be at least 1")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}

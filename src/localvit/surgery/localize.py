@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from localvit.surgery.blocks import BlockSelection
 from localvit.surgery.branch import (
     CHILD,
     LocalityBranch,
@@ -19,9 +20,9 @@ from localvit.surgery.branch import (
     load_without_branches,
 )
 from localvit.surgery.paper_form import Locality, replace_feed_forwards
-from localvit.surgery.selection import BlockSelection
 from localvit.surgery.sites import Grids, Site, find_sites, sites_of_blocks, sites_on_grid
-from localvit.tokens import LocalityMlp, stop_following
+from localvit.tokens.grid import stop_following
+from localvit.tokens.mlp import LocalityMlp
 
 Model = TypeVar("Model", bound=nn.Module)
 FilterFn = Callable[[nn.Module, str], bool] | Collection[str]
@@ -58,14 +59,14 @@ def localize(
     By default the model computes what it did before, to the bit in eager mode: the hidden channels of each
     feed-forward get a depth-wise convolution beside them that starts at zero (see `LocalityBranch`). Parameters keep
     their names and values, so a state dict of the original loads before and after. With `preserve=False` the
-    feed-forwards, their norms and their stochastic depth give way to the paper's module, freshly initialised (arXiv
+    feed-forwards, their norms and their stochastic depth give way to the paper's module, freshly initialized (arXiv
     2104.05707, section 3.3), which is to be trained. In both, tokens that are no patches pass untouched.
 
     Known hosts are timm's vision transformers and those of Hugging Face transformers (see the table in
     docs/localize.md), also inside another module. Localize before `torch.compile` and before DistributedDataParallel.
 
     Args:
-        model: the transformer. Its picture size may change afterwards, as far as it allows that.
+        model: the transformer. Its image size may change afterwards, as far as it allows that.
         blocks: which blocks, counted from 1 through all stages: None for all, "1-4", "1-4,9", or any list of numbers.
         preserve: keep the function; False for the paper's form.
         filter_fn: called with the last projection of each feed-forward, the module that reads the hidden channels, and

@@ -14,7 +14,8 @@ from timm.models.vision_transformer import init_weights_vit_timm
 from torch import nn
 
 from localvit.surgery.sites import Grids, Site, Slot
-from localvit.tokens import FusedMlp, Grid, LocalityMlp
+from localvit.tokens.grid import Grid
+from localvit.tokens.mlp import FusedMlp, LocalityMlp
 
 # Their forward branches on shapes, which a graph tracer cannot follow: they stay whole in a traced graph.
 register_notrace_module(Grid)
@@ -33,7 +34,7 @@ class Locality:
     expand_ratio: float = 4.0
     """Hidden width over the block's width."""
     depthwise: bool = True
-    """False leaves the depth-wise convolution out: the control without neighbours."""
+    """False leaves the depth-wise convolution out: the control without neighbors."""
     depthwise_first: bool = False
     """True convolves before the expansion."""
 
@@ -53,7 +54,7 @@ class Locality:
 
 
 def replace_feed_forwards(sites: Sequence[Site], locality_of: Callable[[Site], Locality]) -> None:
-    """Put the module that `locality_of` says, freshly initialised, into the slot of each site.
+    """Put the module that `locality_of` says, freshly initialized, into the slot of each site.
 
     Raises ValueError where a block has no such slot or the module cannot be made; nothing is changed then.
     """

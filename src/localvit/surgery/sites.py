@@ -13,46 +13,12 @@ from typing import Any
 
 from torch import nn
 
-from localvit.surgery.selection import BlockSelection, select_blocks
-from localvit.tokens import Grid, TokenSequence
+from localvit.surgery.blocks import BlockSelection, select_blocks
+from localvit.tokens.grid import Grid, GridSource, patch_map, static_grid
+from localvit.tokens.layouts import TokenSequence
 
 PROJECTIONS = ("fc2", "w2", "down_proj", "ln2", "weights_out", "dense")
 """Names by which hosts call a feed-forward's last projection, the one that reads the hidden channels."""
-
-
-@dataclass(frozen=True, eq=False)
-class GridSource:
-    """The place in a host that knows the patch grid; sites that share one share a `Grid`."""
-
-    module: nn.Module | None
-    """The module to follow; None where the grid never changes."""
-    follow: str = "follow_output"
-    """The `Grid` method that follows it."""
-    how: Any = 1
-    """That method's last argument: the dimension of the height, or a function. Without a module, the grid itself."""
-    within: nn.Module | None = None
-    """What runs the module each time, and may come to run another one: the grid is forgotten when it begins."""
-
-    def grid(self) -> Grid:
-        """A `Grid` for this source, which does not follow it yet."""
-        return Grid(self.how if self.module is None else None)
-
-    def hang(self, grid: Grid) -> None:
-        """Make the grid follow the source from now on."""
-        if self.module is not None:
-            getattr(grid, self.follow)(self.module, self.how)
-        if self.within is not None:
-            grid.forget_before(self.within)
-
-
-def static_grid(size: tuple[int, int]) -> GridSource:
-    """A source for hosts whose grid is fixed when they are made."""
-    return GridSource(None, how=size)
-
-
-def patch_map(convolution: nn.Module, embedding: nn.Module | None = None) -> GridSource:
-    """The map (B, C, H, W) that the convolution of a patch embedding returns: right for every picture size."""
-    return GridSource(convolution, "follow_output", 2, within=embedding)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +74,7 @@ class Site:
         """Device and dtype for new modules. Raises ValueError where the host's weights are no floating point."""
         weight = next(self.projection.parameters())
         if not weight.is_floating_point():
-            raise ValueError(f"{self.projection_name} holds {weight.dtype}: localize a model before it is quantised")
+            raise ValueError(f"{self.projection_name} holds {weight.dtype}: localize a model before it is quantized")
         return {"device": weight.device, "dtype": weight.dtype}
 
 

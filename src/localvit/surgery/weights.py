@@ -9,9 +9,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from localvit.files import written_whole
 from localvit.surgery.localize import Localized, locality_modules, localize
-from localvit.weight_files import CheckpointError, read_weight_file
+from localvit.utils.files import atomic_write
+from localvit.utils.weight_files import CheckpointError, read_weight_file
 
 HEADER = "localvit_locality"
 
@@ -39,7 +39,7 @@ def save_locality(model: nn.Module, path: str | Path) -> Path:
         key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for key, value in locality_state(model).items()
     }
-    with written_whole(path) as unfinished:
+    with atomic_write(path) as unfinished:
         safetensors.torch.save_file(tensors, unfinished, metadata={HEADER: json.dumps(localized.options)})
     return path
 

@@ -1,1 +1,1 @@
-"""Training: what a run is told (config), what that builds (recipe), what it keeps (state), and how it goes (loop)."""
+"""Training: the config, what it builds, the loop, and what a run leaves in its folder."""

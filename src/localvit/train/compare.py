@@ -10,11 +10,11 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from localvit.train.files import CONFIG, LOG, read_log
+from localvit.train.run_folder import CONFIG, LOG, read_log
 from localvit.train.settings import read_settings
 from localvit.train.state import Row
 from localvit.train.summary import RunNumbers
-from localvit.train.watch import METRICS
+from localvit.train.trackers import METRICS
 
 _NEEDED = ("epoch", "train_loss", "test_loss", "test_acc1", "n_parameters")
 _NO_RESULT = ("output_dir", "workers", "checkpoint_steps", "keep", "tensorboard", "wandb")

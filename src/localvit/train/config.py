@@ -32,33 +32,33 @@ class TrainConfig:
     drop_path_rate: float = 0.1
     """Stochastic depth: rate of the last block, linear from 0 at the first."""
     input_size: tuple[int, ...] = ()
-    """Side of the pictures, or height and width, in pixels; by default the model's own."""
+    """Side of the images, or height and width, in pixels; by default the model's own."""
 
     data_set: str = "IMNET"
     """IMNET, CIFAR (100), CIFAR10, INAT, INAT19, FOLDER, DIGITS, or a timm name like hfds/NAME."""
     data_path: Path | None = None
     """Folder of the data set; only DIGITS has one by default."""
     inat_category: str = "name"
-    """Level of the taxonomy that INAT and INAT19 are labelled at."""
+    """Level of the taxonomy that INAT and INAT19 are labeled at."""
     val_fraction: float = 0.15
     """Part of each class to evaluate on, where FOLDER has no val/; drawn by the seed."""
 
     epochs: int = 300
-    """Times that the training pictures are gone through."""
+    """Times that the training images are gone through."""
     batch_size: int = 128
-    """Pictures a process and forward; those of an epoch that fill no batch are left out of it."""
+    """Images a process and forward; those of an epoch that fill no batch are left out of it."""
     grad_accum: int = 1
     """Batches whose gradients make one step."""
     opt: str = "adamw"
-    """timm's name of the optimiser."""
+    """timm's name of the optimizer."""
     opt_eps: float = 1e-8
-    """Epsilon of the optimiser."""
+    """Epsilon of the optimizer."""
     opt_betas: tuple[float, ...] = ()
-    """Betas of the optimiser; by default its own."""
+    """Betas of the optimizer; by default its own."""
     momentum: float = 0.9
-    """Momentum of an optimiser that has one."""
+    """Momentum of an optimizer that has one."""
     lr: float = 5e-4
-    """Highest learning rate, for 512 pictures a step; scaled by the pictures a step over all processes."""
+    """Highest learning rate, for 512 images a step; scaled by the images a step over all processes."""
     layer_decay: float | None = None
     """Factor on the learning rate a layer further from the head; None is 1."""
     locality_lr_scale: float = 1.0
@@ -102,37 +102,37 @@ class TrainConfig:
     label_smoothing: float = 0.1
     """Probability spread over all classes."""
     class_weights: Literal["none", "balanced"] = "none"
-    """Weigh the loss of each class by one over its number of pictures, scaled to a mean of 1."""
+    """Weigh the loss of each class by one over its number of images, scaled to a mean of 1."""
     mixup: float = 0.8
     """Alpha of mixup (arXiv 1710.09412); 0 is off."""
     cutmix: float = 1.0
     """Alpha of CutMix (arXiv 1905.04899); 0 is off."""
     cutmix_minmax: tuple[float, ...] = ()
-    """Smallest and largest side of the pasted rectangle, as parts of the picture's, instead of cutmix's alpha."""
+    """Smallest and largest side of the pasted rectangle, as parts of the image's, instead of cutmix's alpha."""
     mixup_prob: float = 1.0
     """Probability of mixing, where either is on."""
     mixup_switch_prob: float = 0.5
     """Probability of CutMix rather than mixup, where both are on."""
     mixup_mode: Literal["batch", "pair", "elem"] = "batch"
-    """Draw how to mix for a batch, a pair, or each picture."""
+    """Draw how to mix for a batch, a pair, or each image."""
     repeated_aug: bool = True
-    """Take each picture three times in a row, differently augmented, and so fewer pictures an epoch."""
+    """Take each image three times in a row, differently augmented, and so fewer images an epoch."""
     hflip: float = 0.5
     """Probability of a horizontal flip."""
     auto_augment: str | None = "rand-m9-mstd0.5-inc1"
     """timm's augmentation policy; None for none."""
     color_jitter: float = 0.4
-    """Strength of colour jitter, which acts only where auto_augment is None."""
+    """Strength of color jitter, which acts only where auto_augment is None."""
     interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
     """Filter for resizing while training."""
     random_erasing: float = 0.25
     """Probability of erasing rectangles (arXiv 1708.04896)."""
     random_erasing_mode: Literal["pixel", "rand", "const"] = "pixel"
-    """Fill a rectangle with noise, with one random colour, or with the mean."""
+    """Fill a rectangle with noise, with one random color, or with the mean."""
     random_erasing_count: int = 1
-    """Most rectangles of a picture."""
+    """Most rectangles of an image."""
     resplit: bool = False
-    """Leave the first of each picture's repeats unerased."""
+    """Leave the first of each image's repeats unerased."""
 
     distillation: Literal["none", "soft", "hard"] = "none"
     """Learn from a teacher through the distillation token (DeiT, arXiv 2012.12877)."""
@@ -160,13 +160,13 @@ class TrainConfig:
     compile: bool = False
     """Compile the model."""
     channels_last: bool = False
-    """Lay pictures and weights out channels-last."""
+    """Lay images and weights out channels-last."""
     grad_checkpointing: bool = False
     """Compute activations anew in the backward pass, for less memory."""
     sync_bn: bool = False
-    """BatchNorm over the pictures of all processes."""
+    """BatchNorm over the images of all processes."""
     workers: int = 2
-    """Processes that prepare pictures, beside each that trains; 0 prepares them there. It changes no result."""
+    """Processes that prepare images, beside each that trains; 0 prepares them there. It changes no result."""
     output_dir: Path = Path("runs/train")
     """Folder of everything that the run leaves."""
     tensorboard: bool = False
@@ -191,13 +191,13 @@ class TrainConfig:
                 "localize: trainable=locality keeps every other weight as it is, so finetune must name them"
             )
         if self.mixes and self.batch_size % 2:
-            raise ValueError(f"batch_size={self.batch_size} must be even to mix pictures in pairs (mixup, cutmix)")
+            raise ValueError(f"batch_size={self.batch_size} must be even to mix images in pairs (mixup, cutmix)")
         if self.sched == "plateau" and self.sched_on_updates:
             raise ValueError("sched=plateau follows the epochs' accuracy, so sched_on_updates must be false")
 
     @property
     def mixes(self) -> bool:
-        """Whether pictures and labels are mixed."""
+        """Whether images and labels are mixed."""
         return bool(self.mixup or self.cutmix or self.cutmix_minmax)
 
     @classmethod
@@ -254,5 +254,5 @@ _LENGTHS = (
     ("input_size", (0, 1, 2), "one side, or height and width"),
     ("cutmix_minmax", (0, 2), "two parts of a side, the smallest and the largest"),
     ("lr_noise", (0, 1, 2), "one or two parts of the schedule"),
-    ("opt_betas", (0, 2, 3), "two numbers, or three for an optimiser that takes them"),
+    ("opt_betas", (0, 2, 3), "two numbers, or three for an optimizer that takes them"),
 )

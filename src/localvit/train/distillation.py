@@ -1,6 +1,6 @@
 """Learning from a teacher through the distillation token (DeiT, arXiv 2012.12877, section 4).
 
-Shapes: B pictures of a batch, C channels, H and W pixels, M classes.
+Shapes: B images of a batch, C channels, H and W pixels, M classes.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from localvit.data.preprocessing import Preprocessing
-from localvit.inference import names_file, ready_model
+from localvit.inference.runner import names_file, ready_model
 from localvit.train.finetune import check_released
 
 
@@ -33,7 +33,7 @@ class DistillationLoss(nn.Module):
 
     Args:
         base: loss of logits (B, M) and targets.
-        teacher: gives logits (B, M) of pictures; see `build_teacher`.
+        teacher: gives logits (B, M) of images; see `build_teacher`.
         kind: "hard", cross-entropy with the teacher's best class; or "soft", the Kullback-Leibler divergence from the
             teacher's probabilities at temperature tau, times tau squared, summed and divided by the B * M logits.
         alpha: the teacher's part, in [0, 1].
@@ -59,11 +59,11 @@ class DistillationLoss(nn.Module):
         self.alpha = alpha
         self.tau = tau
 
-    def forward(self, pictures_BCHW: Tensor, outputs: tuple[Tensor, Tensor], targets: Tensor) -> Tensor:
+    def forward(self, images_BCHW: Tensor, outputs: tuple[Tensor, Tensor], targets: Tensor) -> Tensor:
         """The loss of a batch.
 
         Args:
-            pictures_BCHW: what the student saw, mixed if it was.
+            images_BCHW: what the student saw, mixed if it was.
             outputs: the student's logits (B, M) by its class token and by its distillation token.
             targets: what `base` takes: classes (B), or probabilities (B, M).
 
@@ -76,7 +76,7 @@ class DistillationLoss(nn.Module):
         by_class_token_BM, by_distillation_token_BM = outputs
         base = self.base(by_class_token_BM, targets)
         with torch.no_grad():
-            teacher_BM = self._teacher[0](pictures_BCHW)
+            teacher_BM = self._teacher[0](images_BCHW)
         # Half precision, of autocast, is too coarse for a difference of logarithms.
         precise = torch.promote_types(by_distillation_token_BM.dtype, torch.float32)
         student_BM, teacher_BM = by_distillation_token_BM.to(precise), teacher_BM.to(precise)
@@ -94,16 +94,16 @@ class DistillationLoss(nn.Module):
 
 
 class Teacher(nn.Module):
-    """A frozen model that is shown a student's pictures as it is used to see pictures.
+    """A frozen model that is shown a student's images as it is used to see images.
 
-    Takes pictures (B, 3, H, W) normalised as the student's; gives logits (B, M), without gradient.
+    Takes images (B, 3, H, W) normalized as the student's; gives logits (B, M), without gradient.
 
     Args:
-        model: gives logits of pictures.
-        mean, std: of each channel, that the model's pictures are normalised with.
-        input_size: height and width to resize the pictures to, bicubic; None leaves them.
+        model: gives logits of images.
+        mean, std: of each channel, that the model's images are normalized with.
+        input_size: height and width to resize the images to, bicubic; None leaves them.
         class_order: the model's class for each of the student's; None where they are the same.
-        student_mean, student_std: of each channel, that the student's pictures are normalised with.
+        student_mean, student_std: of each channel, that the student's images are normalized with.
     """
 
     scale_C11: Tensor
@@ -126,7 +126,7 @@ class Teacher(nn.Module):
             torch.tensor(values, dtype=torch.float64)[:, None, None]
             for values in (student_mean, student_std, mean, std)
         )
-        self.renormalises = not (torch.equal(own_mean, their_mean) and torch.equal(own_std, their_std))
+        self.renormalizes = not (torch.equal(own_mean, their_mean) and torch.equal(own_std, their_std))
         self.register_buffer("scale_C11", (own_std / their_std).float())
         self.register_buffer("shift_C11", ((own_mean - their_mean) / their_std).float())
         self.input_size = input_size
@@ -135,12 +135,12 @@ class Teacher(nn.Module):
         self.requires_grad_(False)
 
     @torch.no_grad()
-    def forward(self, pictures_BCHW: Tensor) -> Tensor:
-        if self.renormalises:
-            pictures_BCHW = pictures_BCHW * self.scale_C11 + self.shift_C11
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        if self.renormalizes:
+            images_BCHW = images_BCHW * self.scale_C11 + self.shift_C11
         if self.input_size is not None:
-            pictures_BCHW = F.interpolate(pictures_BCHW, self.input_size, mode="bicubic", antialias=True)
-        logits_BM = self.model(pictures_BCHW)
+            images_BCHW = F.interpolate(images_BCHW, self.input_size, mode="bicubic", antialias=True)
+        logits_BM = self.model(images_BCHW)
         return logits_BM if self.class_order is None else logits_BM[:, self.class_order]
 
 
@@ -154,13 +154,13 @@ def build_teacher(
     preprocessing: Preprocessing,
     remark: Callable[[str], None] = lambda message: None,
 ) -> Teacher:
-    """The teacher of a student with these classes and pictures, on `device`.
+    """The teacher of a student with these classes and images, on `device`.
 
     Args:
         teacher: a model's name, or a checkpoint file.
         checkpoint: weights for the model called `teacher`; by default its released ones.
         num_classes, class_names: the student's classes in order, and their names if they have any.
-        preprocessing: of the student's pictures.
+        preprocessing: of the student's images.
         remark: told what of the teacher is not as the student's.
 
     Raises:
@@ -212,7 +212,7 @@ def _size_to_show(
     device: torch.device,
     remark: Callable[[str], None],
 ) -> tuple[int, int] | None:
-    """The size to resize the student's pictures to, if the teacher cannot take theirs."""
+    """The size to resize the student's images to, if the teacher cannot take theirs."""
     own_size = preprocessing.input_size
     if own_size == tuple(input_size):
         return None
@@ -221,7 +221,7 @@ def _size_to_show(
         with torch.no_grad():
             model(torch.zeros(1, 3, *input_size, device=device))
     except (AssertionError, RuntimeError, ValueError):  # timm asserts, torch and this package say what does not fit
-        remark(f"teacher {teacher} takes pictures of {sizes}: it is shown them resized")
+        remark(f"teacher {teacher} takes images of {sizes}: it is shown them resized")
         return own_size
-    remark(f"warning: teacher {teacher} was made for pictures of {sizes}, which it takes as they are")
+    remark(f"warning: teacher {teacher} was made for images of {sizes}, which it takes as they are")
     return None

@@ -1,4 +1,4 @@
-"""Where fine-tuning begins: the weights of a checkpoint or a release, for other classes and other picture sizes."""
+"""Where fine-tuning begins: the weights of a checkpoint or a release, for other classes and other image sizes."""
 
 import contextlib
 import json
@@ -10,16 +10,16 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
-from localvit.checkpoints import Checkpoint, img_size_of, load_weights, read_checkpoint, weights_for
+from localvit.checkpoints.checkpoint import Checkpoint, img_size_of, load_weights, read_checkpoint, weights_for
+from localvit.checkpoints.fit import describe_mismatch, state_dict_mismatch
 from localvit.data.classes import model_class_names
 from localvit.data.preprocessing import Preprocessing
-from localvit.inference import names_file, ready_model
-from localvit.models._positions import positions_like
+from localvit.inference.runner import names_file, ready_model
+from localvit.models.positions import positions_like
+from localvit.models.zoo import create_model, published_model
 from localvit.surgery.branch import CHILD
 from localvit.surgery.localize import locality_modules, localize
-from localvit.weight_files import CheckpointError
-from localvit.weights_fit import misfit, said_misfit
-from localvit.zoo import create_model, published_model
+from localvit.utils.weight_files import CheckpointError
 
 
 def load_pretrained(
@@ -29,9 +29,9 @@ def load_pretrained(
     class_names: Sequence[str] | None = None,
     remark: Callable[[str], None] = lambda message: None,
 ) -> Preprocessing:
-    """Begin `model` with the weights that `source` names; returns how the pictures were prepared that they learned on.
+    """Begin `model` with the weights that `source` names; returns how the images were prepared that they learned on.
 
-    All but the head loads strictly; positions are resampled where the model was made for pictures of another size. The
+    All but the head loads strictly; positions are resampled where the model was made for images of another size. The
     head loads too if it is for the model's classes, by name and in their order; else the model keeps its new one.
     Parameters stay the same objects, on their device and in their dtype.
 
@@ -68,10 +68,10 @@ def load_pretrained(
         state_dict |= {key: value for key, value in wanted.items() if key in heads}
         for name in _head_entries(model):
             model.get_parameter(name).requires_grad_(True)  # trainable="locality" stops at a head that knows nothing
-    wrong = misfit(state_dict, wanted)
+    wrong = state_dict_mismatch(state_dict, wanted)
     if wrong:
         raise CheckpointError(
-            f"{source} does not fit the model; it is a {held.made_from['name']}: {said_misfit(wrong)}"
+            f"{source} does not fit the model; it is a {held.made_from['name']}: {describe_mismatch(wrong)}"
         )
     model.load_state_dict(state_dict)
     if reason:
@@ -95,7 +95,7 @@ def check_released(name: str) -> None:
 def _load_source(source: str, model: Any) -> tuple[Any, list[str] | None, Preprocessing]:
     """The model that `source` holds, at its own size and with its own head, its classes' names, and its preprocessing.
 
-    A file that does not say how its pictures were prepared is taken to be of the model's released weights' kind.
+    A file that does not say how its images were prepared is taken to be of the model's released weights' kind.
     """
     if not names_file(source) and "/" not in source:  # no model's name has one
         check_released(source)
@@ -113,7 +113,7 @@ def _load_source(source: str, model: Any) -> tuple[Any, list[str] | None, Prepro
 def _rebuild_like(checkpoint: Checkpoint, model: Any) -> Any:
     """A model made as `model` is, with the weights of a file that does not say how its own was made.
 
-    Nor does it say the size of its pictures: it is the released models' or else the model's own, where one fills the
+    Nor does it say the size of its images: it is the released models' or else the model's own, where one fills the
     positions in the file.
     """
     raw = weights_for(model, checkpoint)
@@ -125,11 +125,11 @@ def _rebuild_like(checkpoint: Checkpoint, model: Any) -> Any:
     own_size = img_size_of(model)
     for img_size in dict.fromkeys([tuple(model.pretrained_cfg["input_size"][1:]), own_size] if own_size else [None]):
         size = {"img_size": img_size} if img_size else {}
-        with contextlib.suppress(ValueError):  # patches that do not divide the released models' pictures
+        with contextlib.suppress(ValueError):  # patches that do not divide the released models' images
             candidates.append(create_model(model.made_from["name"], **arguments | size))
     if not hasattr(model, "PUBLISHED_KEYS"):
         checkpoint = replace(checkpoint, raw=_timm_names(checkpoint.raw, candidates[0]))
-    fitting = (held for held in candidates if not misfit(weights_for(held, checkpoint), held.state_dict()))
+    fitting = (held for held in candidates if not state_dict_mismatch(weights_for(held, checkpoint), held.state_dict()))
     held = next(fitting, candidates[0])
     load_weights(held, replace(checkpoint, img_size=img_size_of(held)))
     return held
@@ -144,7 +144,7 @@ def _timm_names(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str,
         converted = convert(dict(state_dict), model)
     except Exception:  # whatever a filter raises at entries that it does not expect, the check of them says it better
         return dict(state_dict)
-    # Positions that it resampled it took to be of a square picture, which nothing says: they stay, to be refused.
+    # Positions that it resampled it took to be of a square image, which nothing says: they stay, to be refused.
     positions = ("pos_embed", "relative_position_bias_table")
     return {
         key: state_dict[key] if key.endswith(positions) and key in state_dict else value

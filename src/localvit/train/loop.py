@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from timm.utils import distribute_bn
 
-from localvit.distributed import gather, is_main, together, world_size
-from localvit.evaluate import Evaluation, evaluate
-from localvit.train.files import STATE, prepare_folder, save_epoch, save_state, write_config
+from localvit.evaluation.evaluate import Evaluation, evaluate
+from localvit.train.build import Remark, Training
 from localvit.train.nonfinite import explain, nonfinite_parameter
-from localvit.train.recipe import Remark, Training
+from localvit.train.run_folder import STATE, prepare_folder, save_epoch, save_state, write_config
 from localvit.train.state import Row
 from localvit.train.step import StepResult, train_step
 from localvit.train.stopping import Stopped, StopRequest
-from localvit.train.watch import Watch
+from localvit.train.trackers import Watch
+from localvit.utils.distributed import gather, is_main, together, world_size
 
 Progress = Callable[[int, str], None]
-"""Told how many pictures were just trained on, and the loss and learning rate for a person."""
+"""Told how many images were just trained on, and the loss and learning rate for a person."""
 
 LOG_STEPS = 50
 """Steps between two entries of the trackers."""
@@ -44,7 +44,7 @@ def fit(
         FloatingPointError: when a loss is not finite; that step has changed nothing, and the state before it is saved.
         Stopped: when a signal asked for it; the state is saved.
         OSError: when the output folder cannot be written to.
-        UnreadablePicture: for a picture that cannot be decoded.
+        UnreadableImage: for an image that cannot be decoded.
         RuntimeError: when a worker process dies.
     """
     run = _Run(training, progress, remark)
@@ -109,14 +109,14 @@ class _Run:
             self._count(result)
             state.seconds += time.monotonic() - started
             lr = state.optimizer.param_groups[0]["lr"]
-            self.progress(training.pictures_per_step, f"epoch {state.epoch} loss {result.loss:.3f} lr {lr:.1e}")
+            self.progress(training.images_per_step, f"epoch {state.epoch} loss {result.loss:.3f} lr {lr:.1e}")
             if self._steps_done() % LOG_STEPS == 0 and self.watch:
                 self.watch.step(
                     self._steps_done(),
                     {
                         "train/loss": result.loss,
                         "train/lr": lr,
-                        "train/images_per_second": state.step * training.pictures_per_step / state.seconds,
+                        "train/images_per_second": state.step * training.images_per_step / state.seconds,
                     },
                 )
             if result.stop:
@@ -137,7 +137,7 @@ class _Run:
             "epoch": state.epoch,
             "n_parameters": sum(each.numel() for each in state.model.parameters() if each.requires_grad),
         }
-        trained_on = self.training.steps_per_epoch * self.training.pictures_per_step
+        trained_on = self.training.steps_per_epoch * self.training.images_per_step
         measured = {
             "seconds": state.seconds,
             "images_per_second": trained_on / state.seconds,
@@ -196,7 +196,7 @@ class _Run:
 
         return evaluate(
             self.state.model.eval(),
-            training.val_pictures,
+            training.val_images,
             training.preprocessing,
             training.options,
             class_names=training.class_names,

@@ -9,13 +9,13 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from localvit.data.order import Draws, seed_draws
 from localvit.data.preprocessing import Preprocessing
-from localvit.data.training import Draws, seed_draws
-from localvit.distributed import world_size
+from localvit.models.zoo import create_model
 from localvit.train.config import TrainConfig
 from localvit.train.finetune import load_pretrained
 from localvit.train.optimization import freeze
-from localvit.zoo import create_model
+from localvit.utils.distributed import world_size
 
 
 def build_model(
@@ -24,7 +24,7 @@ def build_model(
     class_names: Sequence[str] | None,
     remark: Callable[[str], None] = lambda message: None,
 ) -> tuple[Any, Preprocessing]:
-    """The model to train, on the CPU, and how its pictures are prepared.
+    """The model to train, on the CPU, and how its images are prepared.
 
     Raises ValueError for a model or arguments that are not known, and for `freeze` that matches nothing;
     FileNotFoundError or CheckpointError for weights to begin from that cannot be used.
@@ -74,7 +74,7 @@ def over_processes(config: TrainConfig, model: nn.Module, device: torch.device, 
 
 
 def _has_unused_parameters(model: nn.Module, size: tuple[int, int], device: torch.device) -> bool:
-    """Whether some parameter gets no gradient (LocalViT-T2T's tokeniser keeps a published norm that nothing reads)."""
+    """Whether some parameter gets no gradient (LocalViT-T2T's tokenizer keeps a published norm that nothing reads)."""
     buffers_before = [buffer.clone() for buffer in model.buffers()]
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     outputs = model.train()(torch.zeros(2, 3, *size, device=device))

@@ -1,14 +1,14 @@
-"""What to tell of a loss that is not finite: where it first showed, and on which pictures."""
+"""What to tell of a loss that is not finite: where it first showed, and on which images."""
 
 import torch
 from torch import Tensor, nn
 
-from localvit.distributed import gather
+from localvit.train.build import Training
 from localvit.train.model import restore
-from localvit.train.recipe import Training
-from localvit.train.step import shown
+from localvit.train.step import prepare_batch
+from localvit.utils.distributed import gather
 
-_NAMED = 8  # how many pictures a message names
+_NAMED = 8  # how many images a message names
 
 
 def nonfinite_parameter(model: nn.Module) -> str | None:
@@ -31,8 +31,8 @@ def explain(training: Training, loss: float) -> str:
     buffers_before = [buffer.clone() for buffer in state.model.buffers()]
     findings = []
     for number in range(state.step * config.grad_accum, (state.step + 1) * config.grad_accum):
-        pictures_BCHW, labels_B, names = training.batches.batch(state.epoch, number)
-        module, rows = _first_nonfinite(training, *shown(training, pictures_BCHW, labels_B, number))
+        images_BCHW, labels_B, names = training.batches.batch(state.epoch, number)
+        module, rows = _first_nonfinite(training, *prepare_batch(training, images_BCHW, labels_B, number))
         if module:
             named = [names[row] for row in rows] or names
             more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
@@ -42,8 +42,8 @@ def explain(training: Training, loss: float) -> str:
     return f"{where}: {'; '.join(told) or 'every module gives finite numbers, and the loss of them is not finite'}"
 
 
-def _first_nonfinite(training: Training, pictures_BCHW: Tensor, targets: Tensor) -> tuple[str | None, list[int]]:
-    """The first module, in the order that they finish, with an output that is not finite, and for which pictures."""
+def _first_nonfinite(training: Training, images_BCHW: Tensor, targets: Tensor) -> tuple[str | None, list[int]]:
+    """The first module, in the order that they finish, with an output that is not finite, and for which images."""
     found: list[tuple[str, list[int]]] = []
 
     def looking_at(name: str):
@@ -51,19 +51,19 @@ def _first_nonfinite(training: Training, pictures_BCHW: Tensor, targets: Tensor)
             if found or not isinstance(output, Tensor) or output.isfinite().all():
                 return
             rows = []
-            if output.shape[:1] == pictures_BCHW.shape[:1]:
+            if output.shape[:1] == images_BCHW.shape[:1]:
                 rows = (~output.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
             found.append((name or type(module).__name__, rows))
 
         return look
 
-    if not pictures_BCHW.isfinite().all():
-        return "the augmentation", (~pictures_BCHW.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+    if not images_BCHW.isfinite().all():
+        return "the augmentation", (~images_BCHW.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
     model = training.state.model
     handles = [module.register_forward_hook(looking_at(name)) for name, module in model.named_modules()]
     try:
         with torch.no_grad(), training.options.autocast():
-            loss = training.criterion(pictures_BCHW, model.train()(pictures_BCHW), targets)
+            loss = training.criterion(images_BCHW, model.train()(images_BCHW), targets)
     finally:
         for handle in handles:
             handle.remove()

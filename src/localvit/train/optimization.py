@@ -1,4 +1,4 @@
-"""What moves the weights: timm's optimiser over the published parameter groups, and timm's schedule of its rate."""
+"""What moves the weights: timm's optimizer over the published parameter groups, and timm's schedule of its rate."""
 
 from fnmatch import fnmatch
 from typing import Any
@@ -29,12 +29,12 @@ def freeze(model: nn.Module, patterns: tuple[str, ...]) -> None:
         raise ValueError(f"freeze={', '.join(patterns)} leaves no parameter to train")
 
 
-def build_optimizer(config: TrainConfig, model: nn.Module, pictures_per_step: int) -> torch.optim.Optimizer:
-    """timm's optimiser at the scaled rate, without decay for 1-D parameters, biases and the model's own list.
+def build_optimizer(config: TrainConfig, model: nn.Module, images_per_step: int) -> torch.optim.Optimizer:
+    """timm's optimizer at the scaled rate, without decay for 1-D parameters, biases and the model's own list.
 
-    Raises ValueError for an optimiser that timm does not know, or settings that it does not take.
+    Raises ValueError for an optimizer that timm does not know, or settings that it does not take.
     """
-    optimizer = _create_optimizer(config, model, pictures_per_step)
+    optimizer = _create_optimizer(config, model, images_per_step)
     if config.locality_lr_scale != 1:
         _scale_locality(optimizer, model, config.locality_lr_scale)
     return optimizer
@@ -55,7 +55,7 @@ def _scale_locality(optimizer: torch.optim.Optimizer, model: nn.Module, factor: 
                 optimizer.add_param_group(group | {"params": parameters, "lr_scale": lr_scale})
 
 
-def _create_optimizer(config: TrainConfig, model: nn.Module, pictures_per_step: int) -> torch.optim.Optimizer:
+def _create_optimizer(config: TrainConfig, model: nn.Module, images_per_step: int) -> torch.optim.Optimizer:
     settings: dict[str, Any] = {"betas": config.opt_betas} if config.opt_betas else {}
     if config.opt.lower() == "adamw":
         settings["fused"] = True
@@ -63,7 +63,7 @@ def _create_optimizer(config: TrainConfig, model: nn.Module, pictures_per_step: 
         return create_optimizer_v2(
             model,
             opt=config.opt,
-            lr=scaled_learning_rate(config, pictures_per_step),
+            lr=scaled_learning_rate(config, images_per_step),
             weight_decay=config.weight_decay,
             momentum=config.momentum,
             eps=config.opt_eps,
@@ -74,9 +74,9 @@ def _create_optimizer(config: TrainConfig, model: nn.Module, pictures_per_step: 
         raise ValueError(f"opt={config.opt} does not take the settings given: {error}") from error
 
 
-def scaled_learning_rate(config: TrainConfig, pictures_per_step: int) -> float:
-    """The highest learning rate: the configured one is for 512 pictures a step (DeiT, arXiv 2012.12877, section 5)."""
-    return config.lr * pictures_per_step / 512
+def scaled_learning_rate(config: TrainConfig, images_per_step: int) -> float:
+    """The highest learning rate: the configured one is for 512 images a step (DeiT, arXiv 2012.12877, section 5)."""
+    return config.lr * images_per_step / 512
 
 
 def build_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Scheduler:

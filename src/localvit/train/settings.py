@@ -8,7 +8,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
-RECIPES = Path(__file__).parent.parent / "recipes"
+RECIPES = Path(__file__).parent / "recipes"
 
 
 def read_settings(path: Path) -> dict[str, Any]:

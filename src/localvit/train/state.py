@@ -1,6 +1,6 @@
 """What a run keeps: all that changes while it trains, and the entries of a file from which it goes on.
 
-Random generators are no part of it, since every draw follows from where it is made (`localvit.data.training`).
+Random generators are no part of it, since every draw follows from where it is made (`localvit.data.order`).
 """
 
 from argparse import Namespace
@@ -13,10 +13,10 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from localvit.checkpoints import HEADER, published_state
-from localvit.models._builder import own_names, published_key
+from localvit.checkpoints.checkpoint import HEADER, published_state
+from localvit.models.registry import own_names, published_key
 from localvit.train.optimization import set_learning_rate
-from localvit.weight_files import CheckpointError
+from localvit.utils.weight_files import CheckpointError
 
 Row = dict[str, float]
 
@@ -30,7 +30,7 @@ class TrainState:
     ema: ModelEmaV3 | None
     """Running average of its parameters and buffers."""
     optimizer: torch.optim.Optimizer
-    """Its parameters' optimiser."""
+    """Its parameters' optimizer."""
     scheduler: Scheduler
     """Sets the learning rate."""
     scaler: torch.amp.GradScaler
@@ -78,11 +78,11 @@ class TrainState:
     def to_entries(self, description: Mapping[str, Any]) -> dict[str, Any]:
         """The entries of the published program's checkpoints, and under `localvit` ours.
 
-        `epoch` is the last finished one, as there. Weights go by their published names; the optimiser's state is in the
+        `epoch` is the last finished one, as there. Weights go by their published names; the optimizer's state is in the
         order of `parameter_names`.
 
         Args:
-            description: what `localvit.checkpoints.describe` says of the model; its `about` holds the config.
+            description: what `checkpoints.checkpoint.describe` says of the model; its `about` holds the config.
         """
         config = description["about"]["config"]
         return {
@@ -103,10 +103,10 @@ class TrainState:
     def load_entries(self, entries: Mapping[str, Any]) -> None:
         """Go on from the entries of `to_entries`, or from those of the published program's, after its last epoch.
 
-        Raises CheckpointError when they are of another model or optimiser, or have no optimiser at all.
+        Raises CheckpointError when they are of another model or optimizer, or have no optimizer at all.
         """
         if not isinstance(entries.get("optimizer"), Mapping):
-            raise CheckpointError("it holds weights but no optimiser: begin a new run from it with --finetune")
+            raise CheckpointError("it holds weights but no optimizer: begin a new run from it with --finetune")
         _load_weights(self.model, entries["model"])
         if self.ema:
             _load_weights(self.ema.module, entries.get("model_ema") or entries["model"])
@@ -131,30 +131,30 @@ def _load_weights(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     try:
         model.load_state_dict(own)
     except RuntimeError as error:
-        raise CheckpointError(f"its weights are of another model or picture size: {error}") from error
+        raise CheckpointError(f"its weights are of another model or image size: {error}") from error
 
 
 def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
-    """The published names of the optimiser's parameters, in its order."""
+    """The published names of the optimizer's parameters, in its order."""
     name_of = {parameter: published_key(model, name) for name, parameter in model.named_parameters()}
     return [name_of[parameter] for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _published_parameter_names(state: TrainState, published: Mapping[str, Tensor]) -> list[str]:
-    """The names of a published optimiser's parameters: the same two groups as ours, each in the published order."""
+    """The names of a published optimizer's parameters: the same two groups as ours, each in the published order."""
     names = iter(_parameter_names(state.model, state.optimizer))
     groups = [{next(names) for _ in group["params"]} for group in state.optimizer.param_groups]
     return [name for group in groups for name in published if name in group]
 
 
 def _load_optimizer(state: TrainState, saved: Mapping[str, Any], names: list[str]) -> None:
-    """Load an optimiser's state dict whose parameters are called `names`, in its order."""
+    """Load an optimizer's state dict whose parameters are called `names`, in its order."""
     own = state.optimizer.state_dict()
     own_order = _parameter_names(state.model, state.optimizer)
     counts = [len(group["params"]) for group in saved["param_groups"]]
     if set(own_order) != set(names) or counts != [len(group["params"]) for group in own["param_groups"]]:
         raise CheckpointError(
-            "its optimiser is of other parameters or groups: resume with the same model, freeze, weight_decay and "
+            "its optimizer is of other parameters or groups: resume with the same model, freeze, weight_decay and "
             "layer_decay"
         )
     number_of = {name: number for number, name in enumerate(names)}

@@ -1,6 +1,6 @@
-"""One step of training: some batches forward and backward, and the optimiser, unless the loss is not finite.
+"""One step of training: some batches forward and backward, and the optimizer, unless the loss is not finite.
 
-Shapes: B pictures of a batch, C channels, H and W pixels, M classes.
+Shapes: B images of a batch, C channels, H and W pixels, M classes.
 """
 
 import contextlib
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from localvit.data.training import Draws, seed_draws
-from localvit.distributed import rank, world_size
+from localvit.data.order import Draws, seed_draws
+from localvit.train.build import Training
 from localvit.train.model import restore
-from localvit.train.recipe import Training
+from localvit.utils.distributed import rank, world_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +46,10 @@ def train_step(training: Training, batches: Iterator[tuple[Tensor, Tensor]], *, 
     total = torch.zeros((), device=device)
     for number in range(config.grad_accum):
         is_last = number == config.grad_accum - 1
-        pictures_BCHW, targets = shown(training, *next(batches), state.step * config.grad_accum + number)
+        images_BCHW, targets = prepare_batch(training, *next(batches), state.step * config.grad_accum + number)
         with contextlib.nullcontext() if is_last else _gradients_kept_here(training.trained):
             with training.options.autocast():
-                loss = training.criterion(pictures_BCHW, training.trained(pictures_BCHW), targets) / config.grad_accum
+                loss = training.criterion(images_BCHW, training.trained(images_BCHW), targets) / config.grad_accum
             total = total + loss.detach()
             if is_last:
                 told = _OnItsWay(torch.stack((total, torch.full_like(total, float(stop)))))
@@ -70,17 +70,17 @@ def train_step(training: Training, batches: Iterator[tuple[Tensor, Tensor]], *, 
     return result
 
 
-def shown(training: Training, pictures_BCHW: Tensor, labels_B: Tensor, number: int) -> tuple[Tensor, Tensor]:
+def prepare_batch(training: Training, images_BCHW: Tensor, labels_B: Tensor, number: int) -> tuple[Tensor, Tensor]:
     """Batch `number` of the state's epoch as the model is shown it: on its device, and mixed.
 
-    Labels (B) become probabilities (B, M) where pictures are mixed. What the model itself draws follows from here too.
+    Labels (B) become probabilities (B, M) where images are mixed. What the model itself draws follows from here too.
     """
     seed_draws(training.config.seed, Draws.STEP, training.state.epoch, number, rank())
     options = training.options
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
-    pictures_BCHW = pictures_BCHW.to(options.device, non_blocking=True, memory_format=layout)
+    images_BCHW = images_BCHW.to(options.device, non_blocking=True, memory_format=layout)
     labels_B = labels_B.to(options.device, non_blocking=True)
-    return training.mixup(pictures_BCHW, labels_B) if training.mixup else (pictures_BCHW, labels_B)
+    return training.mixup(images_BCHW, labels_B) if training.mixup else (images_BCHW, labels_B)
 
 
 def _gradients_kept_here(trained: nn.Module) -> contextlib.AbstractContextManager:

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from localvit.checkpoints import versions
-from localvit.distributed import world_size
-from localvit.files import written_whole
+from localvit.checkpoints.checkpoint import versions
 from localvit.train.config import TrainConfig
-from localvit.train.files import BEST
+from localvit.train.run_folder import BEST
 from localvit.train.state import Row
-from localvit.train.watch import CURVES
+from localvit.train.trackers import CURVES
+from localvit.utils.distributed import world_size
+from localvit.utils.files import atomic_write
 
 SUMMARY = "summary.md"
 
@@ -34,7 +34,7 @@ class RunNumbers:
     seconds: float | None
     """Time of all training steps, without evaluation."""
     images_per_second: float | None
-    """Pictures trained on a second, over all processes: the median of the epochs."""
+    """Images trained on a second, over all processes: the median of the epochs."""
     peak_memory_mb: float | None
     """Most memory in use, in MB."""
     skipped_steps: float | None
@@ -62,7 +62,7 @@ def summary_rows(config: TrainConfig, metrics: Sequence[Row], device: torch.devi
     numbers = RunNumbers.of(metrics)
     measured = (
         ("time", numbers.seconds, lambda seconds: f"{timedelta(seconds=round(seconds))} (h:mm:ss), without evaluation"),
-        ("speed", numbers.images_per_second, lambda rate: f"{rate:,.1f} pictures/s"),
+        ("speed", numbers.images_per_second, lambda rate: f"{rate:,.1f} images/s"),
         ("peak memory", numbers.peak_memory_mb, lambda memory: f"{memory:,.0f} MB"),
         ("skipped steps", numbers.skipped_steps, lambda steps: f"{steps:,.0f}"),
     )
@@ -102,7 +102,7 @@ def write_summary(config: TrainConfig, metrics: Sequence[Row], device: torch.dev
     parts.append("## Settings that differ from the defaults")
     parts.append(_table(("setting", "value", "default"), settings) if settings else "None.")
     parts += ["## Versions", _table(("", ""), list(versions().items()))]
-    with written_whole(config.output_dir / SUMMARY) as file:
+    with atomic_write(config.output_dir / SUMMARY) as file:
         file.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return config.output_dir / SUMMARY
 
@@ -133,10 +133,10 @@ def _commands(config: TrainConfig, *, finished: bool) -> list[str]:
     before = "Evaluate the best epoch:"
     if config.data_set.upper() == "FOLDER" and config.data_path and not (config.data_path / "val").is_dir():
         before = (
-            "Evaluate the best epoch, on other pictures: the seed split those of this folder, and most of them were "
+            "Evaluate the best epoch, on other images: the seed split those of this folder, and most of them were "
             "trained on."
         )
-        evaluation += ["--data-path", "OTHER_PICTURES"]
+        evaluation += ["--data-path", "OTHER_IMAGES"]
     elif config.data_path:
         evaluation += ["--data-path", str(config.data_path)]
     if config.data_set.upper() in ("INAT", "INAT19"):

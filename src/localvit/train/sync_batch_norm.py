@@ -1,6 +1,6 @@
-"""BatchNorm over the pictures of all processes: torch's where there is an accelerator, and the same on CPUs.
+"""BatchNorm over the images of all processes: torch's where there is an accelerator, and the same on CPUs.
 
-Shapes: N pictures of this process, C channels, S positions of a picture (H x W, or any others).
+Shapes: N images of this process, C channels, S positions of an image (H x W, or any others).
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
-def synchronise_batch_norms(model: nn.Module, device: torch.device) -> nn.Module:
+def synchronize_batch_norms(model: nn.Module, device: torch.device) -> nn.Module:
     """`model` with every BatchNorm taking its statistics over all processes; names and values stay."""
     if device.type != "cpu":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -40,11 +40,11 @@ class _GatheredBatchNorm(_BatchNorm):
         sums_and_count = all_reduce(torch.cat((x_NCS.sum((0, 2)), counted)))
         count = sums_and_count[-1]
         mean_C = sums_and_count[:-1] / count
-        centred_NCS = x_NCS - mean_C[:, None]
-        var_C = all_reduce(centred_NCS.square().sum((0, 2))) / count
+        centerd_NCS = x_NCS - mean_C[:, None]
+        var_C = all_reduce(centerd_NCS.square().sum((0, 2))) / count
         if self.running_mean is not None:
             self._follow(mean_C.detach(), (var_C * count / (count - 1)).detach())
-        normal_NCS = centred_NCS * (var_C + self.eps).rsqrt()[:, None]
+        normal_NCS = centerd_NCS * (var_C + self.eps).rsqrt()[:, None]
         if self.affine:
             normal_NCS = normal_NCS * self.weight[:, None] + self.bias[:, None]
         return normal_NCS.to(input.dtype).view_as(input)

@@ -1,0 +1,1 @@
+"""Models measured side by side, in interleaved rounds of one process."""

@@ -1,1 +1,0 @@
-"""What would hurt in a folder of pictures, found before training on it."""

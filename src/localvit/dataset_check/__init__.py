@@ -1,0 +1,1 @@
+"""What would harm training in a folder of images."""

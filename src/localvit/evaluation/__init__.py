@@ -1,0 +1,1 @@
+"""Evaluate and predict: exact metrics over a data set, and the report on them."""

@@ -1,0 +1,242 @@
+"""LocalViT on Tokens-to-Token ViT: timm's VisionTransformer behind T2T's tokenizer, and that baseline itself.
+
+T2T-ViT is arXiv 2101.11986, with the performer tokenizer of its section 3.1 (random features of arXiv 2009.14794, 2.3).
+LocalViT-T2T is arXiv 2104.05707, Table 6: every feed-forward holds the locality module, the tokenizer's two included.
+
+Shapes: B batch, N tokens (H x W of them), D token width, M random features.
+"""
+
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import PatchEmbed, register_notrace_function
+from timm.models import generate_default_cfgs
+from torch import Tensor, nn
+
+from localvit.models.positions import patch_grid
+from localvit.models.registry import also_known_as, build, released_cfg
+from localvit.models.vit import LocalViT
+from localvit.surgery.blocks import BlockSelection, select_blocks
+from localvit.surgery.hosts.timm_plain import in_order
+from localvit.surgery.paper_form import Locality
+from localvit.surgery.sites import Site, host
+from localvit.tokens.grid import Grid, GridSource
+from localvit.tokens.layouts import TokenSequence
+
+
+@register_notrace_function  # It asks for dtype and device type, which a graph tracer does not know.
+def random_feature_attention(query_BND: Tensor, key_BND: Tensor, value_BND: Tensor, features_MD: Tensor) -> Tensor:
+    """Softmax attention, without its 1 / sqrt(D), approximated in linear time; returns (B, N, D).
+
+    The kernel exp(q.k) is the mean over the random features w of exp(w.q - |q|^2 / 2) exp(w.k - |k|^2 / 2), positive as
+    in arXiv 2009.14794, equation 7. These exponents leave half precision's range, so the sums are single precision at
+    least. The 1e-8 in the denominator is the published one; it matters where queries and keys are long.
+    """
+    with torch.autocast(query_BND.device.type, enabled=False):
+        precise = torch.promote_types(value_BND.dtype, torch.float32)
+        query, key, value = query_BND.to(precise), key_BND.to(precise), value_BND.to(precise)
+        features = features_MD.to(precise)
+
+        def feature_map(x_BND: Tensor) -> Tensor:
+            exponent_BNM = x_BND @ features.T - x_BND.square().sum(-1, keepdim=True) / 2
+            return exponent_BNM.exp() / math.sqrt(features.shape[0])
+
+        query_BNM, key_BNM = feature_map(query), feature_map(key)
+        weight_BN1 = query_BNM @ key_BNM.sum(1)[:, :, None]
+        mixed_BND = query_BNM @ (key_BNM.transpose(1, 2) @ value)
+        return (mixed_BND / (weight_BN1 + 1e-8)).to(value_BND.dtype)
+
+
+class TokenPerformer(nn.Module):
+    """A tokenizer stage's transformer: linear attention of one head, and a feed-forward as wide as its tokens.
+
+    Maps (B, H, W, in_dim) to (B, H, W, dim). The attention changes the width, so its residual is its own value.
+
+    Args:
+        in_dim: width of the unfolded pixels or tokens.
+        dim: width of the tokens it makes.
+        locality: for the feed-forward; None for the ordinary one behind a norm.
+    """
+
+    def __init__(self, in_dim: int, dim: int, locality: Locality | None, *, device=None, dtype=None) -> None:
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        self.local = locality is not None
+        self.w = nn.Parameter(torch.empty(dim // 2, dim, **factory), requires_grad=False)
+        self.norm1 = nn.LayerNorm(in_dim, eps=1e-5, **factory)
+        self.kqv = nn.Linear(in_dim, 3 * dim, **factory)
+        self.proj = nn.Linear(dim, dim, **factory)
+        # With locality nothing reads this norm, but published state dicts have it.
+        self.norm2 = nn.LayerNorm(dim, eps=1e-5, **factory)
+        self.mlp: nn.Module
+        if locality is None:
+            self.mlp = nn.Sequential(nn.Linear(dim, dim, **factory), nn.GELU(), nn.Linear(dim, dim, **factory))
+        else:
+            grid = Grid()
+            grid.follow_input(self)
+            self.mlp = locality.feed_forward(dim, TokenSequence(grid), **factory)
+
+    def init_weights(self) -> None:
+        """Draw the frozen random features: orthogonal, of length sqrt(M). timm's init calls this."""
+        features = nn.init.orthogonal_(torch.empty(self.w.shape, device=self.w.device))
+        with torch.no_grad():
+            self.w.copy_(features * math.sqrt(self.w.shape[0]))
+
+    def forward(self, x_BHWD: Tensor) -> Tensor:
+        height, width = x_BHWD.shape[1:3]
+        key, query, value = self.kqv(self.norm1(x_BHWD.flatten(1, 2))).chunk(3, dim=-1)
+        x_BND = value + self.proj(random_feature_attention(query, key, value, self.w))
+        x_BND = x_BND + self.mlp(x_BND if self.local else self.norm2(x_BND))
+        return x_BND.unflatten(1, (height, width))
+
+
+def soft_split(x_BHWD: Tensor, kernel_size: int, stride: int, grid_size: tuple[int, int]) -> Tensor:
+    """Overlapping windows of a map, each as one token: (B, H, W, D) to (B, *grid_size, D * kernel_size^2)."""
+    windows = F.unfold(x_BHWD.permute(0, 3, 1, 2), kernel_size, padding=(kernel_size - stride + 1) // 2, stride=stride)
+    return windows.transpose(1, 2).unflatten(1, grid_size)
+
+
+class TokensToToken(PatchEmbed):
+    """T2T's tokenizer as a patch embedding: (B, in_chans, 16 H, 16 W) to (B, H, W, embed_dim).
+
+    Three overlapping splits of stride 4, 2 and 2, a `TokenPerformer` after each of the first two, a projection last.
+    Arguments are timm's PatchEmbed's and `locality`, for the feed-forwards of both performers.
+
+    Raises:
+        ValueError: for a patch size other than 16, or an image that such patches do not divide.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int],
+        patch_size: int,
+        in_chans: int,
+        embed_dim: int,
+        *,
+        locality: Locality | None,
+        device=None,
+        dtype=None,
+        **kwargs: Any,
+    ) -> None:
+        factory = {"device": device, "dtype": dtype}
+        super().__init__(img_size, patch_size, in_chans, embed_dim, **factory, **kwargs)
+        if self.patch_size != (16, 16):
+            raise ValueError(f"patch_size={patch_size}: the tokens-to-token splits make patches of 16 pixels, no other")
+        patch_grid(self.img_size, self.patch_size)
+        token_dim = 64
+        self.attention1 = TokenPerformer(in_chans * 7 * 7, token_dim, locality, **factory)
+        self.attention2 = TokenPerformer(token_dim * 3 * 3, token_dim, locality, **factory)
+        self.proj = nn.Linear(token_dim * 3 * 3, embed_dim, **factory)  # type: ignore[assignment]
+
+    def forward(self, image_BCHW: Tensor) -> Tensor:
+        height, width = patch_grid(image_BCHW.shape[-2:], self.patch_size)
+        x_BHWD = self.attention1(soft_split(image_BCHW.permute(0, 2, 3, 1), 7, 4, (4 * height, 4 * width)))
+        x_BHWD = self.attention2(soft_split(x_BHWD, 3, 2, (2 * height, 2 * width)))
+        return self.proj(soft_split(x_BHWD, 3, 2, (height, width)))
+
+
+def sinusoid(num_tokens: int, dim: int) -> Tensor:
+    """Position embedding (1, num_tokens, dim) of arXiv 1706.03762, section 3.5, in double precision."""
+    position_N1 = torch.arange(num_tokens, dtype=torch.float64)[:, None]
+    frequency_D = 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    angle_ND = position_N1 * frequency_D
+    return torch.stack((angle_ND.sin(), angle_ND.cos()), dim=-1).flatten(1)[None]
+
+
+class LocalT2T(LocalViT):
+    """T2T-ViT with locality in the feed-forward of the selected blocks, and of the tokenizer where any block has it.
+
+    Arguments are those of `LocalViT`. The tokenizer's module has `expand_ratio` 1 and act `hs` whatever the blocks
+    have; `depthwise` and `depthwise_first` hold for both. Positions are sinusoids of the token's number, frozen.
+
+    Raises:
+        ValueError: for ablation arguments that name nothing, or an image that patches of 16 pixels do not divide.
+    """
+
+    PUBLISHED_KEYS = (
+        (r"^patch_embed\.proj\.", "tokens_to_token.project."),
+        (r"^patch_embed\.(attention\d)\.mlp\.conv\.", r"tokens_to_token.\1.conv.conv."),
+        (r"^patch_embed\.", "tokens_to_token."),
+        (r"^(blocks\.\d+)\.mlp\.conv\.", r"\1.conv.conv."),
+    )
+
+    pos_embed: nn.Parameter
+
+    def __init__(
+        self,
+        *args: Any,
+        depth: int = 7,
+        depthwise: bool = True,
+        depthwise_first: bool = False,
+        local_blocks: BlockSelection = None,
+        **kwargs: Any,
+    ) -> None:
+        ablation = {"depthwise": depthwise, "depthwise_first": depthwise_first}
+        local = bool(select_blocks(local_blocks, depth))
+        locality = Locality(act="hs", expand_ratio=1.0, **ablation) if local else None
+        super().__init__(
+            *args,
+            depth=depth,
+            local_blocks=local_blocks,
+            embed_layer=partial(TokensToToken, locality=locality),
+            **ablation,
+            **kwargs,
+        )
+
+    def init_weights(self, *args: Any, **kwargs: Any) -> None:
+        super().init_weights(*args, **kwargs)
+        with torch.no_grad():
+            self.pos_embed.copy_(sinusoid(*self.pos_embed.shape[1:]))
+        self.pos_embed.requires_grad_(False)
+
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        """timm's, after which the positions are still frozen."""
+        super().set_input_size(*args, **kwargs)
+        self.pos_embed.requires_grad_(False)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that weight decay leaves alone."""
+        return {"cls_token"}
+
+
+@host(f"{__name__}.LocalT2T")
+def _sites(model: LocalT2T) -> Iterator[Site]:
+    """Those of the blocks; the tokenizer's transformers are its own."""
+    return in_order(model, "blocks", GridSource(model.patch_embed), model.num_prefix_tokens)
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "localvit_T2t_conv7.untrained": released_cfg(first_conv=None),
+        "T2t_vit_7.untrained": released_cfg(first_conv=None),
+    }
+)
+
+
+def _localvit_t2t(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    config = {
+        "embed_dim": 256,
+        "depth": 7,
+        "num_heads": 4,
+        "mlp_ratio": 2.0,
+        "qkv_bias": False,
+        "reduction": 128,
+        "out_indices": 3,
+    }
+    return build(LocalT2T, variant, pretrained, **config | {"norm_layer": partial(nn.LayerNorm, eps=1e-5)} | kwargs)
+
+
+@also_known_as("localvit_t2t_7")
+def localvit_T2t_conv7(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """LocalViT-T2T: T2T-ViT-7 with locality in tokenizer and blocks (no weights were released)."""
+    return _localvit_t2t("localvit_T2t_conv7", pretrained, **kwargs)
+
+
+@also_known_as("t2t_vit_7")
+def T2t_vit_7(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """T2T-ViT-7, the baseline with the ordinary feed-forward: nothing is local (no weights were released)."""
+    return _localvit_t2t("T2t_vit_7", pretrained, **{"local_blocks": ()} | kwargs)

@@ -1,0 +1,1 @@
+"""How the locality module's layers run: one result, several speeds."""

@@ -1,0 +1,265 @@
+"""The locality module's training form: the same numbers and gradients from about half the memory.
+
+Autograd keeps every map between two layers. Here the backward pass keeps the maps that batch norms read, the inputs of
+nothing but cheap work, and computes the normalized, activated and gated maps again. Channels lie last, as tokens have
+them, so that 1x1 convolutions are products of matrices.
+
+Shapes: B batch, C input channels, E channels of a map between two convolutions, H and W the patch grid.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from localvit.ops import kernels
+from localvit.ops.activations import act_of, activate, activation_backward
+from localvit.ops.folded import channel_means
+from localvit.ops.hooks import is_untouched
+
+aten = torch.ops.aten
+
+
+class Convolutions(nn.Sequential):
+    """The layers of a `LocalityFeedForward` in their published order, maps (B, C, H, W) in and out.
+
+    In training mode they run in the training form where that computes the same: batch norms of plain PyTorch that keep
+    running statistics by a momentum (SyncBatchNorm reduces its own), no hooks on single layers, which must see them
+    run, and neither a tracer nor torch.compile, which decides by itself what to compute again.
+    """
+
+    def forward(self, map_BCHW: Tensor) -> Tensor:
+        if self.training and torch.is_grad_enabled() and self._is_plain(map_BCHW):
+            return self._training_form(map_BCHW)
+        return super().forward(map_BCHW)
+
+    def _is_plain(self, map_BCHW: Any) -> bool:
+        norms = [layer for layer in self if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+        return (
+            not (torch.compiler.is_compiling() or isinstance(map_BCHW, torch.fx.Proxy))
+            and torch.amp.is_autocast_available(map_BCHW.device.type)  # not the meta device, which has no numbers
+            and all(type(norm) is nn.BatchNorm2d and norm.training for norm in norms)
+            and all(norm.affine and norm.track_running_stats and norm.momentum is not None for norm in norms)
+            and all(map(is_untouched, self))
+        )
+
+    def _training_form(self, map_BCHW: Tensor) -> Tensor:
+        layers: list[Any] = list(self)
+        first, *between, last_norm = layers
+        z_BHWE = _convolve(map_BCHW.permute(0, 2, 3, 1), first.weight, _Geometry.of(first))
+        while between:
+            norm, activation, *between = between
+            gate = None if isinstance(between[0], nn.Conv2d) else between.pop(0)
+            convolution, *between = between
+            norm.num_batches_tracked.add_(1)
+            stage = _Stage(norm, act_of(activation), gate, _Geometry.of(convolution))
+            gate_parameters = () if gate is None else gate.parameters()
+            step = _NormActDepthwise if kernels.in_use() and stage.suits_kernel() else _NormActConv
+            z_BHWE = step.apply(
+                stage, z_BHWE.contiguous(), norm.weight, norm.bias, convolution.weight, *gate_parameters
+            )
+        return last_norm(z_BHWE.permute(0, 3, 1, 2))
+
+
+class _Geometry(NamedTuple):
+    stride: int
+    padding: int
+    groups: int
+
+    @classmethod
+    def of(cls, convolution: nn.Conv2d) -> "_Geometry":
+        return cls(convolution.stride[0], int(convolution.padding[0]), convolution.groups)
+
+
+class _Stage(NamedTuple):
+    """What of a stage is no tensor that takes a gradient."""
+
+    norm: Any
+    act: Any
+    """The activation's name."""
+    gate: Any
+    """None, or a channel gate with a `scale`."""
+    geometry: _Geometry
+
+    def suits_kernel(self) -> bool:
+        return self.gate is None and self.geometry.groups > 1 and self.geometry.stride == 1
+
+
+class _NormActConv(torch.autograd.Function):
+    """Batch norm, activation, gate and convolution as one step that keeps its input map alone: (B, H, W, E) in and out.
+
+    Where autograd would keep the input, the normalized, the activated and the gated map.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        stage: _Stage,
+        z_BHWE: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        weight: Tensor,
+        *gate_parameters: Tensor,
+    ) -> Tensor:
+        norm = stage.norm
+        y_BEHW, mean_E, inverse_deviation_E = torch.native_batch_norm(
+            z_BHWE.permute(0, 3, 1, 2),
+            norm_weight,
+            norm_bias,
+            norm.running_mean,
+            norm.running_var,
+            training=True,
+            momentum=norm.momentum,
+            eps=norm.eps,
+        )
+        a_BHWE = activate(y_BEHW.permute(0, 2, 3, 1), stage.act, inplace=True)
+        mean_BE = None
+        if stage.gate is not None:
+            mean_BE = channel_means(a_BHWE)
+            a_BHWE.mul_(stage.gate.scale(mean_BE)[:, None, None])
+        ctx.stage = stage
+        kind = z_BHWE.device.type
+        ctx.autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        ctx.save_for_backward(
+            z_BHWE, norm_weight, norm_bias, weight, mean_E, inverse_deviation_E, mean_BE, *gate_parameters
+        )
+        return _convolve(a_BHWE, weight.to(z_BHWE.dtype), stage.geometry)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out_BHWF: Tensor) -> tuple[Any, ...]:
+        stage: _Stage = ctx.stage
+        z_BHWE, norm_weight, norm_bias, weight, mean_E, inverse_deviation_E, mean_BE, *gate_parameters = (
+            ctx.saved_tensors
+        )
+        z_BEHW = z_BHWE.permute(0, 3, 1, 2)
+        # In evaluation mode with the batch's statistics; the deviation has the epsilon in it already.
+        y_BEHW, _, _ = torch.native_batch_norm(
+            z_BEHW,
+            norm_weight,
+            norm_bias,
+            mean_E,
+            inverse_deviation_E.pow(-2),
+            training=False,
+            momentum=0.0,
+            eps=0.0,
+        )
+        y_BHWE = y_BEHW.permute(0, 2, 3, 1)
+        a_BHWE = activate(y_BHWE, stage.act)
+        needs_z, needs_norm_weight, needs_norm_bias, needs_weight = ctx.needs_input_grad[1:5]
+
+        geometry, narrow_weight = stage.geometry, weight.to(z_BHWE.dtype)
+        grad_a_BHWE = _input_gradient(grad_out_BHWF, a_BHWE, narrow_weight, geometry)
+        gate_gradients: list[Tensor | None] = []
+        if stage.gate is not None:
+            with torch.enable_grad(), ctx.autocast:
+                mean_BE = mean_BE.detach().requires_grad_()
+                scale_BE = _scale(stage.gate, gate_parameters, mean_BE)
+            grad_scale_BE = (grad_a_BHWE * a_BHWE).flatten(1, 2).sum(1)
+            wanted = [mean_BE, *(each for each in gate_parameters if each.requires_grad)]
+            grad_mean_BE, *found = torch.autograd.grad(scale_BE, wanted, grad_scale_BE)
+            gate_gradients = [found.pop(0) if each.requires_grad else None for each in gate_parameters]
+            scale_B11E, grad_mean_B11E = scale_BE.detach()[:, None, None], grad_mean_BE[:, None, None]
+            a_BHWE.mul_(scale_B11E)
+            grad_a_BHWE.mul_(scale_B11E).add_(grad_mean_B11E, alpha=1 / (a_BHWE.shape[1] * a_BHWE.shape[2]))
+        grad_weight = None
+        if needs_weight:
+            grad_weight = _weight_gradient(grad_out_BHWF, a_BHWE, narrow_weight, geometry).to(weight.dtype)
+        del a_BHWE
+
+        grad_y_BHWE = activation_backward(grad_a_BHWE, y_BHWE, stage.act)
+        grad_z_BEHW, grad_norm_weight, grad_norm_bias = aten.native_batch_norm_backward(
+            grad_y_BHWE.permute(0, 3, 1, 2),
+            z_BEHW,
+            norm_weight,
+            None,
+            None,
+            mean_E,
+            inverse_deviation_E,
+            True,
+            stage.norm.eps,
+            [needs_z, needs_norm_weight, needs_norm_bias],
+        )
+        grad_z_BHWE = grad_z_BEHW.permute(0, 2, 3, 1) if needs_z else None
+        return None, grad_z_BHWE, grad_norm_weight, grad_norm_bias, grad_weight, *gate_gradients
+
+
+class _NormActDepthwise(torch.autograd.Function):
+    """As `_NormActConv` without a gate, by the operators of `ops.kernels`, which never write the activated map."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, stage: _Stage, z_BHWE: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor
+    ) -> Tensor:
+        norm = stage.norm
+        mean_E, variance_E = torch.batch_norm_update_stats(
+            z_BHWE.permute(0, 3, 1, 2), norm.running_mean, norm.running_var, norm.momentum
+        )
+        inverse_deviation_E = (variance_E + norm.eps).rsqrt()
+        scale_E = norm_weight * inverse_deviation_E
+        shift_E = norm_bias - mean_E * scale_E
+        ctx.act = stage.act
+        ctx.save_for_backward(z_BHWE, scale_E, shift_E, weight, mean_E, inverse_deviation_E)
+        return kernels.norm_act_depthwise(z_BHWE, scale_E, shift_E, weight.to(z_BHWE.dtype), ctx.act)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out_BHWE: Tensor) -> tuple[Any, ...]:
+        z_BHWE, scale_E, shift_E, weight, mean_E, inverse_deviation_E = ctx.saved_tensors
+        grad_y_BHWE, grad_weight, (sum_E, product_sum_E) = kernels.norm_act_depthwise_backward(
+            grad_out_BHWE, z_BHWE, scale_E, shift_E, weight.to(z_BHWE.dtype), mean_E, ctx.act
+        )
+        places = z_BHWE.numel() // z_BHWE.shape[3]
+        slope_E = product_sum_E * inverse_deviation_E.square() / places
+        # Batch norm's own backward: without the parts of the gradient that its mean and its deviation take away.
+        grad_z_BHWE = scale_E * (grad_y_BHWE - sum_E / places - (z_BHWE - mean_E) * slope_E)
+        grad_norm_weight, grad_norm_bias = product_sum_E * inverse_deviation_E, sum_E
+        gradients = (grad_z_BHWE.to(z_BHWE.dtype), grad_norm_weight, grad_norm_bias, grad_weight.to(weight.dtype))
+        return None, *gradients
+
+
+class _Scale(nn.Module):
+    """A gate's factors as a module's forward, which `functional_call` can give other parameters."""
+
+    def __init__(self, gate: Any) -> None:
+        super().__init__()
+        self.gate: Any = gate
+
+    def forward(self, mean_BE: Tensor) -> Tensor:
+        return self.gate.scale(mean_BE)
+
+
+def _scale(gate: nn.Module, parameters: list[Tensor], mean_BE: Tensor) -> Tensor:
+    """The factors by the parameters of the forward, which the gate may no longer have."""
+    names = [f"gate.{name}" for name, _ in gate.named_parameters()]
+    return torch.func.functional_call(_Scale(gate), dict(zip(names, parameters, strict=True)), (mean_BE,))
+
+
+def _convolve(x_BHWC: Tensor, weight: Tensor, geometry: _Geometry) -> Tensor:
+    if geometry.groups == 1:
+        return F.linear(x_BHWC, weight.flatten(1))
+    out_BCHW = F.conv2d(x_BHWC.permute(0, 3, 1, 2), weight, **geometry._asdict())
+    return out_BCHW.permute(0, 2, 3, 1)
+
+
+def _input_gradient(grad_out_BHWF: Tensor, x_BHWC: Tensor, weight: Tensor, geometry: _Geometry) -> Tensor:
+    if geometry.groups == 1:
+        return grad_out_BHWF @ weight.flatten(1)
+    return _depthwise_backward(grad_out_BHWF, x_BHWC, weight, geometry, [True, False, False])[0].permute(0, 2, 3, 1)
+
+
+def _weight_gradient(grad_out_BHWF: Tensor, x_BHWC: Tensor, weight: Tensor, geometry: _Geometry) -> Tensor:
+    if geometry.groups == 1:
+        return (grad_out_BHWF.flatten(0, 2).T @ x_BHWC.flatten(0, 2)).view_as(weight)
+    return _depthwise_backward(grad_out_BHWF, x_BHWC, weight, geometry, [False, True, False])[1]
+
+
+def _depthwise_backward(
+    grad_out_BHWF: Tensor, x_BHWC: Tensor, weight: Tensor, geometry: _Geometry, wanted: list[bool]
+) -> tuple[Tensor, ...]:
+    (stride, padding, groups), pair = geometry, 2
+    grad_out_BFHW, x_BCHW = grad_out_BHWF.permute(0, 3, 1, 2), x_BHWC.permute(0, 3, 1, 2)
+    steps = ([stride] * pair, [padding] * pair, [1] * pair, False, [0] * pair)
+    return aten.convolution_backward(grad_out_BFHW, x_BCHW, weight, None, *steps, groups, wanted)

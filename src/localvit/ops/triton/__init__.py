@@ -1,0 +1,1 @@
+"""Triton kernels for NVIDIA GPUs; each computes what `localvit.ops.reference` computes. Needs Triton."""

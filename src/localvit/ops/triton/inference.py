@@ -1,0 +1,109 @@
+"""The Triton kernel of `localvit.ops.kernels.depthwise_act_pool`; the tiles are those of `localvit.ops.triton.tiles`.
+
+Shapes: B batch, H and W the grid, E channels, T tiles of one map.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from localvit.ops.reference import accumulate_dtype, check
+from localvit.ops.triton.tiles import (
+    LAUNCH,
+    Tiles,
+    activate,
+    add_taps,
+    channel_values,
+    check_layout,
+    columns_of,
+    four_columns,
+    tile_of,
+    weight_row,
+    weight_rows,
+)
+
+TILE_AREA = 512
+"""Four pairs of places a thread."""
+
+
+def depthwise_act_pool(x_BHWE: Tensor, weight_E33: Tensor, bias_E: Tensor, act: str) -> tuple[Tensor, Tensor]:
+    """As `localvit.ops.kernels.depthwise_act_pool`, for a map that is not empty and whose channels lie side by side."""
+    check(x_BHWE, weight_E33, act, bias=bias_E)
+    check_layout(x_BHWE)
+    tiles = Tiles(TILE_AREA, *x_BHWE.shape)
+    y_BHWE = x_BHWE.new_empty(x_BHWE.shape)
+    sums_BTE = x_BHWE.new_empty((tiles.batch, tiles.per_image, tiles.channels), dtype=accumulate_dtype(x_BHWE))
+    with torch.cuda.device_of(x_BHWE):
+        depthwise_act_pool_kernel[tiles.grid](
+            x_BHWE,
+            weight_rows(weight_E33),
+            bias_E.contiguous(),
+            y_BHWE,
+            sums_BTE,
+            *tiles.sizes,
+            *x_BHWE.stride()[:3],
+            **tiles.constants(x_BHWE, act),
+            **LAUNCH,
+        )
+    return y_BHWE, sums_BTE.sum(1)
+
+
+@triton.jit
+def depthwise_act_pool_kernel(
+    x,
+    weight,
+    bias,
+    y,
+    sums,
+    height,
+    width,
+    channels,
+    tile_rows,
+    stride_b,
+    stride_h,
+    stride_w,
+    ACCUMULATE: tl.constexpr,
+    HARDSWISH: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """One program's tile of the activated map, and its sums over the tile's places."""
+    tile, image, first, last, even, e = tile_of(height, width, channels, tile_rows, BLOCK_P, BLOCK_E)
+    inside = e < channels
+    w00, w01, w02 = weight_row(weight, 0, e, channels, ACCUMULATE)
+    w10, w11, w12 = weight_row(weight, 1, e, channels, ACCUMULATE)
+    w20, w21, w22 = weight_row(weight, 2, e, channels, ACCUMULATE)
+    zeros = tl.zeros((BLOCK_P, BLOCK_E), ACCUMULATE)
+    start = zeros + channel_values(bias, e, channels, ACCUMULATE)
+    x += image * stride_b + (first - 1).to(tl.int64) * stride_h + (even * stride_w + e)
+    y += (image * height + first) * width * channels + (even * channels + e)
+
+    # The row before the tile gives to its first row, the first row to itself and the next.
+    a, b, c, d = four_columns(x, even, inside, stride_w, columns_of(first - 1, height, width), ACCUMULATE)
+    even_sum = add_taps(start, a, b, c, w00, w01, w02)
+    odd_sum = add_taps(start, b, c, d, w00, w01, w02)
+    x += stride_h
+    a, b, c, d = four_columns(x, even, inside, stride_w, width, ACCUMULATE)
+    even_sum = add_taps(even_sum, a, b, c, w10, w11, w12)
+    odd_sum = add_taps(odd_sum, b, c, d, w10, w11, w12)
+    next_even_sum = add_taps(start, a, b, c, w00, w01, w02)
+    next_odd_sum = add_taps(start, b, c, d, w00, w01, w02)
+    even_pool = zeros
+    odd_pool = zeros
+    for row in range(first, last):
+        x += stride_h
+        a, b, c, d = four_columns(x, even, inside, stride_w, columns_of(row + 1, height, width), ACCUMULATE)
+        even_y = activate(add_taps(even_sum, a, b, c, w20, w21, w22), HARDSWISH)
+        odd_y = activate(add_taps(odd_sum, b, c, d, w20, w21, w22), HARDSWISH)
+        even_sum = add_taps(next_even_sum, a, b, c, w10, w11, w12)
+        odd_sum = add_taps(next_odd_sum, b, c, d, w10, w11, w12)
+        next_even_sum = add_taps(start, a, b, c, w00, w01, w02)
+        next_odd_sum = add_taps(start, b, c, d, w00, w01, w02)
+        tl.store(y, even_y, inside & (even < width))
+        tl.store(y + channels, odd_y, inside & (even + 1 < width))
+        even_pool += even_y
+        odd_pool += odd_y
+        y += width * channels
+    pool = tl.where(even < width, even_pool, 0.0) + tl.where(even + 1 < width, odd_pool, 0.0)
+    tl.store(sums + tile * channels + e, tl.sum(pool, 0, keep_dims=True), inside)

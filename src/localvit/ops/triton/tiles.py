@@ -1,0 +1,180 @@
+"""What the Triton kernels share: how maps are cut into tiles, and a tile's loads, taps and activations. Needs Triton.
+
+One program computes a tile: `BLOCK_P` pairs of neighboring columns, `BLOCK_E` channels, walking down the tile's rows
+with the sums of the output rows under way in registers. So each row is loaded once (and the rows around a tile once
+more), as the columns 2j - 1 to 2j + 2 of each pair, and those loads overlap in the L1 cache. Sums over places go by
+tile into a buffer that torch adds up, so that equal inputs give equal bits.
+
+Shapes: B batch, H and W the grid, E channels, T tiles.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from localvit.ops.reference import accumulate_dtype
+
+TILE_ROWS = 14
+"""The most rows of a tile: all those of a 224-pixel image in patches of 16."""
+
+LAUNCH = {"num_warps": 4, "maxnreg": 128, "enable_fp_fusion": True}
+"""128 registers a thread leave an NVIDIA multiprocessor room for 16 warps, enough to wait for memory and compute."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How maps (B, H, W, E) are cut into tiles, numbered column by column, row by row, image by image."""
+
+    area: int
+    """Pairs of columns times channels of a tile; a thread has a 128th of them."""
+    batch: int
+    """B."""
+    height: int
+    """H."""
+    width: int
+    """W."""
+    channels: int
+    """E."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of a tile, as even as they can be."""
+        return triton.cdiv(self.height, triton.cdiv(self.height, TILE_ROWS))
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of columns of a tile: 8, or 4 where that leaves fewer columns idle."""
+        return 8 if (self.width - 1) % 16 >= 8 else 4
+
+    @property
+    def block(self) -> int:
+        """Channels of a tile."""
+        return min(self.area // self.pairs, triton.next_power_of_2(self.channels))
+
+    @property
+    def per_image(self) -> int:
+        """Tiles of one image's map."""
+        return triton.cdiv(self.height, self.rows) * triton.cdiv(self.width, 2 * self.pairs)
+
+    @property
+    def number(self) -> int:
+        """T, tiles of all maps."""
+        return self.batch * self.per_image
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """What a kernel is told of them: height, width, channels, and rows of a tile."""
+        return self.height, self.width, self.channels, self.rows
+
+    @property
+    def grid(self) -> tuple[int]:
+        """Programs: blocks of channels, tile by tile, so that neighbors read neighboring memory."""
+        return (self.number * triton.cdiv(self.channels, self.block),)
+
+    def constants(self, map_BHWE: Tensor, act: str) -> dict[str, Any]:
+        """What a kernel is compiled for."""
+        return {
+            "ACCUMULATE": tl.float64 if accumulate_dtype(map_BHWE) == torch.float64 else tl.float32,
+            "HARDSWISH": act == "hs",
+            "BLOCK_P": self.pairs,
+            "BLOCK_E": self.block,
+        }
+
+
+def check_layout(*maps: Tensor) -> None:
+    """Raise ValueError for a map that is empty, or whose channels do not lie side by side."""
+    for map_BHWE in maps:
+        if map_BHWE.numel() == 0 or map_BHWE.stride(3) != 1:
+            raise ValueError(
+                f"the kernels take maps that are not empty and whose channels lie side by side, not shape "
+                f"{tuple(map_BHWE.shape)} with strides {map_BHWE.stride()}: use localvit.ops.reference"
+            )
+
+
+def weight_rows(weight: Tensor) -> Tensor:
+    """(E, 3, 3) or (E, 1, 3, 3) as (9, E), so that a kernel reads neighbors; no copy where channels lie last."""
+    return weight.reshape(-1, 9).t().contiguous()
+
+
+@triton.jit
+def tile_of(height, width, channels, tile_rows, BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr):
+    """The program's tile: its number, image, first row, row after the last, first column of each pair, channels."""
+    blocks = tl.cdiv(channels, BLOCK_E)
+    column_tiles = tl.cdiv(width, 2 * BLOCK_P)
+    row_tiles = tl.cdiv(height, tile_rows)
+    tile = tl.program_id(0) // blocks
+    first = (tile // column_tiles) % row_tiles * tile_rows
+    # In 64 bits, for a batch of maps may hold more than 2 ** 31 values.
+    image = (tile // (column_tiles * row_tiles)).to(tl.int64)
+    even = (tile % column_tiles) * (2 * BLOCK_P) + 2 * tl.arange(0, BLOCK_P)[:, None]
+    e = (tl.program_id(0) % blocks) * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
+    return tile.to(tl.int64), image, first, tl.minimum(first + tile_rows, height), even, e
+
+
+@triton.jit
+def channel_values(pointer, e, channels, ACCUMULATE: tl.constexpr):
+    """One value for each channel."""
+    return tl.load(pointer + e, e < channels, 0.0).to(ACCUMULATE)
+
+
+@triton.jit
+def weight_row(weight, row, e, channels, ACCUMULATE: tl.constexpr):
+    """The three weights of a row of the convolution's kernel, from (9, E)."""
+    left = channel_values(weight + 3 * row * channels, e, channels, ACCUMULATE)
+    center = channel_values(weight + (3 * row + 1) * channels, e, channels, ACCUMULATE)
+    right = channel_values(weight + (3 * row + 2) * channels, e, channels, ACCUMULATE)
+    return left, center, right
+
+
+@triton.jit
+def columns_of(row, height, width):
+    """How many columns a row of the map has: none outside it."""
+    return tl.where((row >= 0) & (row < height), width, 0)
+
+
+@triton.jit
+def two_columns(pointers, even, inside, stride_w, columns, ACCUMULATE: tl.constexpr):
+    """Each pair's own columns of a row; zero outside the map."""
+    at_even = tl.load(pointers, inside & (even < columns), 0.0).to(ACCUMULATE)
+    at_odd = tl.load(pointers + stride_w, inside & (even + 1 < columns), 0.0).to(ACCUMULATE)
+    return at_even, at_odd
+
+
+@triton.jit
+def four_columns(pointers, even, inside, stride_w, columns, ACCUMULATE: tl.constexpr):
+    """Each pair's own columns of a row between the one before and the one after; zero outside the map."""
+    before = tl.load(pointers - stride_w, inside & (even > 0) & (even <= columns), 0.0).to(ACCUMULATE)
+    at_even, at_odd = two_columns(pointers, even, inside, stride_w, columns, ACCUMULATE)
+    after = tl.load(pointers + 2 * stride_w, inside & (even + 2 < columns), 0.0).to(ACCUMULATE)
+    return before, at_even, at_odd, after
+
+
+@triton.jit
+def add_taps(total, left, center, right, w_left, w_center, w_right):
+    """Add what one row of the convolution's kernel sees."""
+    total += left * w_left
+    total += center * w_center
+    total += right * w_right
+    return total
+
+
+@triton.jit
+def activate(u, HARDSWISH: tl.constexpr):
+    """h-swish or relu6; NaN stays NaN."""
+    if HARDSWISH:
+        return u * tl.minimum(tl.maximum(u * (1 / 6) + 0.5, 0.0), 1.0)
+    else:
+        return tl.clamp(u, 0.0, 6.0, tl.PropagateNan.ALL)
+
+
+@triton.jit
+def activation_slope(u, HARDSWISH: tl.constexpr):
+    """The derivative, at the kinks the one that torch takes."""
+    if HARDSWISH:
+        return tl.where(u < -3.0, 0.0, tl.where(u <= 3.0, u * (1 / 3) + 0.5, 1.0))
+    else:
+        return tl.where((u > 0.0) & (u < 6.0), 1.0, 0.0)

@@ -1,0 +1,134 @@
+"""What a model is shown: the images to train and to evaluate on, how they are augmented, and how they are mixed."""
+
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+from PIL import Image
+from timm.data import Mixup, auto_augment, create_transform
+from torch import Tensor
+from torchvision import transforms
+
+from localvit.data.datasets import open_images
+from localvit.data.images import DataError, Images
+from localvit.data.order import AugmentedImages, TrainingBatches
+from localvit.data.preprocessing import Preprocessing
+from localvit.data.split import split_images
+from localvit.train.config import TrainConfig
+from localvit.utils.distributed import rank, world_size
+
+REPEATS = 3
+"""How often repeated augmentation takes an image."""
+SMALL = 32
+"""Side in pixels up to which a shifted crop takes the place of the resized one."""
+
+
+def open_both(config: TrainConfig, remark: Callable[[str], None]) -> tuple[Images, Images]:
+    """The images to train on and those to evaluate on.
+
+    A FOLDER of class folders alone is split by the seed; every other data set brings both. Raises DataError.
+    """
+
+    def warn(message: str) -> None:
+        remark(f"warning: {message}")
+
+    def images_of(split: str) -> Images:
+        category = config.inat_category
+        return open_images(config.data_set, config.data_path, split=split, inat_category=category, remark=warn)
+
+    train_images = images_of("train")
+    if config.data_set.upper() == "FOLDER" and config.data_path and not (config.data_path / "val").is_dir():
+        parts = split_images(train_images, config.val_fraction, config.seed, warn)
+        remark(
+            f"{config.data_path} has no val/: {len(parts[1]):,} of its {len(train_images):,} images, drawn by seed "
+            f"{config.seed}, are kept to evaluate on"
+        )
+        return parts
+    val_images = images_of("val")
+    if not train_images.root or train_images.root != val_images.root:
+        return train_images, val_images
+    raise DataError(
+        f"{train_images.root} would be trained and evaluated on alike: put the images to train on below train/ "
+        "there, and others, to evaluate on, below val/"
+    )
+
+
+def training_batches(
+    config: TrainConfig, images: Images, preprocessing: Preprocessing, *, pin_memory: bool
+) -> TrainingBatches:
+    """The batches of this process. Raises ValueError when there are not enough images for a step."""
+    return TrainingBatches(
+        AugmentedImages(
+            images,
+            augmentation(config, preprocessing, config.random_erasing),
+            config.seed,
+            first_transform=augmentation(config, preprocessing, 0.0) if config.resplit else None,
+        ),
+        batch_size=config.batch_size,
+        batches_per_step=config.grad_accum,
+        repeats=REPEATS if config.repeated_aug else 1,
+        workers=config.workers,
+        pin_memory=pin_memory,
+        num_processes=world_size(),
+        process=rank(),
+    )
+
+
+def augmentation(
+    config: TrainConfig, preprocessing: Preprocessing, random_erasing: float
+) -> Callable[[Image.Image], Tensor]:
+    """timm's training transform: PIL image to normalized tensor (3, H, W).
+
+    For images of 32 pixels or less a random crop with a padding of 4 takes the place of the resized one, as in the
+    published program; an image of another size is first resized as for evaluation.
+    """
+    size = preprocessing.input_size
+    geometry, color, tensor = create_transform(
+        size,
+        is_training=True,
+        hflip=config.hflip,
+        color_jitter=config.color_jitter,
+        auto_augment=config.auto_augment,
+        interpolation=config.interpolation,
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+        re_prob=random_erasing,
+        re_mode=config.random_erasing_mode,
+        re_count=config.random_erasing_count,
+        separate=True,
+    )
+    for step in color.transforms:
+        _posterize_to_black(step)
+    steps = [*geometry.transforms, *color.transforms, *tensor.transforms]
+    if max(size) <= SMALL:
+        resize = transforms.Resize(min(size), transforms.InterpolationMode.BICUBIC)
+        steps[:1] = [resize, transforms.RandomCrop(size, padding=4, pad_if_needed=True)]
+    return transforms.Compose(steps)
+
+
+def _posterize_to_black(policy: Any) -> None:
+    """Let timm's policies posterize to no bits at all, that is to black, as they always did: Pillow 13 refuses it."""
+    operations = [*getattr(policy, "ops", ()), *chain(*getattr(policy, "policy", ()))]
+    for operation in operations:
+        if operation.aug_fn is auto_augment.posterize:
+            operation.aug_fn = _posterized
+
+
+def _posterized(image: Image.Image, bits_to_keep: int, **unused: Any) -> Image.Image:
+    return auto_augment.posterize(image, bits_to_keep) if bits_to_keep else Image.new(image.mode, image.size)
+
+
+def mixing(config: TrainConfig, num_classes: int) -> Mixup | None:
+    """timm's mixup and CutMix, which smooths the labels as well; None when both are off."""
+    if not config.mixes:
+        return None
+    return Mixup(
+        mixup_alpha=config.mixup,
+        cutmix_alpha=config.cutmix,
+        cutmix_minmax=config.cutmix_minmax or None,
+        prob=config.mixup_prob,
+        switch_prob=config.mixup_switch_prob,
+        mode=config.mixup_mode,
+        label_smoothing=config.label_smoothing,
+        num_classes=num_classes,
+    )

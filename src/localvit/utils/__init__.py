@@ -1,0 +1,1 @@
+"""Words used everywhere: whole files, devices, processes, tables, weights read without running code."""

@@ -1,0 +1,166 @@
+"""Images as users have them: every odd file either works as PIL does it or gives one clear line."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from localvit.data.images import (
+    DataError,
+    FileImages,
+    PreparedImages,
+    UnreadableImage,
+    load_image,
+    scan_folder,
+)
+from localvit.data.preprocessing import Preprocessing
+
+RNG = np.random.default_rng(0)
+NOISE = RNG.integers(0, 256, (29, 37, 3), dtype=np.uint8)
+
+
+def png(image: Image.Image, **options) -> bytes:
+    packed = io.BytesIO()
+    image.save(packed, format=options.pop("format", "PNG"), **options)
+    return packed.getvalue()
+
+
+WORKS = {
+    "rgb.png": png(Image.fromarray(NOISE)),
+    "gray.png": png(Image.fromarray(NOISE[..., 0])),
+    "alpha.png": png(Image.fromarray(NOISE).convert("RGBA")),
+    "palette.png": png(Image.fromarray(NOISE).quantize(17)),
+    "transparent_palette.png": png(Image.fromarray(NOISE).quantize(17), transparency=3),
+    "bilevel.png": png(Image.fromarray(NOISE).convert("1")),
+    "cmyk.jpg": png(Image.fromarray(NOISE).convert("CMYK"), format="JPEG"),
+    "animated.gif": png(
+        Image.fromarray(NOISE), format="GIF", save_all=True, append_images=[Image.fromarray(255 - NOISE)]
+    ),
+    "animated.webp": png(
+        Image.fromarray(NOISE), format="WEBP", save_all=True, append_images=[Image.fromarray(255 - NOISE)]
+    ),
+    "one_pixel.png": png(Image.new("RGB", (1, 1), "red")),
+    "one_row.png": png(Image.fromarray(NOISE[:1])),
+    "png_called_jpg.jpg": png(Image.fromarray(NOISE)),
+    "wide.png": png(Image.new("RGB", (9000, 3), "blue")),
+}
+
+
+@pytest.mark.parametrize("name", WORKS)
+def test_works_as_pil_does_it(name, tmp_path):
+    (tmp_path / name).write_bytes(WORKS[name])
+    images = FileImages(tmp_path, [(name, 0)], ["a"])
+    expected = np.asarray(Image.open(tmp_path / name).convert("RGB"))
+    np.testing.assert_array_equal(np.asarray(load_image(images, 0)), expected)
+    index, tensor = PreparedImages(images, Preprocessing(input_size=(23, 19)).transform())[0]
+    assert index == 0
+    assert tensor.shape == (3, 23, 19)
+    assert torch.isfinite(tensor).all()
+
+
+@pytest.mark.parametrize("name", ["sixteen_bit.png", "sixteen_bit.tiff"])
+def test_sixteen_bits_keep_their_upper_eight(name, tmp_path):
+    """PIL's own conversion would clip them to white."""
+    values = RNG.integers(0, 65536, (29, 37), dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / name)
+    loaded = np.asarray(load_image(FileImages(tmp_path, [(name, 0)], ["a"]), 0))
+    np.testing.assert_array_equal(loaded, np.repeat((values // 256)[..., None], 3, axis=2))
+
+
+WHOLE = png(Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)), format="JPEG")
+BROKEN = {
+    "empty.jpg": (b"", "cannot identify|empty"),
+    "truncated.jpg": (WHOLE[: len(WHOLE) // 2], "truncated"),
+    "text.jpg": (b"<html>not found</html>", "cannot identify"),
+    "header_only.png": (WORKS["rgb.png"][:20], "cannot be read"),
+    "corrupt.png": (WORKS["rgb.png"][:60] + bytes(40) + WORKS["rgb.png"][100:], "cannot be read"),
+    "floats.tiff": (png(Image.fromarray(RNG.random((29, 37), dtype=np.float32)), format="TIFF"), "32-bit"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_unreadable_in_one_clear_line(name, tmp_path):
+    content, reason = BROKEN[name]
+    (tmp_path / name).write_bytes(content)
+    images = FileImages(tmp_path, [(name, 0)], ["a"])
+    with pytest.raises(UnreadableImage, match=reason) as error:
+        load_image(images, 0)
+    assert str(tmp_path / name) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert PreparedImages(images, lambda image: image)[0] == (0, str(error.value))
+
+
+def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
+    """PIL's own limit, lowered so that the test need not write 180 million pixels."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    (tmp_path / "huge.png").write_bytes(png(Image.new("RGB", (50, 50))))
+    with pytest.raises(UnreadableImage, match=r"huge\.png.*decompression bomb"):
+        load_image(FileImages(tmp_path, [("huge.png", 0)], ["a"]), 0)
+
+
+def test_a_file_that_went_away(tmp_path):
+    with pytest.raises(UnreadableImage, match=r"gone\.png: no such file any more"):
+        load_image(FileImages(tmp_path, [("gone.png", 0)], ["a"]), 0)
+
+
+def write(root: Path, *names: str) -> None:
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(WORKS["rgb.png"])
+
+
+def test_scan_equals_torchvision(tmp_path):
+    """The same classes, files and order as ImageFolder, which the published program reads with."""
+    from torchvision.datasets import ImageFolder
+
+    write(tmp_path, "b/2.png", "b/10.png", "b/sub/x.JPEG", "a/é ü.png", "10/a.png", "9/a.png", "B/upper.PNG")
+    images, remarks = scan_folder(tmp_path)
+    theirs = ImageFolder(str(tmp_path))
+    assert images.class_names == theirs.classes
+    assert [
+        (str(tmp_path / path), label) for path, label in zip(images.paths, images.labels, strict=True)
+    ] == theirs.samples
+    assert remarks == []
+
+
+def test_hidden_and_empty_are_left_out_with_a_remark(tmp_path):
+    write(tmp_path, "ape/1.png", "ape/.hidden.png", "ape/.cache/2.png", ".git/3.png")
+    (tmp_path / "bat").mkdir()
+    (tmp_path / "ape" / "notes.txt").write_text("not an image")
+    images, remarks = scan_folder(tmp_path)
+    assert images.paths == ["ape/1.png"]
+    assert images.class_names == ["ape", "bat"]
+    assert len(remarks) == 2
+    assert any(".git" in remark for remark in remarks)
+    assert any("bat" in remark and "no images" in remark for remark in remarks)
+
+
+def test_links_are_followed_once(tmp_path):
+    write(tmp_path / "elsewhere", "1.png")
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "ape").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "around").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "root" / "itself").symlink_to(tmp_path / "root" / "itself")
+    assert scan_folder(tmp_path / "root")[0].paths == ["ape/1.png"]
+
+
+@pytest.mark.parametrize(
+    ("build", "says"),
+    [
+        (lambda root: None, "no folder"),
+        (lambda root: root.write_text(""), "is a file"),
+        (lambda root: root.mkdir(), "no class folders"),
+        (lambda root: write(root, "1.png"), "no class folders"),
+        (lambda root: write(root, ".hidden/1.png"), "no class folders"),
+        (lambda root: (root / "ape").mkdir(parents=True), "no images"),
+    ],
+)
+def test_folders_that_hold_nothing(build, says, tmp_path):
+    build(tmp_path / "data")
+    with pytest.raises(DataError, match=says) as error:
+        scan_folder(tmp_path / "data")
+    assert str(tmp_path / "data") in str(error.value)

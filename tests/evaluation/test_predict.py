@@ -1,0 +1,438 @@
+"""Predictions of files, folders and patterns, and how they are written."""
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import tyro
+from PIL import Image
+
+from localvit import create_model, save_checkpoint
+from localvit.data.classes import imagenet_synsets
+from localvit.data.images import DataError, UnreadableImage, load_image
+from localvit.data.paths import MentionedImages
+from localvit.data.preprocessing import Preprocessing
+from localvit.evaluation.predict import Prediction, predict, readable_class_names
+from localvit.inference.runner import InferenceOptions
+from localvit_cli.predict import Predict, _destination
+from localvit_cli.prediction_formats import WRITERS
+
+NAMES = ["ant", 'a "big" crow, black', "bée\nor wasp"]
+MEAN, STD = (0.1, 0.2, 0.3), (0.5, 0.7, 1.1)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A nano LocalViT of three classes, with random weights large enough that images differ in their best class."""
+    torch.manual_seed(3)
+    model = create_model("localvit_nano_patch4_32", num_classes=3)
+    torch.nn.init.normal_(model.head.weight)
+    preprocessing = Preprocessing(input_size=(32, 32), crop_pct=1.0, mean=MEAN, std=STD)
+    path = tmp_path_factory.mktemp("model") / "nano.safetensors"
+    averaged = {key: value * 2 if key == "head.weight" else value for key, value in model.state_dict().items()}
+    return save_checkpoint(model, path, class_names=NAMES, preprocessing=preprocessing.to_dict(), ema=averaged)
+
+
+def noise(seed: int, height: int = 43, width: int = 53) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def save(path: Path, array: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+    return path
+
+
+def by_hand(checkpoint: Path, path: Path, weights: str = "raw") -> np.ndarray:
+    """Probabilities from PIL, numpy and the model, called directly on one image."""
+    from safetensors.torch import load_file
+
+    model = create_model("localvit_nano_patch4_32", num_classes=3).eval()
+    held = load_file(checkpoint)
+    prefix = f"{weights}/"
+    model.load_state_dict({key.removeprefix(prefix): value for key, value in held.items() if key.startswith(prefix)})
+    image = Image.open(path).convert("RGB")
+    width, height = image.size
+    assert width > height
+    wide = int(32 * width / height)
+    left = round((wide - 32) / 2)
+    image = image.resize((wide, 32), Image.Resampling.BICUBIC).crop((left, 0, left + 32, 32))
+    values = (np.asarray(image) / 255.0 - MEAN) / STD
+    with torch.no_grad():
+        logits = model(torch.from_numpy(values.transpose(2, 0, 1)[None]).float())[0].double().numpy()
+    odds = np.exp(logits - logits.max())
+    return odds / odds.sum()
+
+
+def run(*arguments: object) -> int:
+    command = tyro.cli(Predict, args=[*map(str, arguments), "--device", "cpu", "--workers", "0"])
+    return command.run()
+
+
+@pytest.mark.parametrize("weights", ["raw", "ema"])
+def test_probabilities_are_those_computed_by_hand(checkpoint, tmp_path, capsys, weights):
+    paths = [save(tmp_path / f"{seed}.png", noise(seed)) for seed in range(5)]
+    assert run(checkpoint, *paths, "--format", "jsonl", "--weights", weights, "--batch-size", 2) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["file"] for row in rows] == [str(path) for path in paths]
+    for row, path in zip(rows, paths, strict=True):
+        expected = by_hand(checkpoint, path, weights)
+        best = [(entry["class"], entry["name"]) for entry in row["predictions"]]
+        assert best == [(index, NAMES[index]) for index in np.argsort(-expected).tolist()]
+        told = [entry["probability"] for entry in row["predictions"]]
+        # Written to six digits; float32 logits of batches of 2 and of 1 differ in the last bits.
+        np.testing.assert_allclose(told, np.sort(expected)[::-1], rtol=2e-5)
+
+
+def test_every_format_tells_the_same(checkpoint, tmp_path, capsys):
+    paths = [save(tmp_path / name, noise(index)) for index, name in enumerate(("a\rb.png", 'ü,"\n.png'))]
+    arguments = [checkpoint, paths[0], tmp_path / "missing.png", paths[1], "--topk", 2]
+    told = {}
+    for name in WRITERS:
+        assert run(*arguments, "--format", name) == 1
+        told[name] = capsys.readouterr().out
+        written = tmp_path / "out" / name
+        assert run(*arguments, "--format", name, "--output", written) == 1
+        assert capsys.readouterr().out == ""
+        assert written.read_bytes().decode() == told[name]
+        assert list(written.parent.iterdir()) == [written]
+        written.unlink()
+    rows = json.loads(told["json"])
+    assert [json.loads(line) for line in told["jsonl"].splitlines()] == rows
+    assert [len(row["predictions"]) for row in rows] == [2, 0, 2]
+    assert [row["error"] for row in rows] == [None, "no such file or folder", None]
+    flat = []
+    for row in rows:
+        flat += [
+            [row["file"], str(rank), str(best["class"]), best["name"], best["probability"], ""]
+            for rank, best in enumerate(row["predictions"], start=1)
+        ]
+        flat += [[row["file"], "", "", "", "", row["error"]]] if row["error"] else []
+    header, *lines = csv.reader(io.StringIO(told["csv"], newline=""))
+    assert header == ["file", "rank", "class", "name", "probability", "error"]
+    assert [[*line[:4], float(line[4]) if line[4] else "", line[5]] for line in lines] == flat
+    table = told["table"].splitlines()
+    assert len(table) == 1 + 3 + 2 + 3  # a line an image, a class or an error: names with a newline do not break it
+    assert [line.split()[0] for line in table[2:4]] == [f"{100 * b['probability']:.2f}" for b in rows[0]["predictions"]]
+
+
+def test_order_is_as_given_and_mentions_are_kept(checkpoint, tmp_path, capsys):
+    for name in ("d/b.png", "d/a.png", "d/c/z.png", "d/.hidden.png", "d/.git/x.png", "1.png"):
+        save(tmp_path / name, noise(1))
+    (tmp_path / "d" / "notes.txt").write_text("left out")
+    single = tmp_path / "1.png"
+    run(checkpoint, single, tmp_path / "d", single, single, "--format", "jsonl", "--batch-size", 2)
+    files = [json.loads(line)["file"] for line in capsys.readouterr().out.splitlines()]
+    assert [Path(file).relative_to(tmp_path).as_posix() for file in files] == [
+        *("1.png", "d/a.png", "d/b.png", "d/c/z.png", "1.png", "1.png")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("*.png", ["x.png"]),
+        ("d/*.PNG", ["d/b.PNG"]),
+        ("**/*.png", ["d/a[1].png", "d/e/c.png", "x.png"]),
+        ("**", ["d/a[1].png", "d/b.PNG", "d/e/c.png", "x.png"]),
+        ("./d/**", ["d/a[1].png", "d/b.PNG", "d/e/c.png"]),
+        ("*", ["d/a[1].png", "d/b.PNG", "d/e/c.png", "x.png"]),
+        ("d/[ab]*", ["d/a[1].png", "d/b.PNG"]),
+        ("d/a[1].png", ["d/a[1].png"]),  # a file of that very name
+        (".h/*", [".h/y.png"]),
+    ],
+)
+def test_patterns(tmp_path, monkeypatch, pattern, expected):
+    for name in ("x.png", "d/a[1].png", "d/b.PNG", "d/e/c.png", ".h/y.png", "d/.f/u.png"):
+        save(tmp_path / name, noise(1, 2, 2))
+    (tmp_path / "notes.txt").write_text("no image")
+    monkeypatch.chdir(tmp_path)
+    assert MentionedImages([pattern]).paths == expected
+
+
+@pytest.mark.parametrize(
+    ("mentions", "reason"),
+    [
+        ([], "nothing was named"),
+        (["missing.png"], "missing.png: no such file or folder"),
+        (["empty"], "empty: a folder without images"),
+        (["*.webp"], r"\*.webp: no image matches this pattern"),
+        (["empty", "missing.png"], "empty: a folder without images; missing.png: no such file or folder"),
+    ],
+)
+def test_no_image_at_all_is_an_error(tmp_path, monkeypatch, mentions, reason):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("no image")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=reason):
+        MentionedImages(mentions)
+
+
+def _bad_files(folder: Path) -> dict[str, str]:
+    """Files and folders that give no image, with a part of what is to be said about each."""
+    save(folder / "good.png", noise(1))
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "cut.png").write_bytes((folder / "good.png").read_bytes()[:-900])
+    (folder / "text.jpg").write_text("not an image")
+    (folder / "folder").mkdir()
+    Image.fromarray(np.linspace(0, 1, 6, dtype=np.float32).reshape(2, 3)).save(folder / "float.tiff")
+    (folder / "gone.png").symlink_to(folder / "nowhere.png")
+    return {
+        "empty.jpg": "cannot identify",
+        "cut.png": "cannot be read as an image",
+        "text.jpg": "cannot identify",
+        "folder": "a folder without images",
+        "float.tiff": "32-bit pixels",
+        "missing.jpg": "no such file or folder",
+        "*.webp": "no image matches",
+        "gone.png": "no such file",
+    }
+
+
+def test_bad_files_are_listed_and_the_rest_is_done(checkpoint, tmp_path, capsys):
+    bad = _bad_files(tmp_path)
+    good = tmp_path / "good.png"
+    mentions = [good, *(path for name in bad for path in (tmp_path / name, good))]
+    assert run(checkpoint, *mentions, "--format", "json", "--batch-size", 3) == 1
+    captured = capsys.readouterr()
+    rows = json.loads(captured.out)
+    assert [row["file"] for row in rows] == [str(path) for path in mentions]
+    for row in rows[::2]:
+        assert row["error"] is None
+        assert [best["class"] for best in row["predictions"]] == [best["class"] for best in rows[0]["predictions"]]
+        # The same image in batches of other sizes: float32 logits differ in the last bits.
+        told = [[best["probability"] for best in each["predictions"]] for each in (row, rows[0])]
+        np.testing.assert_allclose(*told, rtol=2e-5)
+    assert len(rows[0]["predictions"]) == 3
+    for row, (name, reason) in zip(rows[1::2], bad.items(), strict=True):
+        assert row["predictions"] == []
+        assert reason in row["error"]
+        assert f"{tmp_path / name}: {row['error']}\n" in captured.err
+    assert f"{len(bad)} of {len(mentions)} images have no prediction" in captured.err
+
+
+def _animation(path: Path) -> None:
+    frames = [Image.new("RGB", (5, 3), color) for color in ((200, 100, 50), (1, 2, 3))]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+
+
+def _palette(path: Path) -> None:
+    image = Image.new("P", (5, 3), 1)
+    image.putpalette([0, 0, 0, 200, 100, 50])
+    image.save(path)
+
+
+ODD_IMAGES = {
+    "animated.gif": (_animation, (200, 100, 50)),
+    "animated.png": (_animation, (200, 100, 50)),
+    "palette.png": (_palette, (200, 100, 50)),
+    "1x1.png": (lambda path: Image.new("RGB", (1, 1), (200, 100, 50)).save(path), (200, 100, 50)),
+    "alpha.png": (lambda path: Image.new("RGBA", (5, 3), (200, 100, 50, 7)).save(path), (200, 100, 50)),
+    "gray.png": (lambda path: Image.new("L", (5, 3), 77).save(path), (77, 77, 77)),
+    "bit.png": (lambda path: Image.new("1", (5, 3), 1).save(path), (255, 255, 255)),
+    # Each ink and black darken: 255 * (1 - c) * (1 - k).
+    "cmyk.tiff": (lambda path: Image.new("CMYK", (5, 3), (51, 102, 0, 51)).save(path), (163, 122, 204)),
+    "16bit.png": (
+        lambda path: Image.fromarray(np.full((3, 5), 77 * 256 + 200, dtype=np.uint16)).save(path),
+        (77, 77, 77),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD_IMAGES)
+def test_odd_images_have_their_color(checkpoint, tmp_path, name):
+    make, color = ODD_IMAGES[name]
+    make(tmp_path / name)
+    images = MentionedImages([str(tmp_path / name)])
+    assert np.asarray(load_image(images, 0))[0, 0].tolist() == pytest.approx(color, abs=1)  # rounding of CMYK
+    assert run(checkpoint, tmp_path / name) == 0
+
+
+def test_names_that_are_not_utf8(checkpoint, tmp_path, capfd):
+    save(tmp_path / "good.png", noise(1))
+    odd = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    try:
+        Path(os.fsdecode(odd)).write_bytes((tmp_path / "good.png").read_bytes())
+        Path(os.fsdecode(odd.replace(b"caf", b"bad"))).write_bytes(b"")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    for name in WRITERS:
+        for extra in ([], ["--output", tmp_path / "out"]):
+            assert run(checkpoint, tmp_path, "--format", name, *extra) == 1
+            text = (tmp_path / "out").read_text(encoding="utf-8") if extra else capfd.readouterr().out
+            assert "caf\\udce9.png" in text
+            if name == "json":
+                assert [os.fsencode(row["file"]) for row in json.loads(text)][1] == odd
+
+
+class Counting(MentionedImages):
+    """One file under many mentions, counting how often an image is decoded."""
+
+    loads = 0
+
+    def load(self, index: int) -> Image.Image:
+        self.loads += 1
+        return super().load(index)
+
+
+def test_images_are_decoded_as_predictions_are_taken(tmp_path):
+    images = Counting([str(save(tmp_path / "1.png", noise(1, 3, 3)))] * 3001)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 4 * 4, 7))
+    options = InferenceOptions(batch_size=5, workers=0)
+    predictions = predict(model, images, Preprocessing(input_size=(4, 4)), options, topk=2)
+    assert images.loads == 0
+    taken = []
+    for number in range(1, 14):
+        taken.append(weakref.ref(next(predictions)))
+        assert number <= images.loads < number + 5
+    # Of those taken, only the batch under way may still be held.
+    assert sum(reference() is not None for reference in taken) <= 5
+    assert sum(1 for _ in predictions) == 3001 - 13
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_no_format_holds_predictions(name):
+    made = []
+    alive = []
+
+    def predictions():
+        for _ in range(3000):
+            prediction = Prediction(file="x", classes=(1,), probabilities=(0.5,))
+            made.append(weakref.ref(prediction))
+            yield prediction
+            del prediction
+            alive.append(sum(reference() is not None for reference in made[-50:]))
+
+    WRITERS[name](predictions(), ["a", "b"], io.StringIO())
+    assert len(alive) == 3000
+    assert max(alive) <= 2
+
+
+def test_a_model_that_gives_no_numbers_is_an_error_of_the_image(tmp_path):
+    class Broken(torch.nn.Module):
+        def forward(self, images_BCHW):
+            logits_BM = torch.zeros(len(images_BCHW), 4)
+            logits_BM[1, 2] = float("nan")
+            return logits_BM
+
+    images = MentionedImages([str(save(tmp_path / "1.png", noise(1)))] * 3)
+    options = InferenceOptions(workers=0)
+    first, second, third = predict(Broken(), images, Preprocessing(input_size=(4, 4)), options, topk=9)
+    assert first.probabilities == third.probabilities == (0.25,) * 4
+    assert second.error == "the model gave numbers for it that are not finite"
+    assert second.classes == ()
+
+
+@pytest.mark.parametrize(("topk", "expected"), [(1, 1), (3, 3), (50, 3)])
+def test_topk_is_clipped_to_the_classes(checkpoint, tmp_path, capsys, topk, expected):
+    run(checkpoint, save(tmp_path / "1.png", noise(1)), "--topk", topk, "--format", "jsonl")
+    assert len(json.loads(capsys.readouterr().out)["predictions"]) == expected
+
+
+def test_topk_below_one(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="topk=0 must be at least 1"):
+        run(checkpoint, save(tmp_path / "1.png", noise(1)), "--topk", 0)
+
+
+def test_input_size(checkpoint, tmp_path, capsys):
+    path = save(tmp_path / "1.png", noise(1))
+    told = []
+    for sides in ((), (32, 32), (48, 32)):
+        run(checkpoint, path, "--format", "jsonl", *(["--input-size", *sides] if sides else []))
+        captured = capsys.readouterr()
+        told.append(captured.out)
+    assert told[0] == told[1] != told[2]
+    assert "48 x 32" in captured.err
+
+
+def test_readable_class_names():
+    words = readable_class_names(imagenet_synsets(), 1000)
+    assert [words[index].split(",")[0] for index in (0, 207, 999)] == ["tench", "golden retriever", "toilet tissue"]
+    assert readable_class_names(["n01440764"], 1) == ["n01440764"]
+    assert readable_class_names(None, 3) == ["0", "1", "2"]
+
+
+def test_output_is_written_whole_or_not_at_all(tmp_path):
+    output = tmp_path / "predictions.csv"
+    output.write_text("older")
+
+    def interrupted():
+        with _destination(output) as stream:
+            stream.write("half")
+            stream.flush()
+            assert output.read_text() == "older"
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert output.read_text() == "older"
+    assert list(tmp_path.iterdir()) == [output]
+    with pytest.raises(ValueError, match="no ordinary file"), _destination(tmp_path):
+        pass
+
+
+def test_a_json_array_is_closed_whatever_stops_it():
+    def predictions():
+        yield Prediction(file="x", classes=(1,), probabilities=(0.5,))
+        raise RuntimeError("died")
+
+    stream = io.StringIO()
+    with pytest.raises(RuntimeError, match="died"):
+        WRITERS["json"](predictions(), ["a", "b"], stream)
+    assert [row["file"] for row in json.loads(stream.getvalue())] == ["x"]
+    WRITERS["json"](iter(()), [], empty := io.StringIO())
+    assert json.loads(empty.getvalue()) == []
+
+
+def test_unreadable_mentions_say_so_once(tmp_path):
+    images = MentionedImages([str(save(tmp_path / "1.png", noise(1))), "nowhere.png"])
+    with pytest.raises(UnreadableImage, match=r"^nowhere.png: no such file or folder$"):
+        load_image(images, 1)
+
+
+def _command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "localvit_cli", "predict", *map(str, arguments), "--device", "cpu"]
+
+
+def test_the_command_with_worker_processes(checkpoint, tmp_path):
+    bad = _bad_files(tmp_path)
+    plain = subprocess.run(_command(checkpoint, tmp_path, "--format", "jsonl"), capture_output=True, text=True)
+    assert plain.returncode == 1
+    assert "Traceback" not in plain.stderr
+    rows = [json.loads(line) for line in plain.stdout.splitlines()]
+    assert [Path(row["file"]).name for row in rows] == sorted(
+        [*(name for name in bad if (tmp_path / name).is_file() or name == "gone.png"), "good.png"]
+    )
+    assert [row["error"] is None for row in rows] == [Path(row["file"]).name == "good.png" for row in rows]
+
+
+def test_a_closed_pipe_ends_quietly_and_an_interruption_says_so(checkpoint, tmp_path):
+    path = save(tmp_path / "1.png", noise(1))
+    arguments = [checkpoint, *[path] * 20_000, "--format", "csv", "--batch-size", 1]
+    for stop in ("close", "interrupt"):
+        process = subprocess.Popen(
+            _command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline().startswith('"file"')
+        if stop == "close":
+            process.stdout.close()
+            said, status = process.stderr.read(), process.wait(60)
+            assert status == 0
+        else:
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the worker processes get it too
+            said, status = process.communicate(timeout=60)[1], process.returncode
+            assert said.endswith("localvit: interrupted\n")
+            assert status == 130
+        assert "Traceback" not in said
+        assert "Exception" not in said

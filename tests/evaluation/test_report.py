@@ -1,0 +1,457 @@
+"""The report against hand-computed numbers, a parser, PIL, and a real browser."""
+
+import base64
+import csv
+import html
+import io
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from localvit.evaluation.evaluate import Evaluation
+from localvit.evaluation.report import write_report
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+VOID = {"meta", "img", "br", "hr", "link", "input"}
+NASTY = ["a\"b'c & d", "<script>alert(1)</script>", "</td></table>", "$title ${body}", "naïve 猫"]
+
+
+def evaluation_of(logits, labels, *, class_names=None, paths=None, skipped=()):
+    """Evaluation from logits in float64, by torch's own softmax and cross-entropy."""
+    logits_NC = torch.as_tensor(logits, dtype=torch.float64)
+    labels_N = torch.as_tensor(labels)
+    probabilities_NC = logits_NC.softmax(1)
+    top = logits_NC.topk(min(5, logits_NC.shape[1]))
+    return Evaluation(
+        paths=paths or [f"{index}.png" for index in range(len(labels_N))],
+        labels_N=labels_N,
+        top_classes_NK=top.indices,
+        top_logits_NK=top.values.float(),
+        top_probabilities_NK=probabilities_NC.gather(1, top.indices),
+        losses_N=torch.nn.functional.cross_entropy(logits_NC, labels_N, reduction="none"),
+        class_names=class_names or [f"class {index}" for index in range(logits_NC.shape[1])],
+        skipped=list(skipped),
+    )
+
+
+def random_evaluation(count, classes, *, seed=0, **more):
+    generator = torch.Generator().manual_seed(seed)
+    labels_N = torch.randint(0, classes, (count,), generator=generator)
+    logits_NC = 2 * torch.randn(count, classes, generator=generator)
+    logits_NC[torch.arange(count), labels_N] += 2
+    return evaluation_of(logits_NC, labels_N, **more)
+
+
+class Page(HTMLParser):
+    """Every tag closed in its place; the texts, tags and attributes found."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.texts = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.handle_startendtag(tag, attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        assert len(dict(attrs)) == len(attrs), f"an attribute twice in {tag} {attrs}"
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value) for name, value in attrs]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if not self.open or self.open[-1] != "style":
+            self.texts.append(data)
+
+    def values(self, tag, name):
+        return [value for found_tag, found_name, value in self.attributes if (found_tag, found_name) == (tag, name)]
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.texts).split())
+
+
+def report(evaluation, directory, *, dataset_root=None, about=None):
+    """The written results, csv rows and parsed page."""
+    paths = write_report(evaluation, directory, dataset_root=dataset_root, about=about or {})
+    assert [path.name for path in paths] == ["results.json", "per_class.csv", "report.html"]
+    assert sorted(directory.iterdir()) == sorted(paths)  # nothing temporary is left
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    results = json.loads(paths[0].read_text(), parse_constant=refuse)
+    with paths[1].open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return results, rows, Page(paths[2].read_text())
+
+
+# The numbers
+
+
+def by_hand():
+    """Seven images of a four-class model; class 2 has none, class 0 is taken for 1 as often as for 3."""
+    top_class = torch.tensor([0, 3, 1, 0, 1, 3, 1])
+    return Evaluation(
+        paths=[f"{name}.png" for name in "abcdefg"],
+        labels_N=torch.tensor([0, 0, 0, 1, 1, 3, 3]),
+        top_classes_NK=torch.stack([top_class, (top_class + 1) % 4], 1),
+        top_logits_NK=torch.zeros(7, 2),
+        top_probabilities_NK=torch.tensor([0.5, 0.7, 0.9, 0.5, 0.7, 1.0, 0.5], dtype=torch.float64)[:, None].repeat(
+            1, 2
+        ),
+        losses_N=torch.tensor([0.5, 1.0, 2.0, 3.0, 0.25, 0.0, 0.25], dtype=torch.float64),
+        class_names=["tabby, tabby cat", 'the "other"', "absent", "dog"],
+        skipped=["broken.png", "gone.png"],
+    )
+
+
+def test_results_by_hand(tmp_path):
+    about = {"model": "m", "preprocessing": {"mean": (0.5, math.nan)}, "dtype": torch.float32, "root": Path("x/y")}
+    about |= {"seconds": math.inf, "throughput": torch.tensor(2.5), "amp": False, "checkpoint": None}
+    results, _, page = report(by_hand(), tmp_path, about=about)
+    # Right are a, e and f. Three confidences are 0.5 (one right), two 0.7 (one right), one 0.9 (wrong), one 1 (right).
+    ece = (3 * abs(1 / 3 - 0.5) + 2 * 0.2 + 0.9 + 0) / 7
+    assert results == {
+        "acc1": pytest.approx(300 / 7),
+        # Second best is the class after: d (0 then 1) is saved, b (3 then 0) too.
+        "acc5": pytest.approx(500 / 7),
+        "loss": pytest.approx(1.0),
+        "ece": pytest.approx(ece),
+        "count": 7,
+        "skipped": {"count": 2, "names": ["broken.png", "gone.png"]},
+        "non_finite_loss": {"count": 0, "names": []},
+        "model": "m",
+        "preprocessing": {"mean": [0.5, None]},
+        "dtype": "torch.float32",
+        "root": "x/y",
+        "seconds": None,
+        "throughput": 2.5,
+        "amp": False,
+        "checkpoint": None,
+    }
+    assert "Evaluation of m" in page.text
+    for text in ("42.86 %", "71.43 %", "1.000", f"{100 * ece:.2f} %", "2 skipped", "broken.png", "torch.float32"):
+        assert text in page.text.replace("\xa0", " ")
+
+
+def test_classes_by_hand(tmp_path):
+    _, rows, _ = report(by_hand(), tmp_path)
+    header = ("class", "name", "images", "correct", "accuracy", "mean_confidence", "most_common_wrong")
+    assert [tuple(row.values()) for row in rows] == [
+        ("0", "tabby, tabby cat", "3", "1", "33.333", "0.700000", 'the "other"'),
+        ("1", 'the "other"', "2", "1", "50.000", "0.600000", "tabby, tabby cat"),
+        ("3", "dog", "2", "1", "50.000", "0.750000", 'the "other"'),
+    ]
+    assert tuple(rows[0]) == header
+
+
+def test_a_name_that_the_evaluation_gives_is_refused_in_about(tmp_path):
+    with pytest.raises(ValueError, match="about holds acc1, loss"):
+        write_report(by_hand(), tmp_path / "new", dataset_root=None, about={"loss": 1, "acc1": 2, "model": "m"})
+    assert not (tmp_path / "new").exists()
+
+
+def test_nothing_evaluated_is_refused(tmp_path):
+    empty = Evaluation(
+        paths=[],
+        labels_N=torch.zeros(0, dtype=torch.int64),
+        top_classes_NK=torch.zeros(0, 5, dtype=torch.int64),
+        top_logits_NK=torch.zeros(0, 5),
+        top_probabilities_NK=torch.zeros(0, 5, dtype=torch.float64),
+        losses_N=torch.zeros(0, dtype=torch.float64),
+        class_names=["a"] * 5,
+        skipped=["x.png"],
+    )
+    with pytest.raises(ValueError, match=r"no image was evaluated \(1 skipped\)"):
+        write_report(empty, tmp_path, dataset_root=None, about={})
+    assert list(tmp_path.iterdir()) == []
+
+
+# The page
+
+
+INF, NAN = math.inf, math.nan
+EYE = torch.eye(3).mul(3).tolist()
+EDGES = {
+    "one image": (evaluation_of([[1.0, 0, 0]], [0]), ["1 ", "None: every image"]),
+    "one class": (evaluation_of([[1.0], [2.0]], [0, 0]), ["always all with 1 class", "None: every image"]),
+    "two classes": (evaluation_of([[1.0, 0], [2.0, 0]], [0, 1]), ["always all with 2 classes", "Worst mistakes"]),
+    "all right": (evaluation_of(EYE, [0, 1, 2]), ["100.00 %", "None: every image", "Confusion matrix"]),
+    "all wrong": (evaluation_of(EYE, [1, 2, 0]), ["0.00 %", "3 of 3 images predicted wrong", "Every pair."]),
+    "infinite loss": (
+        evaluation_of([[1.0, -INF, 0], [0, 5.0, 0]], [1, 1]),
+        ["1 image with a non-finite loss", "0.0 %", "Worst mistakes"],
+    ),
+    "not a number": (
+        evaluation_of([[NAN] * 3, [0, 1.0, 5.0]], [1, 1]),
+        ["1 image with a non-finite loss", "no calibration error is given", "not finite"],
+    ),
+    "nothing finite": (evaluation_of([[NAN] * 3] * 23, [1] * 23), ["No image has a finite confidence", "and 3 more"]),
+    "61 classes, all right": (evaluation_of(torch.eye(61) * 9, range(61)), ["The 20 weakest of 61 classes"]),
+}
+
+
+@pytest.mark.parametrize(("evaluation", "texts"), EDGES.values(), ids=EDGES.keys())
+def test_edges(evaluation, texts, tmp_path):
+    results, rows, page = report(evaluation, tmp_path)
+    said = page.text.replace("\xa0", " ")
+    for text in texts:
+        assert text in said
+    assert results["count"] == len(evaluation.paths) == sum(int(row["images"]) for row in rows)
+    finite = bool(evaluation.losses_N.isfinite().all())
+    assert (results["loss"] is not None) == finite == (results["non_finite_loss"]["count"] == 0)
+    assert (results["ece"] is not None) == bool(evaluation.top_probabilities_NK.isfinite().all())
+    assert "0 most confused" not in said
+    assert "nan" not in re.findall(r"\w+", said.lower())
+
+
+def table_after(text, heading):
+    """Cells of the first table after a heading, row by row."""
+    table = text[text.index(f"<h2>{heading}") :].split("<table", 1)[1].split("</table>")[0]
+    rows = (re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", table, re.S))
+    return [[html.unescape(re.sub("<[^>]*>", "", cell)) for cell in row] for row in rows]
+
+
+def test_confusion_matrix_counts_every_image(tmp_path):
+    evaluation = random_evaluation(311, 11)
+    report(evaluation, tmp_path)
+    matrix = table_after((tmp_path / "report.html").read_text(), "Confusion matrix")
+    counts = np.zeros((11, 11), dtype=int)
+    np.add.at(counts, (evaluation.labels_N.numpy(), evaluation.top_classes_NK[:, 0].numpy()), 1)
+    assert matrix[0][1:] == [row[0] for row in matrix[1:]] == evaluation.class_names
+    assert [[int(cell or 0) for cell in row[1:]] for row in matrix[1:]] == counts.tolist()
+
+
+def test_many_classes_show_the_most_confused_and_the_rest_in_a_column(tmp_path):
+    labels, predicted = [*range(60)] * 3, [*range(60)] * 3
+    for position, (true, taken) in enumerate([(7, 41), (7, 41), (41, 7), (3, 5), (3, 58)]):
+        labels[position], predicted[position] = true, taken
+    _, _, page = report(evaluation_of(torch.eye(60)[predicted] * 9, labels), tmp_path)
+    text = (tmp_path / "report.html").read_text()
+    assert table_after(text, "Most confused pairs")[1][:3] == ["class 7", "class 41", "2"]
+    assert "Confusion matrix of the 5 most confused classes" in page.text
+    assert "out of 60 with an image" in page.text
+    matrix = table_after(text, "Confusion matrix")
+    # Rows: the images of class 3, 5, 7, 41, 58; three each but those that the first five labels took away or added.
+    assert matrix[0] == ["", "class 3", "class 5", "class 7", "class 41", "class 58"]
+    assert matrix[1] == ["class 3", "2", "1", "", "", "1"]
+    assert matrix[3] == ["class 7", "", "", "3", "2", ""]
+    assert matrix[4] == ["class 41", "", "", "1", "3", ""]
+
+    report(random_evaluation(997, 60), tmp_path)
+    matrix = table_after((tmp_path / "report.html").read_text(), "Confusion matrix of the")
+    assert len(matrix[0]) in {17, 18}  # a corner, "any other", and up to 16 classes, which come in pairs
+    assert matrix[0][-1] == "any other class"
+    with (tmp_path / "per_class.csv").open(newline="") as file:
+        images = {row["name"]: int(row["images"]) for row in csv.DictReader(file)}
+    assert all(sum(int(cell or 0) for cell in row[1:]) == images[row[0]] for row in matrix[1:])
+
+
+def test_mistakes_are_ranked(tmp_path):
+    # Images 1 and 3 are right; 0 has the highest loss, 2 the most confidence.
+    logits = [[2.0, -9.0, 2.0], [0, 9.0, 0], [6.0, 1.0, -9.0], [0, 5.0, 0], [1.0, 0.0, 0.0]]
+    _, _, page = report(evaluation_of(logits, [1] * 5), tmp_path)
+    worst, confident = page.text.split("Most confident mistakes")
+    order = lambda text: re.findall(r"\d\.png", text)  # noqa: E731
+    assert order(worst.split("Worst mistakes")[1]) == ["0.png", "2.png", "4.png"]
+    assert order(confident)[:3] == ["2.png", "4.png", "0.png"]
+    # Image 4: 1 / (e + 2) for the true class, e / (e + 2) for the predicted one.
+    assert "true class 1 21.2 % predicted class 0 57.6 % 4.png" in page.text.replace("\xa0", " ")
+
+
+def test_every_name_is_escaped_and_nothing_is_fetched(tmp_path):
+    paths = [f"<img src=//example.org/x.png>{name}.png" for name in NASTY[:-1]] + ["caf\udce9.png"]
+    evaluation = evaluation_of(
+        torch.eye(5) * 3, [1, 2, 3, 4, 0], class_names=NASTY, paths=paths, skipped=["<b>skipped</b>"]
+    )
+    Image.new("RGB", (7, 5)).save(tmp_path / "caf\udce9.png")
+    results, rows, page = report(
+        evaluation, tmp_path / "out", dataset_root=tmp_path, about={"model": "<i>", "<u>": {"x": ["<s>", "$body"]}}
+    )
+    assert [row["name"] for row in rows] == NASTY
+    assert results["<u>"] == {"x": ["<s>", "$body"]}
+    for text in (*NASTY, *paths[:-1], "caf\\udce9.png", "<b>skipped</b>", "Evaluation of <i>", "<s>, $body"):
+        assert text in page.texts or text in page.text
+    assert not {"script", "link", "iframe", "object", "embed", "b>skipped", "i", "u", "s"} & set(page.tags)
+    for tag, name, value in page.attributes:
+        assert not name.startswith("on"), (tag, name)
+        if name in {"src", "href", "xlink:href", "srcset", "data", "poster", "action", "background"}:
+            assert value.startswith("data:image/jpeg;base64,"), (tag, name, value)
+    assert set(page.values("th", "title")) == set(NASTY)
+    assert page.values("img", "alt") == [f"{NASTY[0]}, predicted {NASTY[4]}"] * 2
+    style = re.search("<style>(.*)</style>", (tmp_path / "out" / "report.html").read_text(), re.S)[1]
+    assert "url(" not in style
+    assert "@import" not in style
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16"])
+def test_thumbnails_decode(mode, tmp_path):
+    name = "image.tiff" if mode == "CMYK" else "image.png"
+    Image.new("RGB", (113, 211), (200, 30, 60)).convert("I" if mode == "I;16" else mode).convert(mode).save(
+        tmp_path / name
+    )
+    _, _, page = report(evaluation_of([[5.0, 0]], [1], paths=[name]), tmp_path / "out", dataset_root=tmp_path)
+    sources = page.values("img", "src")
+    assert len(sources) == 2  # the only mistake is the worst and the most confident
+    image = Image.open(io.BytesIO(base64.b64decode(sources[0].removeprefix("data:image/jpeg;base64,"), validate=True)))
+    assert image.size == (51, 96)  # 113 * 96 / 211 = 51.4
+    if mode in {"RGB", "RGBA", "P"}:
+        # JPEG of one color is off by a few steps; the palette of P by up to half its spacing of 51.
+        assert np.abs(np.asarray(image).mean((0, 1)) - (200, 30, 60)).max() < (30 if mode == "P" else 4)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "image not found"),
+        (b"no image", "image not readable (UnidentifiedImageError)"),
+        ("cut", "image not readable (OSError)"),
+    ],
+    ids=["missing", "no image", "cut off"],
+)
+def test_an_image_that_cannot_be_read_has_a_placeholder(content, said, tmp_path):
+    if content == "cut":
+        file = io.BytesIO()
+        Image.effect_noise((64, 64), 50).save(file, "JPEG")
+        content = file.getvalue()[: file.tell() // 2]
+    if content:
+        (tmp_path / "0.png").write_bytes(content)
+    evaluation = evaluation_of([[5.0, 0]], [1])
+    _, _, page = report(evaluation, tmp_path / "out", dataset_root=tmp_path)
+    assert said in page.text
+    _, _, page = report(evaluation, tmp_path / "out", dataset_root=None)
+    assert "no image: no folder given" in page.text
+    assert "img" not in page.tags
+
+
+# Writing
+
+
+def test_files_are_replaced_whole(tmp_path):
+    report(random_evaluation(5, 3), tmp_path)
+    # A second name of the old file keeps the old content only if the new one was written beside it.
+    os.link(tmp_path / "results.json", tmp_path.parent / "old.json")
+    old = (tmp_path.parent / "old.json").read_text()
+    report(random_evaluation(7, 3), tmp_path)
+    assert (tmp_path.parent / "old.json").read_text() == old != (tmp_path / "results.json").read_text()
+
+
+def test_what_cannot_be_written_is_an_os_error_and_leaves_nothing_temporary(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        write_report(by_hand(), tmp_path / "file", dataset_root=None, about={})
+    (tmp_path / "out" / "per_class.csv").mkdir(parents=True)
+    with pytest.raises(OSError, match="per_class"):
+        write_report(by_hand(), tmp_path / "out", dataset_root=None, about={})
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["per_class.csv", "results.json"]
+
+
+# How it looks
+
+
+def colors(css):
+    return {name: np.array([int(rgb[i : i + 2], 16) for i in (0, 2, 4)]) / 255 for name, rgb in css}
+
+
+def luminance(rgb):
+    """Relative luminance as the web content accessibility guidelines 2 define it."""
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    return linear @ (0.2126, 0.7152, 0.0722)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_has_contrast(scheme, tmp_path):
+    report(by_hand(), tmp_path)
+    found = re.findall(r"--(\w+): #(\w{6})", (tmp_path / "report.html").read_text())
+    half = len(found) // 2
+    color = colors(found[:half] if scheme == "light" else found[half:])
+    assert len(color) == half == 8
+    surface = color["surface"]
+    fullest = {kind: 0.55 * color[kind] + 0.45 * surface for kind in ("right", "wrong")}  # the matrix's deepest cells
+    pairs = [("text", surface), ("text", color["page"]), ("text", color["warning"]), ("muted", surface)]
+    pairs += [("muted", color["page"]), ("text", fullest["right"]), ("text", fullest["wrong"])]
+    for name, background in pairs:
+        dark, light = sorted((luminance(color[name]), luminance(background)))
+        assert (light + 0.05) / (dark + 0.05) >= 4.5, (name, background)  # level AA for text
+
+
+def browse(page, tmp_path, *flags):
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+    command += ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", *flags, page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
+@pytest.fixture
+def page_for_browser(tmp_path):
+    if not BROWSER:
+        pytest.skip("no chromium, chromium-browser or google-chrome is installed")
+    generator = np.random.default_rng(0)
+    for index in range(53):
+        pixels = generator.integers(0, 256, (61, 89, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{index}.png")
+    names = [*NASTY, *(f"a rather long class name, number {index}" for index in range(6, 19))]
+    evaluation = random_evaluation(53, len(names), class_names=names, skipped=["x" * 300])
+    about = {"model": "localvit_tiny_mlp4_act3_r192", "checkpoint": "/folder" * 30}
+    report(evaluation, tmp_path / "out", dataset_root=tmp_path, about=about)
+    return tmp_path / "out" / "report.html"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "setting", "page_color"), [("light", 1, (245, 246, 248)), ("dark", 0, (15, 18, 22))]
+)
+def test_a_browser_draws_it(scheme, setting, page_color, page_for_browser, tmp_path):
+    screenshot = tmp_path / "screenshot.png"
+    flags = f"--screenshot={screenshot}", "--window-size=1280,1600", f"--blink-settings=preferredColorScheme={setting}"
+    browse(page_for_browser, tmp_path, *flags)
+    image = Image.open(screenshot).convert("RGB")
+    assert image.size == (1280, 1600)
+    assert image.getpixel((3, 3)) == page_color
+    # The thumbnails alone are noise of thousands of colors; a blank or broken page has a handful.
+    assert len(image.getcolors(1 << 24)) > 5000
+
+
+def test_a_browser_lays_it_out_in_any_width(page_for_browser, tmp_path):
+    # The page itself runs no script, so a page around it measures: its width, its images, its text as laid out.
+    frames = "".join(
+        f'<iframe srcdoc="{html.escape(page_for_browser.read_text())}" style="width:{width}px;height:900px"></iframe>'
+        for width in (320, 400, 1280)
+    )
+    measure = """
+    onload = () => {
+      const frames = [...document.querySelectorAll("iframe")];
+      document.body.dataset.measured = JSON.stringify(frames.map(({contentDocument: page}) => ({
+        width: page.documentElement.clientWidth,
+        needed: page.documentElement.scrollWidth,
+        drawn: [...page.images].filter(image => image.naturalWidth).length,
+        text: page.body.innerText,
+      })));
+      frames.forEach(frame => frame.remove());
+    }"""
+    outer = tmp_path / "outer.html"
+    outer.write_text(f"<!DOCTYPE html><meta charset='utf-8'><body>{frames}<script>{measure}</script>")
+    dom = browse(outer, tmp_path, "--dump-dom")
+    measured = json.loads(html.unescape(re.search(r'data-measured="([^"]*)"', dom)[1]))
+    assert [frame["width"] for frame in measured] == [320, 400, 1280]
+    for frame in measured:
+        assert frame["needed"] == frame["width"]  # nothing sticks out sideways
+        assert frame["drawn"] == 24
+        for text in ("Top-1 accuracy", "Calibration", "Worst mistakes", "Confusion matrix", *NASTY):
+            assert text in frame["text"]

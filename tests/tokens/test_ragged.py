@@ -1,0 +1,334 @@
+"""Locality where samples of one batch have grids of their own: the layout, and timm's hosts that take such tokens.
+
+Shapes: B batch, N tokens, P prefix tokens, C channels, H and W a grid.
+"""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from checks import (
+    branches_of,
+    check_branch_matters,
+    check_function_is_kept,
+    check_gradients_reach_every_branch,
+    check_map_is_the_image,
+    hidden_maps,
+    output_of,
+    randomized,
+)
+from torch import nn
+
+import localvit
+from localvit.surgery.branch import LocalityBranch
+from localvit.surgery.sites import Site, find_sites
+from localvit.tokens.ragged import PlacedGrid, PlacedTokens, places_of_coordinates, places_of_shapes
+
+SHAPES = ((2, 7), (5, 3), (1, 11), (3, 5), (5, 11))
+"""The last fills its canvas, so that nothing empty lies behind it."""
+CHANNELS = 6
+
+
+def coordinates(shapes, *, padding: int = 0, order_seed: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(row, column) of tokens (B, N, 2) and which are no padding (B, N), row by row or in any order."""
+    tokens = max(height * width for height, width in shapes) + padding
+    coord_BN2 = torch.zeros(len(shapes), tokens, 2, dtype=torch.long)
+    valid_BN = torch.zeros(len(shapes), tokens, dtype=torch.bool)
+    for sample, (height, width) in enumerate(shapes):
+        number = height * width
+        coord_BN2[sample, :number] = torch.cartesian_prod(torch.arange(height), torch.arange(width))
+        valid_BN[sample, :number] = True
+        if order_seed is not None:
+            order = torch.randperm(tokens, generator=torch.Generator().manual_seed(order_seed + sample))
+            coord_BN2[sample], valid_BN[sample] = coord_BN2[sample, order], valid_BN[sample, order]
+    return coord_BN2, valid_BN
+
+
+def placed_layout(places, num_prefix_tokens: int = 0) -> PlacedTokens:
+    grid = PlacedGrid()
+    grid.size, grid.index_BN = places
+    return PlacedTokens(grid, num_prefix_tokens)
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("options", [{}, {"kernel_size": 5}, {"dilation": 2}], ids=["3", "5", "dilated"])
+@pytest.mark.parametrize("prefix", [0, 2])
+def test_branch_is_a_convolution_over_each_map(options, prefix):
+    """Output and gradients against one image at a time; padding is noise and stays."""
+    coord_BN2, valid_BN = coordinates(SHAPES, padding=2, order_seed=5)
+    layout = placed_layout(places_of_coordinates(coord_BN2, valid_BN), prefix)
+    branch = LocalityBranch(CHANNELS, layout, **options).double()
+    nn.init.normal_(branch.conv.weight, generator=torch.Generator().manual_seed(1))
+    x_BNC = noise(len(SHAPES), prefix + valid_BN.shape[1], CHANNELS).requires_grad_()
+    out_BNC = branch(x_BNC)
+
+    expected_BNC = x_BNC.clone()
+    for sample, (height, width) in enumerate(SHAPES):
+        tokens = valid_BN[sample].nonzero()[:, 0]
+        y, x = coord_BN2[sample, tokens].unbind(-1)
+        map_CHW = x_BNC.new_zeros(CHANNELS, height, width).index_put(
+            (torch.arange(CHANNELS)[:, None], y, x), x_BNC[sample, prefix + tokens].T
+        )
+        conv = branch.conv
+        added_CHW = F.conv2d(map_CHW, conv.weight, None, 1, conv.padding, conv.dilation, CHANNELS)
+        expected_BNC = expected_BNC.index_put(
+            (torch.tensor(sample), prefix + tokens), x_BNC[sample, prefix + tokens] + added_CHW[:, y, x].T
+        )
+    # float64: sums of at most 25 products, in another order.
+    torch.testing.assert_close(out_BNC, expected_BNC, rtol=1e-12, atol=1e-12)
+    assert torch.equal(out_BNC[:, :prefix], x_BNC[:, :prefix])
+    assert torch.equal(out_BNC[:, prefix:][~valid_BN], x_BNC[:, prefix:][~valid_BN])
+
+    weights = noise(*out_BNC.shape)
+    of = (x_BNC, branch.conv.weight)
+    found = torch.autograd.grad((out_BNC * weights).sum(), of)
+    expected = torch.autograd.grad((expected_BNC * weights).sum(), of)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_shapes_place_tokens_row_by_row():
+    coord_BN2, valid_BN = coordinates(SHAPES, padding=2)
+    size, index_BN = places_of_shapes(torch.tensor(SHAPES), valid_BN.shape[1])
+    expected_size, expected_BN = places_of_coordinates(coord_BN2, valid_BN)
+    assert size == expected_size == (5, 11)
+    assert torch.equal(index_BN, expected_BN)
+
+
+def test_there_and_back():
+    coord_BN2, valid_BN = coordinates(SHAPES, padding=2, order_seed=3)
+    layout = placed_layout(places_of_coordinates(coord_BN2, valid_BN), 3)
+    x_BNC = noise(len(SHAPES), 3 + valid_BN.shape[1], CHANNELS)
+    back_BNC = layout.to_tokens(layout.to_map(x_BNC))
+    assert torch.equal(back_BNC[:, 3:][valid_BN], x_BNC[:, 3:][valid_BN])
+    assert not back_BNC[:, 3:][~valid_BN].any()
+    assert not back_BNC[:, :3].any()
+    assert layout.to_map(x_BNC).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_coordinates_that_make_no_map():
+    coord_BN2, valid_BN = coordinates(((2, 3),))
+    twice = coord_BN2.clone()
+    twice[0, 1] = twice[0, 4]
+    with pytest.raises(ValueError, match="two tokens of an image have the same patch coordinates"):
+        places_of_coordinates(twice, valid_BN)
+    with pytest.raises(ValueError, match=r"start at \(-1, 0\), below 0: mark padding"):
+        places_of_coordinates(coord_BN2 - torch.tensor([1, 0]), valid_BN)
+    valid_BN[0, 1] = False
+    assert places_of_coordinates(twice, valid_BN)[0] == (2, 3)
+
+
+def test_number_of_tokens_is_checked():
+    layout = placed_layout(places_of_coordinates(*coordinates(((2, 3), (3, 1)))), 1)
+    with pytest.raises(ValueError, match=r"4 image tokens \(1 prefix .* each of 2 samples, but places for 6 in 2"):
+        layout.to_map(noise(2, 5, CHANNELS))
+
+
+# timm's hosts
+
+PATCH = 4
+NAFLEX = {"embed_dim": 24, "num_heads": 2, "depth": 2, "patch_size": PATCH, "num_classes": 7, "mlp_ratio": 2}
+GEMMA = {
+    "embed_dim": 24,
+    "num_heads": 2,
+    "head_dim": 12,
+    "depth": 2,
+    "intermediate_size": 40,
+    "patch_size": PATCH,
+    "position_embedding_size": 16,
+}
+HOSTS = {
+    "naflexvit": ("naflexvit_base_patch16_map", NAFLEX | {"pos_embed_grid_size": (5, 5)}),
+    "naflexvit prefix": (
+        "naflexvit_base_patch16_gap",
+        NAFLEX | {"class_token": True, "reg_tokens": 2, "init_values": 0.5, "pos_embed": "factorized"},
+    ),
+    "naflexvit rope": (
+        "naflexvit_base_patch16_gap",
+        NAFLEX | {"rope_type": "axial", "swiglu_mlp": True, "scale_mlp_norm": True, "pos_embed": "none"},
+    ),
+    "gemma4": ("gemma4_vit_167m", GEMMA | {"num_classes": 7}),
+    "gemma4 encoder": ("gemma4_vit_167m_enc", GEMMA | {"global_pool": "none"}),
+}
+every_host = pytest.mark.parametrize("host", HOSTS)
+
+
+def make(host: str, **changes: Any) -> nn.Module:
+    name, kwargs = HOSTS[host]
+    if not timm.is_model(name):
+        pytest.skip(f"this timm has no {name}")
+    torch.manual_seed(0)
+    return randomized(timm.create_model(name, **kwargs | changes))
+
+
+def image(height: int = 7, width: int = 3, batch: int = 2) -> torch.Tensor:
+    """Images of this many patches."""
+    return noise(batch, 3, PATCH * height, PATCH * width)
+
+
+def patches_of(image_BCHW: torch.Tensor) -> torch.Tensor:
+    """Patches (B, N, pixels), row by row, channels last, as NaFlex has them."""
+    rows = image_BCHW.unflatten(3, (-1, PATCH)).unflatten(2, (-1, PATCH))  # B, C, H, p, W, p
+    return rows.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def naflex_batch(*images: torch.Tensor, padding: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Patches, coordinates and validity of single images (1, C, H, W) of any shapes, noise in the padding."""
+    shapes = [(image.shape[2] // PATCH, image.shape[3] // PATCH) for image in images]
+    coord_BN2, valid_BN = coordinates(shapes, padding=padding)
+    patches = noise(*valid_BN.shape, 3 * PATCH**2)
+    for sample, image_BCHW in enumerate(images):
+        patches[sample, valid_BN[sample]] = patches_of(image_BCHW)[0]
+    return patches, coord_BN2, valid_BN
+
+
+def perturb(model: nn.Module) -> nn.Module:
+    for branch in branches_of(model):
+        nn.init.normal_(branch.conv.weight, generator=torch.Generator().manual_seed(2))
+    return model
+
+
+def without_attention(site: Site) -> None:
+    for module in site.block.attn.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+MIXED = tuple(image(*shape, batch=1) for shape in SHAPES)
+
+
+@every_host
+@pytest.mark.parametrize("inputs", [(image(),), naflex_batch(*MIXED)], ids=["images", "naflex"])
+def test_function_is_kept(host, inputs):
+    model = make(host)
+    assert len(find_sites(model)) == 2
+    check_function_is_kept(model, *inputs)
+    check_gradients_reach_every_branch(model, *inputs)
+    check_branch_matters(model, *inputs)
+
+
+@every_host
+def test_map_is_the_image(host):
+    check_map_is_the_image(make(host, num_classes=0), image(), silence=without_attention)
+
+
+def test_padded_images_have_a_larger_grid():
+    model = localvit.localize(make("naflexvit", dynamic_img_pad=True, embed_proj_type="conv").double().eval())
+    uneven = image(7, 3)[:, :, :-1, : 1 - 2 * PATCH]  # 6 patches and a rest by 1 patch and a rest
+    assert [tuple(map_BEHW.shape[2:]) for map_BEHW in hidden_maps(model, uneven)] == [(7, 2), (7, 2)]
+
+
+@pytest.mark.parametrize("host", ["naflexvit", "gemma4"])
+def test_patches_need_not_be_square(host):
+    model = localvit.localize(make(host, patch_size=(4, 6)).double().eval())
+    maps = hidden_maps(model, noise(2, 3, 4 * 7, 6 * 3))
+    assert [tuple(map_BEHW.shape[2:]) for map_BEHW in maps] == [(7, 3), (7, 3)]
+
+
+@pytest.mark.parametrize("host", ["naflexvit", "gemma4"])
+def test_images_make_one_graph(host):
+    model = perturb(localvit.localize(make(host).eval()))
+    compiled = torch.compile(copy.deepcopy(model), backend="eager", fullgraph=True)
+    with torch.no_grad():
+        # The same kernels in the same order.
+        torch.testing.assert_close(compiled(image().float()), model(image().float()))
+
+
+@every_host
+def test_placed_tokens_get_what_images_get_alone(host):
+    """The same images, one by one as images, and together as patches with coordinates."""
+    model = perturb(localvit.localize(make(host).double().eval(), kernel_size=5))
+    with torch.no_grad():
+        together = output_of(model, *naflex_batch(*MIXED))
+        for sample, alone in enumerate(MIXED):
+            expected = output_of(model, alone)
+            # timm resamples positions, and has its frequencies, in float32: 1e-6.
+            found = together[sample] if expected.ndim == 2 else together[sample, : expected.shape[1]]
+            torch.testing.assert_close(found, expected[0], rtol=1e-5, atol=1e-5)
+
+
+def test_order_of_placed_tokens_is_free():
+    """Gemma 4 knows a token's place by its coordinates alone, and marks padding by -1."""
+    model = perturb(localvit.localize(make("gemma4 encoder").double().eval()))
+    patches, coord_BN2, valid_BN = naflex_batch(*MIXED)
+    coord_BN2 = coord_BN2.masked_fill(~valid_BN[..., None], -1)
+    order = torch.randperm(patches.shape[1], generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(patches, coord_BN2)[:, order]
+        shuffled = model({"patches": patches[:, order], "patch_coord": coord_BN2[:, order]})
+    # float64; attention sums in another order.
+    torch.testing.assert_close(shuffled[valid_BN[:, order]], expected[valid_BN[:, order]])
+
+
+def test_clamps_act_behind_the_branch():
+    """What Gemma 4's projection clamps is what the branch returns."""
+    model = perturb(localvit.localize(make("gemma4").double().eval()))
+    site = model.encoder.blocks[0].mlp.down_proj
+    site.input_min.fill_(-0.01)
+    site.input_max.fill_(0.02)
+    seen = []
+    site.linear.register_forward_pre_hook(lambda linear, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(image())
+    assert seen[0].min() == -0.01
+    assert seen[0].max() == 0.02
+
+
+@every_host
+def test_copies_follow_their_own_model(host):
+    model = perturb(localvit.localize(make(host).double().eval()))
+    with torch.no_grad():
+        expected = output_of(model, *naflex_batch(*MIXED))
+        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            output_of(model, image())
+            assert torch.equal(output_of(copied, *naflex_batch(*MIXED)), expected)
+
+
+@every_host
+def test_delocalize_leaves_no_hook(host):
+    model = localvit.delocalize(localvit.localize(make(host)))
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("options", [{"gate": "se"}, {"gate": "ecah"}, {"norm": "batchnorm"}], ids=str)
+def test_means_over_maps_are_refused_for_placed_tokens_alone(options):
+    model = localvit.localize(make("naflexvit").double().eval(), **options)
+    output_of(model, image())
+    with pytest.raises(ValueError, match="takes means over whole maps, but images of several shapes"):
+        output_of(model, *naflex_batch(*MIXED))
+
+
+def test_paper_form_takes_images_alone():
+    model = localvit.localize(make("naflexvit prefix").double().eval(), preserve=False)
+    assert torch.isfinite(output_of(model, image())).all()
+    with pytest.raises(ValueError, match="the paper's form takes means over whole maps"):
+        output_of(model, *naflex_batch(*MIXED))
+    with pytest.raises(ValueError, match="Gemma4Block norms what the feed-forward returns"):
+        localvit.localize(make("gemma4"), preserve=False)
+
+
+def test_patch_dropout_is_refused():
+    with pytest.raises(ValueError, match="NaFlexVit drops patches in training"):
+        localvit.localize(make("naflexvit", patch_drop_rate=0.5))
+
+
+def test_gradient_checkpointing_changes_nothing():
+    model = perturb(localvit.localize(make("naflexvit prefix").double()))
+    patches, coord_BN2, valid_BN = naflex_batch(*MIXED)
+    gradients = []
+    for checkpointing in (False, True):
+        model.set_grad_checkpointing(checkpointing)
+        model.zero_grad()
+        x_BNC = model.forward_features(patches, coord_BN2, valid_BN)["patches"]
+        (x_BNC[:, 3:][valid_BN] ** 3).sum().backward()
+        gradients.append([branch.conv.weight.grad.clone() for branch in branches_of(model)])
+    assert all(gradient.any() for gradient in gradients[0])
+    torch.testing.assert_close(gradients[0], gradients[1])

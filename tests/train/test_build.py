@@ -1,0 +1,196 @@
+"""What a config builds, against the published facts."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.transforms import RandomResizedCropAndInterpolation
+from tiny import tiny_config
+
+import localvit
+from localvit.data.images import DataError
+from localvit.data.preprocessing import Preprocessing
+from localvit.train.augmentation import augmentation, mixing
+from localvit.train.build import build
+from localvit.train.config import TrainConfig
+from localvit.train.optimization import build_optimizer, build_scheduler, set_learning_rate
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+PLAIN = {"hflip": 0.0, "auto_augment": None, "color_jitter": 0.0, "random_erasing": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("localvit_nano_patch4_32", {"pos_embed", "cls_token"}),
+        ("localvit_pvt_tiny", {"cls_token"}),
+        ("localvit_tnt_tiny", {"patch_pos", "pixel_pos", "cls_token"}),
+        ("localvit_t2t_7", {"cls_token"}),
+        ("localvit_swin_tiny", set()),
+    ],
+)
+def test_what_has_no_weight_decay(name, own):
+    model = localvit.create_model(name, device="meta")
+    optimizer = build_optimizer(TrainConfig(weight_decay=0.07), model, 512)
+    decay_of = {parameter: group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]}
+    named = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
+    assert own <= named.keys()
+    assert decay_of.keys() == set(named.values())  # each parameter, once
+    for key, parameter in named.items():
+        free = parameter.ndim <= 1 or key.endswith(".bias") or key in own
+        assert decay_of[parameter] == (0.0 if free else 0.07), key
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert all(group["betas"] == (0.9, 0.999) and group["eps"] == 1e-8 for group in optimizer.param_groups)
+
+
+def learning_rates(config, epochs):
+    optimizer = build_optimizer(config, torch.nn.Linear(3, 5), 8 * 128)
+    scheduler = build_scheduler(config, optimizer, steps_per_epoch=7)
+    for epoch in epochs:
+        set_learning_rate(scheduler, epoch)
+        yield optimizer.param_groups[0]["lr"]
+
+
+def test_learning_rate_is_the_published_one_in_every_epoch():
+    published = json.loads((GOLDEN / "schedule.json").read_text())["learning_rate_by_epoch"]
+    config = TrainConfig()
+    # Equal formulas in float64, in another order of operations at most.
+    assert list(learning_rates(config, range(300))) == pytest.approx(published, rel=1e-12, abs=0)
+    assert list(learning_rates(config, [211])) == pytest.approx(published[211:212], rel=1e-12, abs=0)
+
+
+def test_a_small_image_is_cropped_from_its_padded_self():
+    height, width = 28, 31
+    pixels = np.random.default_rng(5).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    transform = augmentation(TrainConfig(**PLAIN), Preprocessing.published((height, width)), 0.0)
+    padded = np.zeros((height + 8, width + 8, 3), dtype=np.float32)
+    padded[4:-4, 4:-4] = pixels / 255
+    normal = (padded - np.float32(IMAGENET_DEFAULT_MEAN)) / np.float32(IMAGENET_DEFAULT_STD)
+    seen = set()
+    for seed in range(40):
+        torch.manual_seed(seed)
+        crop = transform(Image.fromarray(pixels)).numpy().transpose(1, 2, 0)
+        assert crop.shape == (height, width, 3)
+        # float32 rounding of values up to 3; another crop differs by tenths.
+        places = [
+            (y, x)
+            for y in range(9)
+            for x in range(9)
+            if np.allclose(normal[y : y + height, x : x + width], crop, atol=1e-5)
+        ]
+        assert len(places) == 1
+        seen |= set(places)
+    assert len(seen) > 20  # of 81 places; 40 even draws hit 32 on average
+
+
+def test_an_image_of_another_size_is_first_resized_as_for_evaluation():
+    preprocessing = Preprocessing.published((32, 32))
+    image = Image.fromarray(np.random.default_rng(7).integers(0, 256, (53, 71, 3), dtype=np.uint8))
+    assert augmentation(TrainConfig(**PLAIN), preprocessing, 0.0)(image).shape == (3, 32, 32)
+
+
+def test_a_larger_image_is_cropped_and_resized():
+    transform = augmentation(TrainConfig(), Preprocessing.published((48, 64)), 0.25)
+    image = Image.fromarray(np.random.default_rng(7).integers(0, 256, (53, 71, 3), dtype=np.uint8))
+    assert isinstance(transform.transforms[0], RandomResizedCropAndInterpolation)
+    assert transform(image).shape == (3, 48, 64)
+
+
+def test_posterizing_to_no_bits_is_black():
+    """As Pillow did it before 13, which refuses; the published policy draws it now and then."""
+    transform = augmentation(
+        TrainConfig(auto_augment="rand-m10-n9-mstd0-inc1", hflip=0.0), Preprocessing.published((48, 64)), 0.0
+    )
+    operations = [op for step in transform.transforms for op in getattr(step, "ops", ())]
+    (posterize,) = (op for op in operations if op.name == "PosterizeIncreasing")
+    image = Image.fromarray(np.random.default_rng(7).integers(0, 256, (53, 71, 3), dtype=np.uint8))
+    for level, kept in ((0.0, 4), (5.0, 2), (10.0, 0)):
+        posterize.prob, posterize.magnitude = 1.0, level
+        wanted = np.asarray(image) & ~np.uint8(2 ** (8 - kept) - 1)
+        assert np.array_equal(np.asarray(posterize(image)), wanted)
+
+
+def test_mixed_labels_are_smoothed_probabilities():
+    mixup = mixing(TrainConfig(label_smoothing=0.1), num_classes=5)
+    _, targets_BM = mixup(torch.randn(6, 3, 16, 16), torch.arange(6) % 5)
+    # Rows sum to 1; smoothing spreads 0.1 over 5 classes, so nothing is below 0.02. float32 rounding of the two.
+    torch.testing.assert_close(targets_BM.sum(1), torch.ones(6), rtol=0, atol=1e-6)
+    assert targets_BM.min().item() == pytest.approx(0.02, abs=1e-6)
+    assert mixing(TrainConfig(mixup=0.0, cutmix=0.0), num_classes=5) is None
+
+
+def test_weights_follow_from_the_seed(tiny_digits, tmp_path):
+    def first_weights(seed):
+        return build(tiny_config(tiny_digits, tmp_path, seed=seed)).state.model.state_dict()
+
+    once, again, other = first_weights(3), first_weights(3), first_weights(4)
+    assert all(torch.equal(once[key], again[key]) for key in once)
+    assert not torch.equal(once["blocks.0.attn.qkv.weight"], other["blocks.0.attn.qkv.weight"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"batch_size": 40}, ValueError, "batch_size=40 is more than the 39 images"),
+        ({"model": "localvit_nan"}, ValueError, "no model is called 'localvit_nan'"),
+        ({"opt": "adamx"}, ValueError, "adamx"),
+        ({"device": "gpu"}, ValueError, "torch knows no such device"),
+        ({"data_set": "IMNET-A", "below": "train"}, DataError, "trained and evaluated on alike"),
+        ({"data_set": "IMNET", "below": "nowhere"}, DataError, "no such folder"),
+    ],
+)
+def test_what_cannot_be_built_says_so(tiny_digits, tmp_path, changes, error, words):
+    settings = {name: value for name, value in changes.items() if name != "below"}
+    with pytest.raises(error, match=words):
+        build(tiny_config(tiny_digits / changes.get("below", ""), tmp_path / "run", **settings))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_warm_up_longer_than_the_run_is_remarked_on(tiny_digits, tmp_path):
+    told = []
+    build(tiny_config(tiny_digits, tmp_path, epochs=2, warmup_epochs=2), told.append)
+    assert any("2 epochs end inside the 2 of warm-up" in line for line in told)
+
+
+def test_a_convolutional_network_takes_any_size(tiny_digits, tmp_path):
+    training = build(tiny_config(tiny_digits, tmp_path, model="resnet10t", input_size=(28, 36)))
+    assert training.preprocessing.input_size == (28, 36)
+    assert "img_size" not in training.state.model.made_from["args"]
+
+
+def test_another_run_is_not_written_over(tiny_digits, tmp_path):
+    (tmp_path / "log.txt").write_text("{}\n")
+    with pytest.raises(FileExistsError, match="holds another run"):
+        build(tiny_config(tiny_digits, tmp_path))
+
+
+@pytest.mark.parametrize("below", ["", "train"])
+def test_a_folder_without_val_is_split(tiny_digits, tmp_path, below):
+    import shutil
+
+    shutil.copytree(tiny_digits / "train", tmp_path / "digits" / below, dirs_exist_ok=True)
+    told = []
+    config = tiny_config(tmp_path / "digits", tmp_path / "run", data_set="FOLDER", seed=5)
+    training = build(config, told.append)
+    shown, kept = training.batches.images.images, training.val_images
+    names = [[images.name(index) for index in range(len(images))] for images in (shown, kept)]
+    assert [kept.labels.count(label) for label in range(3)] == [2, 2, 2]  # 15 % of 13, rounded
+    assert len(set(names[0]) | set(names[1])) == 39 == len(names[0]) + len(names[1])
+    assert any("6 of its 39 images, drawn by seed 5" in line for line in told)
+
+
+def test_fine_tuning_normalizes_as_the_weights_were_trained(tiny_digits, tmp_path):
+    """timm's ViT-Ti was trained with mean and deviation 0.5; from nothing it gets ImageNet's, as published."""
+    own = {"model": "vit_tiny_patch16_224", "input_size": (32,)}
+    localvit.save_checkpoint(localvit.create_model(own["model"], num_classes=5), tmp_path / "five.safetensors")
+    fresh = build(tiny_config(tiny_digits, tmp_path / "run", **own)).preprocessing
+    tuned = build(tiny_config(tiny_digits, tmp_path / "run", **own, finetune=str(tmp_path / "five.safetensors")))
+    assert (fresh.mean, fresh.std) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    assert (tuned.preprocessing.mean, tuned.preprocessing.std) == ((0.5,) * 3, (0.5,) * 3)
+    transform = tuned.batches.images.repeated.transform
+    assert [step.mean.tolist() for step in transform.transforms if hasattr(step, "mean")] == [[0.5] * 3]
