@@ -33,8 +33,8 @@ def imported_modules(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return {name for name in found if name}
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
 
 
 def layer_of(path: Path) -> str:

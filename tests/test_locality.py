@@ -3,12 +3,14 @@
 import copy
 import json
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import weights
 from numpy.lib.stride_tricks import sliding_window_view
+from timm.layers import LayerNorm2d
 from torch import nn
 
 from localvit import LocalityFeedForward
@@ -120,7 +122,9 @@ def definition(module, map_BCHW, act, stride=1, wo_dp_conv=False, dp_first=False
         nonlocal layer
         weight = entries[f"conv.{layer}.weight"][:, 0]
         layer += 1
-        windows = sliding_window_view(np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1))), (3, 3), axis=(2, 3))
+        half = weight.shape[-1] // 2
+        padded = np.pad(x, ((0, 0), (0, 0), (half, half), (half, half)))
+        windows = sliding_window_view(padded, weight.shape[1:], axis=(2, 3))
         return np.einsum("bchwij,cij->bchw", windows[:, :, ::stride, ::stride], weight)
 
     if dp_first:
@@ -167,6 +171,60 @@ def test_stride_and_width_change_leave_the_input_out(out_dim, stride, dp_first):
     out = module(map_BCHW)
     assert out.shape == (2, out_dim, -(-7 // stride), -(-11 // stride))
     torch.testing.assert_close(out, definition(module, map_BCHW, "hs+se", stride, dp_first=dp_first), **CLOSE)
+
+
+@pytest.mark.parametrize("kernel_size", [1, 5, 7])
+@pytest.mark.parametrize("variant", [{}, {"dp_first": True}, {"stride": 2}], ids=["second", "first", "strided"])
+def test_kernel_size(kernel_size, variant):
+    module = random_module(5, 5, kernel_size=kernel_size, reduction=2, **variant)
+    map_BCHW = random_map(2, 5, 7, 11)
+    torch.testing.assert_close(module(map_BCHW), definition(module, map_BCHW, "hs+se", **variant), **CLOSE)
+
+
+def test_act_layer_replaces_the_activation_and_keeps_the_gate():
+    module = random_module(5, 5, act_layer=nn.GELU, reduction=2)
+    expected = random_module(5, 5, reduction=2)
+    assert module.state_dict().keys() == expected.state_dict().keys()
+    expected.conv[2] = expected.conv[5] = nn.GELU()
+    map_BCHW = random_map(2, 5, 7, 11)
+    torch.testing.assert_close(module(map_BCHW), expected(map_BCHW), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("norm", ["group norm", "layer norm"])
+def test_norm_layer_normalizes_each_image_by_itself(norm):
+    """In numpy: zero mean and unit variance over groups of channels, or over the channels at each position."""
+    norm_layer = partial(nn.GroupNorm, 2) if norm == "group norm" else LayerNorm2d
+    module = LocalityFeedForward(4, 4, reduction=2, norm_layer=norm_layer, dtype=torch.float64).train()
+    map_BCHW = random_map(3, 4, 7, 11)
+    expanded = module.conv[0](map_BCHW).detach().numpy()
+    if norm == "group norm":
+        groups = expanded.reshape(3, 2, 8 * 7 * 11)
+        normal = (groups - groups.mean(2, keepdims=True)) / np.sqrt(groups.var(2, keepdims=True) + 1e-5)
+        normal = normal.reshape(expanded.shape)
+    else:
+        variance = expanded.var(1, keepdims=True)
+        normal = (expanded - expanded.mean(1, keepdims=True)) / np.sqrt(variance + module.conv[1].eps)
+    torch.testing.assert_close(module.conv[1](module.conv[0](map_BCHW)), torch.from_numpy(normal), **CLOSE)
+    out = module(map_BCHW)
+    torch.testing.assert_close(module(map_BCHW[:1]), out[:1], **CLOSE)  # a batch of one is fine
+    torch.testing.assert_close(module.eval().fuse()(map_BCHW), out, **CLOSE)
+
+
+def test_shortcut():
+    module = random_module(5, 5, reduction=2)
+    without = random_module(5, 5, reduction=2, shortcut=False)
+    map_BCHW = random_map(2, 5, 7, 11)
+    torch.testing.assert_close(without(map_BCHW) + map_BCHW, module(map_BCHW), **CLOSE)
+    assert random_module(5, 5, reduction=2, shortcut=True).shortcut
+    torch.testing.assert_close(without.fuse()(map_BCHW), without(map_BCHW), **CLOSE)
+
+
+def test_keyword_only_arguments_leave_the_published_state_dict():
+    published = LocalityFeedForward(5, 5, reduction=2).state_dict()
+    given = LocalityFeedForward(
+        5, 5, reduction=2, kernel_size=3, act_layer=nn.SiLU, norm_layer=nn.BatchNorm2d, shortcut=False
+    ).state_dict()
+    assert {key: value.shape for key, value in given.items()} == {key: value.shape for key, value in published.items()}
 
 
 def test_defaults_are_the_published_ones():
@@ -218,6 +276,11 @@ def test_reduction_divides_the_bottleneck(channels, reduction, width):
         ({"in_dim": 5, "out_dim": 5, "reduction": -2}, "reduction=-2"),
         ({"in_dim": 5, "out_dim": 5, "wo_dp_conv": True, "dp_first": True}, "dp_first=True needs the depth-wise"),
         ({"in_dim": 5, "out_dim": 5, "wo_dp_conv": True, "stride": 2}, "stride=2 needs the depth-wise"),
+        ({"in_dim": 5, "out_dim": 5, "wo_dp_conv": True, "kernel_size": 5}, "kernel_size=5 needs the depth-wise"),
+        ({"in_dim": 5, "out_dim": 5, "kernel_size": 4}, "kernel_size=4 must be odd"),
+        ({"in_dim": 5, "out_dim": 5, "kernel_size": -1}, "kernel_size=-1 must be odd"),
+        ({"in_dim": 5, "out_dim": 7, "shortcut": True}, "shortcut=True .* 5 -> 7"),
+        ({"in_dim": 5, "out_dim": 5, "stride": 2, "shortcut": True}, "shortcut=True .* stride=2"),
     ],
 )
 def test_bad_arguments_raise(arguments, says):

@@ -104,7 +104,7 @@ def test_module_in_float32_on_every_way(act, form, way, monkeypatch):
     fused, map_BCHW = module.fuse(), torch.randn(5, 6, 11, 7)
     if way == "in parts":
         monkeypatch.setattr("localvit.ops.folded.PART_BYTES", 2 * 11 * 7 * 18 * 4)
-    monkeypatch.setattr("localvit.ops.switch._used", way == "kernels in use")
+    monkeypatch.setattr("localvit.ops.dispatch._backend", "triton" if way == "kernels in use" else "torch")
     with (
         torch.set_grad_enabled(way == "with gradients"),
         torch.backends.mkldnn.flags(enabled=way != "oneDNN off"),

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 MODULES = {
-    "depthwise_act_pool": "inference_triton",
-    "norm_act_depthwise": "training_triton",
-    "norm_act_depthwise_backward": "training_backward_triton",
+    "depthwise_act_pool": "inference",
+    "norm_act_depthwise": "training",
+    "norm_act_depthwise_backward": "training_backward",
 }
 
 # Ranges of batch, height, width, channels. Tiles have up to 14 rows, 8 or 16 columns, and 32 to 128 channels.
@@ -141,7 +141,7 @@ def check_close(found, wanted, dtype, places, what):
 
 def compare(operator, seed, ranges, device="cpu", dtypes=None):
     """Launch an operator's kernel in one dtype and float64, and compare with float64 by torch."""
-    launch = getattr(importlib.import_module(f"localvit.ops.kernels.{MODULES[operator]}"), operator)
+    launch = getattr(importlib.import_module(f"localvit.ops.triton.{MODULES[operator]}"), operator)
     draw = Draw(seed, device)
     size = [draw.number(*ends) for ends in ranges]
     half = (torch.float32, torch.bfloat16, torch.float16)[draw.number(0, 2)]
@@ -173,7 +173,7 @@ def far_mean(seed, device="cpu"):
 
 def not_a_number(operator, act, device="cpu"):
     """One NaN reaches the places around it and its channel's sums, nothing else, and is not clamped away."""
-    launch = getattr(importlib.import_module(f"localvit.ops.kernels.{MODULES[operator]}"), operator)
+    launch = getattr(importlib.import_module(f"localvit.ops.triton.{MODULES[operator]}"), operator)
     given = arguments(Draw(1, device), operator, (1, 4, 6, 3), torch.float32)
     given[0][0, 1, 2, 1] = torch.nan
     out, total, *_ = launch(*given, act)

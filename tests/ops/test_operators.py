@@ -8,19 +8,18 @@ import pytest
 import torch
 from torch import nn
 
-from localvit.ops import kernels
-from localvit.ops import reference as plain
+from localvit.ops import dispatch, operators, reference, use_backend
+from localvit.ops.activations import ACTIVATIONS
 
 SIZE = (2, 3, 5, 4)
 OPERATORS = torch.ops.localvit
 
 
 @pytest.fixture
-def switched_on():
+def triton_backend():
     pytest.importorskip("triton", reason="Triton is not installed")
-    kernels.use(True)
-    yield
-    kernels.use(False)
+    with use_backend("triton"):
+        yield
 
 
 def sample(operator, seed=0, dtype=torch.float64):
@@ -29,10 +28,10 @@ def sample(operator, seed=0, dtype=torch.float64):
 
 
 @pytest.mark.parametrize("operator", ["depthwise_act_pool", "norm_act_depthwise"])
-@pytest.mark.parametrize("act", plain.ACTS)
+@pytest.mark.parametrize("act", ACTIVATIONS)
 @pytest.mark.parametrize("registered", [False, True])
 def test_gradients(operator, act, registered):
-    form = getattr(OPERATORS if registered else plain, operator)
+    form = getattr(OPERATORS if registered else reference, operator)
     for seed in range(3):
         assert torch.autograd.gradcheck(lambda *given: form(*given, act), sample(operator, seed))
 
@@ -51,7 +50,7 @@ def test_gradients_of_gradients():
 
 @pytest.mark.parametrize("registered", [False, True])
 def test_no_gradient_flows_through_the_moments(registered):
-    form = OPERATORS.norm_act_depthwise if registered else plain.norm_act_depthwise
+    form = OPERATORS.norm_act_depthwise if registered else reference.norm_act_depthwise
     out, mean, variance = form(*sample("norm_act_depthwise"), "hs")
     assert [each.requires_grad for each in (out, mean, variance)] == [True, False, False]
 
@@ -72,7 +71,7 @@ def test_batch_norms_backward_pass():
     root = (variance + norm.eps).sqrt()
     scale = norm.weight.detach() / root
     shift = norm.bias.detach() - mean * scale
-    grad_u, _, sums = kernels.norm_act_depthwise_backward(grad, z.detach(), scale, shift, weight, mean, "hs")
+    grad_u, _, sums = operators.norm_act_depthwise_backward(grad, z.detach(), scale, shift, weight, mean, "hs")
     places = 3 * 5 * 7
     by_formula = scale * (grad_u - sums[0] / places - (z.detach() - mean) * sums[1] / (places * root**2))
     for found, expected in zip((by_formula, sums[1] / root, sums[0]), wanted, strict=True):
@@ -91,9 +90,10 @@ class Both(nn.Module):
     """Both differentiable operators, one after the other."""
 
     def forward(self, x_BHWE, weight_E33, scale_E, shift_E):
-        out_BHWE, mean_E, variance_E = kernels.norm_act_depthwise(x_BHWE, scale_E, shift_E, weight_E33, "hs")
+        chosen = operators if dispatch.use_operators() else reference
+        out_BHWE, mean_E, variance_E = chosen.norm_act_depthwise(x_BHWE, scale_E, shift_E, weight_E33, "hs")
         out_BHWE = (out_BHWE - mean_E) * (variance_E + 1e-5).rsqrt()
-        y_BHWE, sum_BE = kernels.depthwise_act_pool(out_BHWE, weight_E33, shift_E, "relu6")
+        y_BHWE, sum_BE = chosen.depthwise_act_pool(out_BHWE, weight_E33, shift_E, "relu6")
         return y_BHWE * sum_BE[:, None, None]
 
 
@@ -109,11 +109,11 @@ def targets(graph_module):
     return {str(node.target) for node in graph_module.graph.nodes if node.op == "call_function"}
 
 
-def test_compiled(switched_on):
-    """In one graph; its values and gradients are those of the plain form."""
+def test_compiled(triton_backend):
+    """In one graph; its values and gradients are those of the reference."""
     found, wanted = [], []
     for results, on in ((found, True), (wanted, False)):
-        kernels.use(on)
+        dispatch.set_backend("triton" if on else "torch")
         given, leaves = both_arguments()
         module = Both()
         out = torch.compile(module, fullgraph=True, backend="aot_eager")(*given) if on else module(*given)
@@ -122,18 +122,18 @@ def test_compiled(switched_on):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)  # float64 sums in another order
 
 
-def test_compiled_anew_when_switched(switched_on):
+def test_recompiled_for_another_backend(triton_backend):
     graphs = []
     compiled = torch.compile(Both(), fullgraph=True, backend=lambda graph, _: graphs.append(targets(graph)) or graph)
-    for on in (True, False):
-        kernels.use(on)
+    for backend in ("triton", "torch"):
+        dispatch.set_backend(backend)
         compiled(*both_arguments()[0])
     seen = [{name for name in graph if "localvit" in name} for graph in graphs]
-    assert seen == [{"localvit.depthwise_act_pool", "localvit.norm_act_depthwise"}, set()]
+    assert seen == [{"localvit.depthwise_act_pool.default", "localvit.norm_act_depthwise.default"}, set()]
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_exported(switched_on, dynamic):
+def test_exported(triton_backend, dynamic):
     given = [each.detach() for each in both_arguments()[0]]
     shapes = ({0: torch.export.Dim("batch", min=1, max=64)} if dynamic else None, None, None, None)
     program = torch.export.export(Both(), tuple(given), dynamic_shapes=shapes)
@@ -143,7 +143,7 @@ def test_exported(switched_on, dynamic):
     } <= targets(program.graph_module)
     given = [each.detach() for each in both_arguments(batch=5 if dynamic else 2)[0]]
     torch.testing.assert_close(program.module()(*given), Both()(*given), rtol=0, atol=0)
-    kernels.use(False)
+    dispatch.set_backend("torch")
     program = torch.export.export(Both(), tuple(given))
     assert not any("localvit" in name for name in targets(program.graph_module))
 
@@ -155,20 +155,11 @@ def test_meta_device():
     assert (out.shape, mean.shape, variance.shape) == (SIZE, SIZE[3:], SIZE[3:])
 
 
-def test_without_triton(monkeypatch):
-    monkeypatch.setitem(sys.modules, "triton", None)
-    with pytest.raises(ModuleNotFoundError, match="pip install triton"):
-        kernels.use(True)
-    assert not kernels.in_use()
-    y, _ = kernels.depthwise_act_pool(*sample("depthwise_act_pool"), "hs")
-    assert y.shape == SIZE
-
-
-def test_off_and_unimported_until_switched_on():
+def test_triton_is_imported_only_where_a_kernel_runs():
     program = (
-        "import sys, torch; from localvit import kernels; "
+        "import sys, torch; from localvit import ops; "
         "torch.ops.localvit.depthwise_act_pool(torch.ones(1, 2, 2, 1), torch.ones(1, 3, 3), torch.ones(1), 'hs'); "
-        "print(kernels.in_use(), [name for name in sys.modules if name.endswith('_triton') and 'localvit' in name])"
+        "print(ops.backend(), [name for name in sys.modules if 'localvit.ops.triton.' in name])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False []"
+    assert done.stdout.strip() == "torch []"

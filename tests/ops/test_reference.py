@@ -1,23 +1,23 @@
-"""The plain form: what torch's functions compute in float64, on every layout and dtype, and clear refusals."""
+"""The reference: what torch's functions compute in float64, on every layout and dtype, and clear errors."""
 
 import launches
 import pytest
 import torch
 
-from localvit.ops import kernels
-from localvit.ops import reference as plain
+from localvit.ops import reference
+from localvit.ops.activations import ACTIVATIONS
 
 GRIDS = [(2, 5, 7, 11), (1, 1, 1, 1), (3, 1, 5, 2), (2, 7, 1, 3), (1, 13, 3, 17)]
 
 
 @pytest.mark.parametrize("operator", launches.MODULES)
 @pytest.mark.parametrize("size", GRIDS, ids=str)
-@pytest.mark.parametrize("act", plain.ACTS)
+@pytest.mark.parametrize("act", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_equals_torchs_functions(operator, size, act, dtype):
     for seed in range(3):  # which draws the map's layout, too
         given = launches.arguments(launches.Draw(seed), operator, size, dtype)
-        found = getattr(kernels, operator)(*given, act)
+        found = getattr(reference, operator)(*given, act)
         wanted = launches.expected(operator, given, act)
         launches.check_close(found, wanted, dtype, size[0] * size[1] * size[2], f"{operator}, seed {seed}")
 
@@ -27,7 +27,7 @@ def test_equals_torchs_functions(operator, size, act, dtype):
 def test_half_precision(operator, dtype):
     """The map in its dtype, sums in float32; off by as much as the activated map, rounded before it is convolved."""
     given = launches.arguments(launches.Draw(2), operator, (2, 5, 7, 11), dtype)
-    found = getattr(kernels, operator)(*given, "hs")
+    found = getattr(reference, operator)(*given, "hs")
     wanted = launches.expected(operator, given, "hs")
     assert [each.dtype for each in found] == [dtype, *[torch.float32] * (len(found) - 1)]
     for one, other in zip(found, wanted, strict=True):
@@ -38,8 +38,8 @@ def test_half_precision_of_the_map_alone():
     """As autocast gives it: the map in bfloat16, parameters in float32."""
     x, *parameters = launches.arguments(launches.Draw(2), "depthwise_act_pool", (2, 5, 7, 11), torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        y, total = kernels.depthwise_act_pool(x.bfloat16(), *parameters, "hs")
-        in_float32, _ = kernels.depthwise_act_pool(x, *parameters, "hs")
+        y, total = reference.depthwise_act_pool(x.bfloat16(), *parameters, "hs")
+        in_float32, _ = reference.depthwise_act_pool(x, *parameters, "hs")
     assert (y.dtype, total.dtype, in_float32.dtype) == (torch.bfloat16, torch.float32, torch.float32)
 
 
@@ -47,7 +47,7 @@ def test_sums_do_not_overflow_half_precision():
     x = torch.full((1, 40, 50, 3), 100.0, dtype=torch.float16)
     weight = torch.zeros(3, 3, 3, dtype=torch.float16)
     weight[:, 1, 1] = 1
-    _, total = kernels.depthwise_act_pool(x, weight, torch.zeros(3, dtype=torch.float16), "hs")
+    _, total = reference.depthwise_act_pool(x, weight, torch.zeros(3, dtype=torch.float16), "hs")
     assert torch.equal(total, torch.full((1, 3), 200_000.0))
 
 
@@ -55,7 +55,7 @@ def test_arguments_are_left_as_they_are():
     for operator in launches.MODULES:
         given = launches.arguments(launches.Draw(4), operator, (2, 5, 7, 11), torch.float32)
         before = [each.clone() for each in given]
-        getattr(kernels, operator)(*given, "relu6")
+        getattr(reference, operator)(*given, "relu6")
         assert all(torch.equal(one, other) for one, other in zip(given, before, strict=True))
 
 
@@ -79,6 +79,6 @@ BAD = [
 @pytest.mark.parametrize(("operator", "spoil", "message"), BAD, ids=lambda each: each if isinstance(each, str) else "")
 @pytest.mark.parametrize("registered", [False, True])
 def test_bad_arguments(operator, spoil, message, registered):
-    form = getattr(torch.ops.localvit if registered else kernels, operator)
+    form = getattr(torch.ops.localvit if registered else reference, operator)
     with pytest.raises(ValueError, match=message):
         form(*spoil(launches.arguments(launches.Draw(0), operator, (2, 3, 5, 7), torch.float32)))

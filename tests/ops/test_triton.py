@@ -10,8 +10,8 @@ import launches
 import pytest
 import torch
 
-from localvit.ops import kernels
-from localvit.ops import reference as plain
+from localvit.ops import operators, use_backend
+from localvit.ops.activations import ACTIVATIONS
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")
@@ -50,7 +50,7 @@ def test_interpreted_variance_far_from_zero(interpreted):
 
 @needs_triton
 @pytest.mark.parametrize("operator", ["depthwise_act_pool", "norm_act_depthwise"])
-@pytest.mark.parametrize("act", plain.ACTS)
+@pytest.mark.parametrize("act", ACTIVATIONS)
 def test_interpreted_not_a_number(interpreted, operator, act):
     interpreted(launches.not_a_number, operator, act)
 
@@ -59,7 +59,7 @@ def test_interpreted_not_a_number(interpreted, operator, act):
 @pytest.mark.parametrize("operator", launches.MODULES)
 @pytest.mark.parametrize("kind", ["channels apart", "empty"])
 def test_what_the_kernels_cannot_read_is_refused(operator, kind):
-    launch = getattr(importlib.import_module(f"localvit.ops.kernels.{launches.MODULES[operator]}"), operator)
+    launch = getattr(importlib.import_module(f"localvit.ops.triton.{launches.MODULES[operator]}"), operator)
     given = launches.arguments(launches.Draw(1), operator, (2, 3, 5, 7), torch.float32)
     spoiled = [
         each.contiguous(memory_format=torch.channels_last) if kind == "channels apart" else each[:0]
@@ -95,7 +95,7 @@ def test_compiled_for_nvidia(operator, capability, dtype, act, width, tmp_path, 
     from localvit.ops.triton.tiles import LAUNCH, Tiles
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    module = importlib.import_module(f"localvit.ops.kernels.{launches.MODULES[operator]}")
+    module = importlib.import_module(f"localvit.ops.triton.{launches.MODULES[operator]}")
     kernel = getattr(module, f"{operator}_kernel")
     tiles = Tiles(module.TILE_AREA, 2, 14, width, 48)
     constants = tiles.constants(torch.empty(0, dtype=dtype), act) | ({"width": 1} if width == 1 else {})
@@ -134,7 +134,7 @@ def test_variance_far_from_zero_on_a_gpu():
 @needs_triton
 @needs_gpu
 @pytest.mark.parametrize("operator", ["depthwise_act_pool", "norm_act_depthwise"])
-@pytest.mark.parametrize("act", plain.ACTS)
+@pytest.mark.parametrize("act", ACTIVATIONS)
 def test_not_a_number_on_a_gpu(operator, act):
     launches.not_a_number(operator, act, "cuda")
 
@@ -142,17 +142,14 @@ def test_not_a_number_on_a_gpu(operator, act):
 @needs_triton
 @needs_gpu
 @pytest.mark.parametrize("operator", launches.MODULES)
-def test_switched_on_on_a_gpu(operator):
-    """By the public functions, twice to the bit."""
+def test_kernels_run_on_a_gpu(operator):
+    """Through the public functions, twice, bit-identical."""
     seed = fresh_seed()
     given = launches.arguments(launches.Draw(seed, "cuda"), operator, (32, 14, 14, 768), torch.bfloat16)
-    in_torch = getattr(kernels, operator)(*given, "hs")
-    kernels.use(True)
-    try:
-        found, again = (getattr(kernels, operator)(*given, "hs") for _ in range(2))
-    finally:
-        kernels.use(False)
+    in_torch = getattr(operators, operator)(*given, "hs")
+    with use_backend("triton"):
+        found, again = (getattr(operators, operator)(*given, "hs") for _ in range(2))
     wanted = launches.expected(operator, given, "hs")
     launches.check_close(found, wanted, torch.bfloat16, 32 * 14 * 14, f"{operator}, seed {seed}")
     assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True)), f"seed {seed}"
-    assert not torch.equal(found[1], in_torch[1]), f"the plain form ran, seed {seed}"  # it sums in another order
+    assert not torch.equal(found[1], in_torch[1]), f"the reference ran, seed {seed}"  # it sums in another order

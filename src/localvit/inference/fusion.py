@@ -12,7 +12,7 @@ from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
 from localvit.inference.last_block import shorten_last_block
-from localvit.ops.hooks import is_untouched
+from localvit.ops.stages import is_untouched
 from localvit.surgery.branch import CHILD, LocalityBranch, attach, has_branch
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -19,7 +19,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from localvit.ops.hooks import is_untouched
+from localvit.ops.stages import is_untouched
 from localvit.surgery.branch import LocalityBranch, detach, has_branch
 from localvit.tokens.mlp import FusedMlp
 

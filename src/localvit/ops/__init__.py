@@ -1,1 +1,22 @@
-"""How the locality module's layers run: one result, several speeds."""
+"""How the locality module's layers run: one result, several speeds.
+
+`stages` reads a module's layers, `dispatch` decides how they run, and the rest computes: `recompute` for training,
+`folded` for inference, `operators` with `reference` and `triton` for the steps that have a kernel.
+"""
+
+from localvit.ops.dispatch import backend, set_backend, stages_to_fold, use_backend
+from localvit.ops.folded import FusedConvolutions, FusedFeedForward
+from localvit.ops.recompute import feed_forward
+from localvit.ops.stages import ChannelGate, Stages
+
+__all__ = [
+    "ChannelGate",
+    "FusedConvolutions",
+    "FusedFeedForward",
+    "Stages",
+    "backend",
+    "feed_forward",
+    "set_backend",
+    "stages_to_fold",
+    "use_backend",
+]

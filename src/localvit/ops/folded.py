@@ -1,45 +1,54 @@
-"""The locality module's inference form: batch norms folded, tokens never copied into another layout.
+"""The locality module in a fused model: batch norms folded into the convolutions, and tokens never rearranged.
 
-1x1 convolutions are linear layers over channels that lie last, as tokens have them; activations and the gate work in
-place, or in the same pass as the convolution before them where the device can: oneDNN on the CPU, and the kernels of
-`localvit.ops.kernels` on CUDA once they are switched on.
+1x1 convolutions are linear layers over channels that lie last, as tokens have them. The activation and the gate work in
+place, or in the same pass as the convolution before them where an implementation for that exists: oneDNN on the CPU,
+the Triton kernels on NVIDIA GPUs (`localvit.ops.dispatch.folded_path`).
 
 Shapes: B batch, C channels, E expanded channels, H and W the patch grid.
 """
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from localvit.ops import kernels
-from localvit.ops.activations import act_of, activate
+from localvit.ops import operators
+from localvit.ops.activations import activate
+from localvit.ops.dispatch import folded_path
+from localvit.ops.stages import ChannelGate, Stages, channel_means
 
 PART_BYTES = 2**24
-"""The largest map that is made at once on the CPU, where memory beyond the caches, and new memory, is slow."""
+"""The largest map that is computed at once on the CPU, where memory beyond the caches, and new memory, is slow."""
+
+
+class FusedFeedForward(nn.Module):
+    """A `LocalityFeedForward` of a fused model: maps (B, C, H, W) of any memory format in, channels-last out."""
+
+    def __init__(self, stages: Stages, *, shortcut: bool) -> None:
+        super().__init__()
+        self.conv = FusedConvolutions(stages)
+        self.shortcut = shortcut
+
+    def forward(self, map_BCHW: Tensor) -> Tensor:
+        out_BCHW = self.conv(map_BCHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return map_BCHW + out_BCHW if self.shortcut else out_BCHW
 
 
 class FusedConvolutions(nn.Sequential):
     """What a `LocalityFeedForward` computes in evaluation mode, without its shortcut: (B, H, W, C) in and out.
 
     Args:
-        layers: the module's `conv`, in evaluation mode; it is left as it is.
+        stages: those of the module's layers, in evaluation mode; the layers are left as they are.
     """
 
-    def __init__(self, layers: nn.Sequential) -> None:
-        fused: list[Any] = []
-        followers: list[Any] = [*list(layers)[1:], None]
-        for layer, norm in zip(layers, followers, strict=True):
-            if isinstance(layer, nn.Conv2d):
-                fused.append(FusedConvolution(fuse_conv_bn_eval(layer, norm)))
-            elif act := act_of(layer):
-                fused[-1].act = act
-            elif not isinstance(layer, nn.BatchNorm2d):  # those are folded into the convolution before them
-                fused[-1].gate = layer
-        super().__init__(*fused)
-        self.widest = max(convolution.conv.out_channels for convolution in fused)
+    def __init__(self, stages: Stages) -> None:
+        convs = [stages.first, *(stage.conv for stage in stages.stages)]
+        norms = [*(stage.norm for stage in stages.stages), stages.last_norm]
+        acts = [*(stage.act for stage in stages.stages), None]
+        gates = [*(stage.gate for stage in stages.stages), None]
+        folded = [fuse_conv_bn_eval(conv, norm) for conv, norm in zip(convs, norms, strict=True)]
+        super().__init__(*map(FusedConvolution, folded, acts, gates))
+        self.widest = max(conv.out_channels for conv in folded)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
         traced = torch.compiler.is_compiling() or isinstance(x_BHWC, torch.fx.Proxy)
@@ -53,90 +62,61 @@ class FusedConvolutions(nn.Sequential):
 
 
 class FusedConvolution(nn.Module):
-    """A convolution with its batch norm folded, and the activation and the channel gate after it: (B, H, W, C) maps."""
+    """A convolution with its batch norm folded, and the activation and channel gate after it: (B, H, W, C) maps.
 
-    def __init__(self, conv: nn.Conv2d) -> None:
+    Args:
+        conv: the folded convolution.
+        act: the name of the activation, or None.
+        gate: the gate after it, or None.
+    """
+
+    def __init__(self, conv: nn.Conv2d, act: str | None, gate: ChannelGate | None) -> None:
         super().__init__()
-        self.conv: Any = conv.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.act: Any = None
-        self.gate: Any = None
+        assert conv.bias is not None
+        self.weight = nn.Parameter(conv.weight.detach().contiguous(memory_format=torch.channels_last))
+        self.bias = conv.bias
+        for parameter in (self.weight, self.bias):
+            parameter.requires_grad_(conv.weight.requires_grad)
+        self.kernel_size, self.stride, self.padding = conv.kernel_size, conv.stride, conv.padding
+        self.groups = conv.groups
+        self.act = act
+        self.gate = gate
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
-        if kernels.in_use() and self._suits_kernel():
-            y_BHWE, sum_BE = kernels.depthwise_act_pool(x_BHWC, self.conv.weight, self.conv.bias, self.act)
+        path = folded_path(self, gated=self.gate is not None)
+        if path == "operator":
+            y_BHWE, sum_BE = operators.depthwise_act_pool(x_BHWC, self.weight, self.bias, self.act)
             mean_BE = (sum_BE / (y_BHWE.shape[1] * y_BHWE.shape[2])).to(y_BHWE.dtype)
         else:
-            y_BHWE = self._by_onednn(x_BHWC) if self._suits_onednn() else self._convolve_and_activate(x_BHWC)
+            y_BHWE = self._by_onednn(x_BHWC) if path == "onednn" else self._by_torch(x_BHWC)
             if self.gate is None:
                 return y_BHWE
             mean_BE = channel_means(y_BHWE)
+        assert self.gate is not None  # the operator runs only before a gate
         return y_BHWE.mul_(self.gate.scale(mean_BE)[:, None, None])
 
-    def _convolve_and_activate(self, x_BHWC: Tensor) -> Tensor:
-        if self.conv.groups == 1:
-            y_BHWE = F.linear(x_BHWC, self.conv.weight.flatten(1), self.conv.bias)
+    def _by_torch(self, x_BHWC: Tensor) -> Tensor:
+        if self.groups == 1:
+            y_BHWE = F.linear(x_BHWC, self.weight.flatten(1), self.bias)
         else:
-            y_BHWE = self.conv(x_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            map_BCHW = x_BHWC.permute(0, 3, 1, 2)
+            map_BEHW = F.conv2d(map_BCHW, self.weight, self.bias, self.stride, self.padding, groups=self.groups)
+            y_BHWE = map_BEHW.permute(0, 2, 3, 1)
         return y_BHWE if self.act is None else activate(y_BHWE, self.act, inplace=True)
 
-    def _suits_kernel(self) -> bool:
-        return self.gate is not None and self.conv.groups > 1 and self.conv.stride == (1, 1)
-
-    def _suits_onednn(self) -> bool:
-        """Whether oneDNN's fused convolution, which has no gradient and knows no autocast, does the same."""
-        weight = self.conv.weight
-        return bool(
-            weight.device.type == "cpu"
-            and weight.dtype in ONEDNN_DTYPES
-            and torch.backends.mkldnn.enabled
-            and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_exporting())
-        )
-
     def _by_onednn(self, x_BHWC: Tensor) -> Tensor:
-        conv = self.conv
-        # The operator that torch.compile itself puts for a convolution with an activation; not in torch's Python API.
+        # The operator that torch.compile itself uses for a convolution with an activation; torch has no Python API.
         out_BEHW = torch.ops.mkldnn._convolution_pointwise(
             x_BHWC.permute(0, 3, 1, 2),
-            conv.weight,
-            conv.bias,
-            conv.padding,
-            conv.stride,
-            conv.dilation,
-            conv.groups,
-            *_ONEDNN_ACTS[self.act],
+            self.weight,
+            self.bias,
+            self.padding,
+            self.stride,
+            (1, 1),
+            self.groups,
+            *_ONEDNN_ACTIVATIONS[self.act],
         )
         return out_BEHW.permute(0, 2, 3, 1)
 
 
-_ONEDNN_ACTS = {None: ("none", [], ""), "hs": ("hardswish", [], ""), "relu6": ("hardtanh", [0.0, 6.0], "")}
-
-
-def _onednn_dtypes() -> set[torch.dtype]:
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
-        return set()
-    return {torch.float32, torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else {torch.float32}
-
-
-ONEDNN_DTYPES = _onednn_dtypes()
-"""What oneDNN computes at speed on this machine."""
-
-
-def channel_means(map_BHWE: Tensor) -> Tensor:
-    """The mean of each image's channels over the map, (B, E): what a channel gate reads."""
-    if map_BHWE.dtype != torch.bfloat16:
-        return map_BHWE.mean((1, 2))
-    # torch's mean takes six times as long as its sum on the CPU, and no sum leaves this dtype's range.
-    return map_BHWE.flatten(1, 2).sum(1) / (map_BHWE.shape[1] * map_BHWE.shape[2])
-
-
-class FusedFeedForward(nn.Module):
-    """`LocalityFeedForward` in its inference form: maps (B, C, H, W) of any memory format in, channels-last out."""
-
-    def __init__(self, layers: nn.Sequential, *, shortcut: bool) -> None:
-        super().__init__()
-        self.conv = FusedConvolutions(layers)
-        self.shortcut = shortcut
-
-    def forward(self, map_BCHW: Tensor) -> Tensor:
-        out_BCHW = self.conv(map_BCHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return map_BCHW + out_BCHW if self.shortcut else out_BCHW
+_ONEDNN_ACTIVATIONS = {None: ("none", [], ""), "hs": ("hardswish", [], ""), "relu6": ("hardtanh", [0.0, 6.0], "")}

@@ -1,10 +1,10 @@
-"""The locality module's training form: the same numbers and gradients from about half the memory.
+"""The locality module in training with less memory: the same numbers and gradients from about half of it.
 
-Autograd keeps every map between two layers. Here the backward pass keeps the maps that batch norms read, the inputs of
-nothing but cheap work, and computes the normalized, activated and gated maps again. Channels lie last, as tokens have
-them, so that 1x1 convolutions are products of matrices.
+Autograd keeps every map between two layers. Here the backward pass keeps only the maps that batch norms read, and
+computes the normalized, activated and gated maps again, which costs little. Channels lie last, as tokens have them, so
+that 1x1 convolutions are matrix products.
 
-Shapes: B batch, C input channels, E channels of a map between two convolutions, H and W the patch grid.
+Shapes: B batch, C input channels, E channels of a map between two convolutions, F those after it, H and W the grid.
 """
 
 from typing import Any, NamedTuple
@@ -14,77 +14,40 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from localvit.ops import kernels
-from localvit.ops.activations import act_of, activate, activation_backward
-from localvit.ops.folded import channel_means
-from localvit.ops.hooks import is_untouched
+from localvit.ops import operators
+from localvit.ops.activations import activate, activation_backward
+from localvit.ops.dispatch import stages_to_recompute, use_operators
+from localvit.ops.stages import Stage, Stages, channel_means
 
 aten = torch.ops.aten
 
 
-class Convolutions(nn.Sequential):
-    """The layers of a `LocalityFeedForward` in their published order, maps (B, C, H, W) in and out.
+def feed_forward(layers: nn.Sequential, map_BCHW: Tensor) -> Tensor:
+    """Run a locality module's layers on a map (B, C, H, W): recomputing where that gives the same, else one by one."""
+    stages = stages_to_recompute(layers, map_BCHW)
+    return layers(map_BCHW) if stages is None else _recompute(stages, map_BCHW)
 
-    In training mode they run in the training form where that computes the same: batch norms of plain PyTorch that keep
-    running statistics by a momentum (SyncBatchNorm reduces its own), no hooks on single layers, which must see them
-    run, and neither a tracer nor torch.compile, which decides by itself what to compute again.
-    """
 
-    def forward(self, map_BCHW: Tensor) -> Tensor:
-        if self.training and torch.is_grad_enabled() and self._is_plain(map_BCHW):
-            return self._training_form(map_BCHW)
-        return super().forward(map_BCHW)
-
-    def _is_plain(self, map_BCHW: Any) -> bool:
-        norms = [layer for layer in self if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
-        return (
-            not (torch.compiler.is_compiling() or isinstance(map_BCHW, torch.fx.Proxy))
-            and torch.amp.is_autocast_available(map_BCHW.device.type)  # not the meta device, which has no numbers
-            and all(type(norm) is nn.BatchNorm2d and norm.training for norm in norms)
-            and all(norm.affine and norm.track_running_stats and norm.momentum is not None for norm in norms)
-            and all(map(is_untouched, self))
-        )
-
-    def _training_form(self, map_BCHW: Tensor) -> Tensor:
-        layers: list[Any] = list(self)
-        first, *between, last_norm = layers
-        z_BHWE = _convolve(map_BCHW.permute(0, 2, 3, 1), first.weight, _Geometry.of(first))
-        while between:
-            norm, activation, *between = between
-            gate = None if isinstance(between[0], nn.Conv2d) else between.pop(0)
-            convolution, *between = between
-            norm.num_batches_tracked.add_(1)
-            stage = _Stage(norm, act_of(activation), gate, _Geometry.of(convolution))
-            gate_parameters = () if gate is None else gate.parameters()
-            step = _NormActDepthwise if kernels.in_use() and stage.suits_kernel() else _NormActConv
-            z_BHWE = step.apply(
-                stage, z_BHWE.contiguous(), norm.weight, norm.bias, convolution.weight, *gate_parameters
-            )
-        return last_norm(z_BHWE.permute(0, 3, 1, 2))
+def _recompute(stages: Stages, map_BCHW: Tensor) -> Tensor:
+    z_BHWE = _convolve(map_BCHW.permute(0, 2, 3, 1), stages.first.weight, _Geometry.of(stages.first))
+    for stage in stages.stages:
+        norm, gate = stage.norm, stage.gate
+        norm.num_batches_tracked.add_(1)  # type: ignore[union-attr]  # stages_to_recompute checks it
+        gate_parameters = () if gate is None else gate.parameters()
+        step = _NormActDepthwise if use_operators(stage) else _NormActConv
+        z_BHWE = step.apply(stage, z_BHWE.contiguous(), norm.weight, norm.bias, stage.conv.weight, *gate_parameters)
+    return stages.last_norm(z_BHWE.permute(0, 3, 1, 2))
 
 
 class _Geometry(NamedTuple):
-    stride: int
-    padding: int
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
     groups: int
 
     @classmethod
-    def of(cls, convolution: nn.Conv2d) -> "_Geometry":
-        return cls(convolution.stride[0], int(convolution.padding[0]), convolution.groups)
-
-
-class _Stage(NamedTuple):
-    """What of a stage is no tensor that takes a gradient."""
-
-    norm: Any
-    act: Any
-    """The activation's name."""
-    gate: Any
-    """None, or a channel gate with a `scale`."""
-    geometry: _Geometry
-
-    def suits_kernel(self) -> bool:
-        return self.gate is None and self.geometry.groups > 1 and self.geometry.stride == 1
+    def of(cls, conv: nn.Conv2d) -> "_Geometry":
+        assert not isinstance(conv.padding, str)
+        return cls(conv.stride, conv.padding, conv.groups)
 
 
 class _NormActConv(torch.autograd.Function):
@@ -96,14 +59,14 @@ class _NormActConv(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        stage: _Stage,
+        stage: Stage,
         z_BHWE: Tensor,
         norm_weight: Tensor,
         norm_bias: Tensor,
         weight: Tensor,
         *gate_parameters: Tensor,
     ) -> Tensor:
-        norm = stage.norm
+        norm: Any = stage.norm
         y_BEHW, mean_E, inverse_deviation_E = torch.native_batch_norm(
             z_BHWE.permute(0, 3, 1, 2),
             norm_weight,
@@ -125,12 +88,12 @@ class _NormActConv(torch.autograd.Function):
         ctx.save_for_backward(
             z_BHWE, norm_weight, norm_bias, weight, mean_E, inverse_deviation_E, mean_BE, *gate_parameters
         )
-        return _convolve(a_BHWE, weight.to(z_BHWE.dtype), stage.geometry)
+        return _convolve(a_BHWE, weight.to(z_BHWE.dtype), _Geometry.of(stage.conv))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out_BHWF: Tensor) -> tuple[Any, ...]:
-        stage: _Stage = ctx.stage
+        stage: Stage = ctx.stage
         z_BHWE, norm_weight, norm_bias, weight, mean_E, inverse_deviation_E, mean_BE, *gate_parameters = (
             ctx.saved_tensors
         )
@@ -150,7 +113,7 @@ class _NormActConv(torch.autograd.Function):
         a_BHWE = activate(y_BHWE, stage.act)
         needs_z, needs_norm_weight, needs_norm_bias, needs_weight = ctx.needs_input_grad[1:5]
 
-        geometry, narrow_weight = stage.geometry, weight.to(z_BHWE.dtype)
+        geometry, narrow_weight = _Geometry.of(stage.conv), weight.to(z_BHWE.dtype)
         grad_a_BHWE = _input_gradient(grad_out_BHWF, a_BHWE, narrow_weight, geometry)
         gate_gradients: list[Tensor | None] = []
         if stage.gate is not None:
@@ -191,9 +154,9 @@ class _NormActDepthwise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, stage: _Stage, z_BHWE: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor
+        ctx: Any, stage: Stage, z_BHWE: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor
     ) -> Tensor:
-        norm = stage.norm
+        norm: Any = stage.norm
         mean_E, variance_E = torch.batch_norm_update_stats(
             z_BHWE.permute(0, 3, 1, 2), norm.running_mean, norm.running_var, norm.momentum
         )
@@ -202,13 +165,13 @@ class _NormActDepthwise(torch.autograd.Function):
         shift_E = norm_bias - mean_E * scale_E
         ctx.act = stage.act
         ctx.save_for_backward(z_BHWE, scale_E, shift_E, weight, mean_E, inverse_deviation_E)
-        return kernels.norm_act_depthwise(z_BHWE, scale_E, shift_E, weight.to(z_BHWE.dtype), ctx.act)[0]
+        return operators.norm_act_depthwise(z_BHWE, scale_E, shift_E, weight.to(z_BHWE.dtype), ctx.act)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out_BHWE: Tensor) -> tuple[Any, ...]:
         z_BHWE, scale_E, shift_E, weight, mean_E, inverse_deviation_E = ctx.saved_tensors
-        grad_y_BHWE, grad_weight, (sum_E, product_sum_E) = kernels.norm_act_depthwise_backward(
+        grad_y_BHWE, grad_weight, (sum_E, product_sum_E) = operators.norm_act_depthwise_backward(
             grad_out_BHWE, z_BHWE, scale_E, shift_E, weight.to(z_BHWE.dtype), mean_E, ctx.act
         )
         places = z_BHWE.numel() // z_BHWE.shape[3]
@@ -259,7 +222,8 @@ def _weight_gradient(grad_out_BHWF: Tensor, x_BHWC: Tensor, weight: Tensor, geom
 def _depthwise_backward(
     grad_out_BHWF: Tensor, x_BHWC: Tensor, weight: Tensor, geometry: _Geometry, wanted: list[bool]
 ) -> tuple[Tensor, ...]:
-    (stride, padding, groups), pair = geometry, 2
+    stride, padding, groups = geometry
     grad_out_BFHW, x_BCHW = grad_out_BHWF.permute(0, 3, 1, 2), x_BHWC.permute(0, 3, 1, 2)
-    steps = ([stride] * pair, [padding] * pair, [1] * pair, False, [0] * pair)
-    return aten.convolution_backward(grad_out_BFHW, x_BCHW, weight, None, *steps, groups, wanted)
+    return aten.convolution_backward(
+        grad_out_BFHW, x_BCHW, weight, None, stride, padding, (1, 1), False, (0, 0), groups, wanted
+    )

@@ -1,4 +1,4 @@
-"""The operators of `localvit.ops.kernels` in plain torch, for every device and dtype.
+"""The operators of `localvit.ops.operators` in plain torch, for every device and dtype.
 
 Shapes: B batch, H and W the grid, E channels.
 """
@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from localvit.ops.activations import ACTS, activate, activation_backward
+from localvit.ops.activations import ACTIVATIONS, activate, activation_backward
 
 
 def check(map_BHWE: Tensor, weight_E33: Tensor, act: str, **values: Tensor) -> None:
     """Raise ValueError unless the weight and the `values` are of the map's channels, and the activation is known."""
-    if act not in ACTS:
-        raise ValueError(f"act={act!r} is not known; choose one of {', '.join(ACTS)}")
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act={act!r} is not known; choose one of {', '.join(ACTIVATIONS)}")
     if map_BHWE.dim() != 4:
         raise ValueError(f"a map has shape (batch, height, width, channels), not {tuple(map_BHWE.shape)}")
     channels = map_BHWE.shape[3]
@@ -39,7 +39,7 @@ def accumulate_dtype(x: Tensor) -> torch.dtype:
 
 
 def depthwise_act_pool(x_BHWE: Tensor, weight_E33: Tensor, bias_E: Tensor, act: str) -> tuple[Tensor, Tensor]:
-    """As `localvit.ops.kernels.depthwise_act_pool`."""
+    """As `localvit.ops.operators.depthwise_act_pool`."""
     check(x_BHWE, weight_E33, act, bias=bias_E)
     y_BHWE = activate(_depthwise(x_BHWE, weight_E33, bias_E), act, inplace=True)
     return y_BHWE, y_BHWE.sum((1, 2), dtype=accumulate_dtype(x_BHWE))
@@ -60,7 +60,7 @@ def depthwise_act_pool_backward(
 def norm_act_depthwise(
     z_BHWE: Tensor, scale_E: Tensor, shift_E: Tensor, weight_E33: Tensor, act: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `localvit.ops.kernels.norm_act_depthwise`."""
+    """As `localvit.ops.operators.norm_act_depthwise`."""
     check(z_BHWE, weight_E33, act, scale=scale_E, shift=shift_E)
     a_BHWE = activate(_normalize(z_BHWE, scale_E, shift_E), act, inplace=True)
     out_BHWE = _depthwise(a_BHWE.to(z_BHWE.dtype), weight_E33)
@@ -78,7 +78,7 @@ def norm_act_depthwise_backward(
     center_E: Tensor,
     act: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `localvit.ops.kernels.norm_act_depthwise_backward`."""
+    """As `localvit.ops.operators.norm_act_depthwise_backward`."""
     check(z_BHWE, weight_E33, act, scale=scale_E, shift=shift_E, center=center_E)
     check_gradient(grad_out_BHWE, z_BHWE)
     u_BHWE = _normalize(z_BHWE, scale_E, shift_E)

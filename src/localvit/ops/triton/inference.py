@@ -1,4 +1,4 @@
-"""The Triton kernel of `localvit.ops.kernels.depthwise_act_pool`; the tiles are those of `localvit.ops.triton.tiles`.
+"""The Triton kernel of `localvit.ops.operators.depthwise_act_pool`; the tiles are those of `localvit.ops.triton.tiles`.
 
 Shapes: B batch, H and W the grid, E channels, T tiles of one map.
 """
@@ -28,7 +28,7 @@ TILE_AREA = 512
 
 
 def depthwise_act_pool(x_BHWE: Tensor, weight_E33: Tensor, bias_E: Tensor, act: str) -> tuple[Tensor, Tensor]:
-    """As `localvit.ops.kernels.depthwise_act_pool`, for a map that is not empty and whose channels lie side by side."""
+    """As `localvit.ops.operators.depthwise_act_pool`, for a non-empty map with channels last."""
     check(x_BHWE, weight_E33, act, bias=bias_E)
     check_layout(x_BHWE)
     tiles = Tiles(TILE_AREA, *x_BHWE.shape)

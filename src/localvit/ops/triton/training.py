@@ -1,4 +1,4 @@
-"""The Triton kernel of `localvit.ops.kernels.norm_act_depthwise`; the tiles are those of `localvit.ops.triton.tiles`.
+"""The Triton kernel of `localvit.ops.operators.norm_act_depthwise`; the tiles are those of `localvit.ops.triton.tiles`.
 
 Shapes: B batch, H and W the grid, E channels, T tiles of all maps.
 """
@@ -30,7 +30,7 @@ TILE_AREA = 512
 def norm_act_depthwise(
     z_BHWE: Tensor, scale_E: Tensor, shift_E: Tensor, weight_E33: Tensor, act: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `localvit.ops.kernels.norm_act_depthwise`, for a map that is not empty and whose channels lie side by side."""
+    """As `localvit.ops.operators.norm_act_depthwise`, for a non-empty map with channels last."""
     check(z_BHWE, weight_E33, act, scale=scale_E, shift=shift_E)
     check_layout(z_BHWE)
     tiles, dtype = Tiles(TILE_AREA, *z_BHWE.shape), accumulate_dtype(z_BHWE)

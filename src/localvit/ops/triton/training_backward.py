@@ -1,4 +1,4 @@
-"""The Triton kernel of `ops.kernels.norm_act_depthwise_backward`, with the tiles of `ops.triton.tiles`.
+"""The Triton kernel of `ops.operators.norm_act_depthwise_backward`, with the tiles of `ops.triton.tiles`.
 
 Shapes: B batch, H and W the grid, E channels, T tiles of all maps.
 """
@@ -38,7 +38,7 @@ def norm_act_depthwise_backward(
     center_E: Tensor,
     act: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `localvit.ops.kernels.norm_act_depthwise_backward`, for maps not empty and whose channels lie side by side."""
+    """As `localvit.ops.operators.norm_act_depthwise_backward`, for non-empty maps with channels last."""
     check(z_BHWE, weight_E33, act, scale=scale_E, shift=shift_E, center=center_E)
     check_gradient(grad_out_BHWE, z_BHWE)
     check_layout(grad_out_BHWE, z_BHWE)

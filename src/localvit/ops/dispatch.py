@@ -1,0 +1,179 @@
+"""How each part of the locality module runs: every rule that chooses between implementations stands here.
+
+Three backends, each including the ones before it:
+
+- "layers": every layer as written;
+- "torch" (the default): the recomputing path in training, fused convolutions in models made by `localvit.fuse`;
+- "triton": the Triton kernels on NVIDIA GPUs as well.
+
+An implementation is chosen only where it computes the same as the layers; everywhere else the layers run.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from localvit.ops.stages import Convolution, Stage, Stages, is_untouched, stages_of
+
+Backend = Literal["layers", "torch", "triton"]
+ENVIRONMENT_VARIABLE = "LOCALVIT_BACKEND"
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Dtypes of maps that the Triton kernels read."""
+
+
+def set_backend(backend: Backend) -> None:
+    """Choose the fastest implementations that may run, for all models of the process.
+
+    The environment variable LOCALVIT_BACKEND sets it from the start.
+
+    Raises:
+        ValueError: for an unknown backend.
+        ModuleNotFoundError: for "triton" where Triton is not installed.
+    """
+    global _backend
+    _backend = _checked(backend, "backend")
+
+
+def backend() -> Backend:
+    """The backend in force."""
+    return _backend
+
+
+@contextmanager
+def use_backend(backend: Backend) -> Iterator[None]:
+    """A context in which another backend is in force. Raises as `set_backend`."""
+    before = _backend
+    set_backend(backend)
+    try:
+        yield
+    finally:
+        set_backend(before)
+
+
+def _checked(backend: str, name: str) -> Backend:
+    if backend not in get_args(Backend):
+        raise ValueError(f"{name}={backend!r} is not known; choose one of {', '.join(get_args(Backend))}")
+    if backend == "triton" and find_spec("triton") is None:
+        raise ModuleNotFoundError(f"{name}='triton' needs Triton, which is not installed: pip install triton")
+    return backend  # type: ignore[return-value]
+
+
+_backend: Backend = _checked(os.environ.get(ENVIRONMENT_VARIABLE, "torch"), ENVIRONMENT_VARIABLE)
+
+
+def stages_to_recompute(layers: nn.Sequential, map_BCHW: Tensor) -> Stages | None:
+    """The stages of layers that train in the recomputing path (`localvit.ops.recompute`); None where the layers run.
+
+    The path needs gradients, plain tensors, and batch norms that use the batch's statistics and keep running ones by
+    a momentum. Tracers and function transforms (torch.compile, fx, jit, torch.func, forward-mode differentiation) see
+    the layers: torch.compile chooses by itself what to recompute.
+    """
+    if (
+        _backend == "layers"
+        or not torch.is_grad_enabled()
+        or _is_traced_or_transformed(map_BCHW)
+        or not torch.amp.is_autocast_available(map_BCHW.device.type)  # such as the meta device, which has no values
+        or (stages := stages_of(layers)) is None
+    ):
+        return None
+    batch, _, height, width = map_BCHW.shape
+    norms = [stage.norm for stage in stages.stages]
+    strides = [stage.conv.stride for stage in stages.stages]
+    one_value = batch * _strided(height, strides, 0) * _strided(width, strides, 1) == 1  # a batch norm raises
+    if one_value or not all(map(_trains, norms)) or not all(map(_is_plain, layers.parameters())):
+        return None
+    return stages
+
+
+def stages_to_fold(module: nn.Module, layers: nn.Sequential) -> Stages | None:
+    """The stages of a module's layers that `localvit.fuse` folds; None where the module has to stay as it is.
+
+    Raises:
+        ValueError: in training mode.
+    """
+    if module.training:
+        raise ValueError("batch norms use each batch's statistics in training mode: call eval() before fuse()")
+    if not is_untouched(module) or (stages := stages_of(layers)) is None:
+        return None
+    norms = [*(stage.norm for stage in stages.stages), stages.last_norm]
+    folds = all(not norm.training and norm.running_mean is not None for norm in norms)
+    return stages if folds and all(map(_is_plain, layers.parameters())) else None
+
+
+def _strided(size: int, strides: list[tuple[int, ...]], axis: int) -> int:
+    for stride in strides:
+        size = -(-size // stride[axis])
+    return size
+
+
+def _trains(norm: nn.BatchNorm2d) -> bool:
+    return norm.training and norm.affine and norm.track_running_stats and norm.momentum is not None
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is not of a subclass (DTensor, quantized, fake), whose operations may mean something else."""
+    return type(tensor) in (Tensor, nn.Parameter)
+
+
+def _is_traced_or_transformed(x: Tensor) -> bool:
+    return (
+        torch.compiler.is_compiling()
+        or not _is_plain(x)  # an fx proxy among others
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
+def use_operators(stage: Stage | None = None) -> bool:
+    """Whether the registered operators run, which have Triton kernels; for a training stage, whether one fits it."""
+    return _backend == "triton" and (stage is None or (stage.gate is None and _suits_kernel(stage.conv)))
+
+
+def runs_triton(*maps_BHWE: Tensor) -> bool:
+    """Whether an operator runs its Triton kernel on these maps, rather than the reference."""
+    # The kernels are tuned for NVIDIA's registers; to torch, AMD's devices are `cuda` too.
+    return (
+        _backend == "triton"
+        and torch.version.hip is None
+        and all(x.is_cuda and x.dtype in KERNEL_DTYPES and x.numel() > 0 and x.stride(3) == 1 for x in maps_BHWE)
+    )
+
+
+def folded_path(conv: Convolution, gated: bool) -> Literal["operator", "onednn", "torch"]:
+    """How a convolution with its batch norm folded, an activation and maybe a gate runs in a fused model."""
+    if use_operators() and gated and _suits_kernel(conv):
+        return "operator"
+    weight = conv.weight
+    if (
+        _backend != "layers"
+        and weight.device.type == "cpu"
+        and weight.dtype in ONEDNN_DTYPES
+        and torch.backends.mkldnn.enabled
+        # oneDNN's fused convolution has no gradient and does not follow autocast.
+        and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_exporting())
+    ):
+        return "onednn"
+    return "torch"
+
+
+def _suits_kernel(conv: Convolution) -> bool:
+    return conv.groups > 1 and (conv.kernel_size, conv.stride, conv.padding) == ((3, 3), (1, 1), (1, 1))
+
+
+def _onednn_dtypes() -> frozenset[torch.dtype]:
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
+        return frozenset()
+    fast_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return frozenset({torch.float32, torch.bfloat16} if fast_bfloat16 else {torch.float32})
+
+
+ONEDNN_DTYPES = _onednn_dtypes()
+"""Dtypes that oneDNN computes at full speed on this machine."""

@@ -1,0 +1,148 @@
+"""A locality module's layers, read as stages: only layers whose computation is known exactly make a stage.
+
+Shapes: B batch, E channels, H and W the patch grid.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from localvit.ops.activations import activation_name
+
+
+class ChannelGate(nn.Module):
+    """Base class of gates that multiply each channel of a map (B, E, H, W) by a factor computed from channel means.
+
+    Subclasses define `scale` and leave `forward` as it is, so that the faster paths can call `scale` directly.
+    """
+
+    def scale(self, mean_BE: Tensor) -> Tensor:
+        """The factor (B, E) of each channel, given the mean of each channel over the map."""
+        raise NotImplementedError
+
+    def forward(self, map_BEHW: Tensor) -> Tensor:
+        return map_BEHW * self.scale(map_BEHW.mean((2, 3)))[:, :, None, None]
+
+
+def channel_means(map_BHWE: Tensor) -> Tensor:
+    """The mean of each channel over the map of each image, (B, E): the input of a gate's `scale`."""
+    if map_BHWE.dtype != torch.bfloat16:
+        return map_BHWE.mean((1, 2))
+    # torch's bfloat16 mean takes six times as long as its sum on the CPU, and no sum leaves this dtype's range.
+    return map_BHWE.flatten(1, 2).sum(1) / (map_BHWE.shape[1] * map_BHWE.shape[2])
+
+
+class Convolution(Protocol):
+    """What the dispatch rules read of a convolution."""
+
+    @property
+    def weight(self) -> Tensor: ...
+    @property
+    def kernel_size(self) -> tuple[int, ...]: ...
+    @property
+    def stride(self) -> tuple[int, ...]: ...
+    @property
+    def padding(self) -> tuple[int, ...] | str: ...
+    @property
+    def groups(self) -> int: ...
+
+
+class Stage(NamedTuple):
+    """Batch norm, activation, an optional gate, and the convolution that reads their output."""
+
+    norm: nn.BatchNorm2d
+    act: str
+    """The activation's name, one of `localvit.ops.activations.ACTIVATIONS`."""
+    gate: ChannelGate | None
+    conv: nn.Conv2d
+
+
+class Stages(NamedTuple):
+    """A locality module: the first convolution, the stages that follow, and the last batch norm."""
+
+    first: nn.Conv2d
+    stages: tuple[Stage, ...]
+    last_norm: nn.BatchNorm2d
+
+
+def stages_of(layers: nn.Sequential) -> Stages | None:
+    """The stages of a locality module's layers; None unless every layer computes exactly what its class defines.
+
+    A subclass (fake quantization, LoRA, parametrization), a bias, a dilation, another activation or norm, a hook on
+    any layer or on all modules, and a `forward` replaced on an instance all give None: the layers must run then.
+    """
+    if has_global_hooks() or type(layers) is not nn.Sequential or not is_untouched(layers):
+        return None
+    remaining = iter(layers)
+    first = next(remaining, None)
+    if not _is_known_conv(first):
+        return None
+    stages: list[Stage] = []
+    norm = next(remaining, None)
+    while _is_known_norm(norm):
+        activation = next(remaining, None)
+        if activation is None:
+            return Stages(first, tuple(stages), norm)
+        if (stage := _stage(norm, activation, remaining)) is None:
+            return None
+        stages.append(stage)
+        norm = next(remaining, None)
+    return None
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Whether a module has no hooks, forward or backward, and no `forward` of its own instance."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return not any(hooks) and "forward" not in vars(module)
+
+
+def has_global_hooks() -> bool:
+    """Whether hooks are registered for all modules, such as by `torch.nn.modules.module.register_module_forward_hook`.
+
+    They must see every layer run.
+    """
+    return bool(torch_module._has_any_global_hook())
+
+
+def _stage(norm: nn.BatchNorm2d, activation: nn.Module, remaining: Iterator[nn.Module]) -> Stage | None:
+    act = activation_name(activation)
+    layer = next(remaining, None)
+    gate = None
+    if isinstance(layer, ChannelGate):
+        gate, layer = layer, next(remaining, None)
+    if act is None or not is_untouched(activation) or not _is_known_conv(layer):
+        return None
+    if gate is not None and not _is_known_gate(gate):
+        return None
+    return Stage(norm, act, gate, layer)
+
+
+def _is_known_conv(layer: nn.Module | None) -> TypeGuard[nn.Conv2d]:
+    """Whether a layer is a pointwise or depth-wise convolution as the locality module makes them."""
+    if type(layer) is not nn.Conv2d or not is_untouched(layer) or layer.bias is not None:
+        return False
+    if layer.dilation != (1, 1) or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        return False
+    if layer.groups == 1:
+        return (layer.kernel_size, layer.stride, layer.padding) == ((1, 1), (1, 1), (0, 0))
+    return layer.groups == layer.in_channels == layer.out_channels
+
+
+def _is_known_norm(layer: nn.Module | None) -> TypeGuard[nn.BatchNorm2d]:
+    return type(layer) is nn.BatchNorm2d and is_untouched(layer)
+
+
+_GATE_PARTS = (nn.Sequential, nn.Linear, nn.Conv1d, nn.ReLU, nn.Hardsigmoid, nn.Sigmoid)
+"""Layers of gates that compute the same each time, as recomputing needs (a dropout does not)."""
+
+
+def _is_known_gate(gate: ChannelGate) -> bool:
+    _, *parts = gate.modules()
+    return (
+        type(gate).forward is ChannelGate.forward
+        and is_untouched(gate)
+        and all(type(part) in _GATE_PARTS for part in parts)
+    )
