@@ -1,26 +1,29 @@
-# make demo: train, evaluate and predict on real images; make test: the suite; make lint: ruff and mypy.
-# Each makes the virtual environment by itself.
+# make demo: train, evaluate and predict on real images; make test: the suite; make lint: ruff and mypy;
+# make install: only the environment. Each makes the virtual environment .venv first, if it is missing.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+EXTRAS := check,digits,plot,dev
 
-.PHONY: demo test lint test-oldest constraints clean
+.PHONY: install demo test lint test-oldest constraints dist clean
 
-demo: $(VENV)/ready
+install: $(VENV)/ready
+
+demo: install
 	$(BIN)/localvit demo
 
-test: $(VENV)/ready
+test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-lint: $(VENV)/ready
+lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 $(VENV)/ready: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[digits,plot,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(EXTRAS)]"
 	touch $@
 
 # The suite on the oldest versions that pyproject.toml claims.
@@ -29,12 +32,16 @@ test-oldest: .venv-oldest/ready
 
 .venv-oldest/ready: constraints-oldest.txt pyproject.toml
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable ".[digits,plot,dev]"
+	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable ".[$(EXTRAS)]"
 	touch $@
 
-constraints: $(VENV)/ready
+constraints: install
 	(head -n 1 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//') > constraints.new
 	mv constraints.new constraints.txt
+
+# The source distribution and the wheel.
+dist: install
+	$(BIN)/python -m build
 
 clean:
 	rm -rf $(VENV) .venv-oldest build dist runs
