@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from localvit.ops.stages import Convolution, Stage, Stages, is_untouched, stages_of
+from localvit.ops.stages import Convolution, Stage, Stages, is_plain, is_untouched, stages_of
 
 Backend = Literal["layers", "torch", "triton"]
 ENVIRONMENT_VARIABLE = "LOCALVIT_BACKEND"
@@ -87,9 +87,7 @@ def stages_to_recompute(layers: nn.Sequential, map_BCHW: Tensor) -> Stages | Non
     norms = [stage.norm for stage in stages.stages]
     strides = [stage.conv.stride for stage in stages.stages]
     one_value = batch * _strided(height, strides, 0) * _strided(width, strides, 1) == 1  # a batch norm raises
-    if one_value or not all(map(_trains, norms)) or not all(map(_is_plain, layers.parameters())):
-        return None
-    return stages
+    return stages if not one_value and all(map(_trains, norms)) else None
 
 
 def stages_to_fold(module: nn.Module, layers: nn.Sequential) -> Stages | None:
@@ -104,7 +102,7 @@ def stages_to_fold(module: nn.Module, layers: nn.Sequential) -> Stages | None:
         return None
     norms = [*(stage.norm for stage in stages.stages), stages.last_norm]
     folds = all(not norm.training and norm.running_mean is not None for norm in norms)
-    return stages if folds and all(map(_is_plain, layers.parameters())) else None
+    return stages if folds else None
 
 
 def _strided(size: int, strides: list[tuple[int, ...]], axis: int) -> int:
@@ -117,15 +115,10 @@ def _trains(norm: nn.BatchNorm2d) -> bool:
     return norm.training and norm.affine and norm.track_running_stats and norm.momentum is not None
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is not of a subclass (DTensor, quantized, fake), whose operations may mean something else."""
-    return type(tensor) in (Tensor, nn.Parameter)
-
-
 def _is_traced_or_transformed(x: Tensor) -> bool:
     return (
         torch.compiler.is_compiling()
-        or not _is_plain(x)  # an fx proxy among others
+        or not is_plain(x)  # an fx proxy among others
         or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0

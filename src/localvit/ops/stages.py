@@ -4,6 +4,7 @@ Shapes: B batch, E channels, H and W the patch grid.
 """
 
 from collections.abc import Iterator
+from types import NoneType
 from typing import NamedTuple, Protocol, TypeGuard
 
 import torch
@@ -71,8 +72,9 @@ class Stages(NamedTuple):
 def stages_of(layers: nn.Sequential) -> Stages | None:
     """The stages of a locality module's layers; None unless every layer computes exactly what its class defines.
 
-    A subclass (fake quantization, LoRA, parametrization), a bias, a dilation, another activation or norm, a hook on
-    any layer or on all modules, and a `forward` replaced on an instance all give None: the layers must run then.
+    A subclass (fake quantization, LoRA, parametrization) of a layer or a weight, a bias, a dilation, another activation
+    or norm, a hook on any layer or on all modules, and a `forward` replaced on an instance all give None: the layers
+    must run then.
     """
     if has_global_hooks() or type(layers) is not nn.Sequential or not is_untouched(layers):
         return None
@@ -95,8 +97,18 @@ def stages_of(layers: nn.Sequential) -> Stages | None:
 
 def is_untouched(module: nn.Module) -> bool:
     """Whether a module has no hooks, forward or backward, and no `forward` of its own instance."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return not any(hooks) and "forward" not in vars(module)
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def is_plain(tensor: Tensor | None) -> bool:
+    """Whether a tensor is not of a subclass (DTensor, quantized, fake), whose operations may mean something else."""
+    return type(tensor) in (nn.Parameter, Tensor, NoneType)
 
 
 def has_global_hooks() -> bool:
@@ -115,14 +127,14 @@ def _stage(norm: nn.BatchNorm2d, activation: nn.Module, remaining: Iterator[nn.M
         gate, layer = layer, next(remaining, None)
     if act is None or not is_untouched(activation) or not _is_known_conv(layer):
         return None
-    if gate is not None and not _is_known_gate(gate):
-        return None
-    return Stage(norm, act, gate, layer)
+    return Stage(norm, act, gate, layer) if gate is None or _is_known_gate(gate) else None
 
 
 def _is_known_conv(layer: nn.Module | None) -> TypeGuard[nn.Conv2d]:
     """Whether a layer is a pointwise or depth-wise convolution as the locality module makes them."""
-    if type(layer) is not nn.Conv2d or not is_untouched(layer) or layer.bias is not None:
+    if type(layer) is not nn.Conv2d or not is_untouched(layer) or not _has_plain_weights(layer):
+        return False
+    if layer.bias is not None:
         return False
     if layer.dilation != (1, 1) or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
         return False
@@ -132,7 +144,11 @@ def _is_known_conv(layer: nn.Module | None) -> TypeGuard[nn.Conv2d]:
 
 
 def _is_known_norm(layer: nn.Module | None) -> TypeGuard[nn.BatchNorm2d]:
-    return type(layer) is nn.BatchNorm2d and is_untouched(layer)
+    return type(layer) is nn.BatchNorm2d and is_untouched(layer) and _has_plain_weights(layer)
+
+
+def _has_plain_weights(layer: nn.Module) -> bool:
+    return all(map(is_plain, layer._parameters.values()))
 
 
 _GATE_PARTS = (nn.Sequential, nn.Linear, nn.Conv1d, nn.ReLU, nn.Hardsigmoid, nn.Sigmoid)
@@ -140,9 +156,13 @@ _GATE_PARTS = (nn.Sequential, nn.Linear, nn.Conv1d, nn.ReLU, nn.Hardsigmoid, nn.
 
 
 def _is_known_gate(gate: ChannelGate) -> bool:
-    _, *parts = gate.modules()
-    return (
-        type(gate).forward is ChannelGate.forward
-        and is_untouched(gate)
-        and all(type(part) in _GATE_PARTS for part in parts)
-    )
+    return type(gate).forward is ChannelGate.forward and is_untouched(gate) and _computes_the_same_each_time(gate)
+
+
+def _computes_the_same_each_time(module: nn.Module) -> bool:
+    for part in module._modules.values():
+        if part is None or type(part) not in _GATE_PARTS or not is_untouched(part) or not _has_plain_weights(part):
+            return False
+        if not _computes_the_same_each_time(part):
+            return False
+    return True
