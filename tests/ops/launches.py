@@ -17,7 +17,7 @@ MODULES = {
 
 # Ranges of batch, height, width, channels. Tiles have up to 14 rows, 8 or 16 columns, and 32 to 128 channels.
 GRIDS = {
-    "a place": ((1, 3), (1, 1), (1, 1), (1, 9)),
+    "one position": ((1, 3), (1, 1), (1, 1), (1, 9)),
     "1 x N": ((2, 2), (1, 1), (2, 12), (3, 20)),
     "N x 1": ((2, 2), (2, 8), (1, 1), (3, 20)),
     "one image": ((1, 1), (2, 8), (2, 8), (5, 40)),
@@ -124,13 +124,13 @@ def expected(operator, arguments, act):
     return grad_u, grad_weight, torch.stack([grad_u.sum((0, 1, 2)), (grad_u * (z - center)).sum((0, 1, 2))])
 
 
-def check_close(found, wanted, dtype, places, what):
+def check_close(found, wanted, dtype, positions, what):
     """The first is a map in `dtype`, the others sums."""
-    # Sums are float32's, or float64's; of so many places that each rounds by its share.
+    # Sums are in float32 or float64, with one rounding per position.
     eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     # A map in half precision is rounded once more; by the interpreter downwards, so up to a unit of the last place.
     rounded = 0 if dtype in (torch.float64, torch.float32) else torch.finfo(dtype).eps
-    tolerances = [(40 * eps + rounded, 40 * eps), *[(40 * eps, 10 * eps * places)] * (len(wanted) - 1)]
+    tolerances = [(40 * eps + rounded, 40 * eps), *[(40 * eps, 10 * eps * positions)] * (len(wanted) - 1)]
     assert found[0].dtype == dtype
     for number, (one, other, (rtol, atol)) in enumerate(zip(found, wanted, tolerances, strict=True)):
         message = f"result {number} of {what}"
@@ -172,7 +172,7 @@ def far_mean(seed, device="cpu"):
 
 
 def not_a_number(operator, act, device="cpu"):
-    """One NaN reaches the places around it and its channel's sums, nothing else, and is not clamped away."""
+    """One NaN reaches its neighbors and its channel's sums, nothing else, and is not clamped away."""
     launch = getattr(importlib.import_module(f"localvit.ops.triton.{MODULES[operator]}"), operator)
     given = arguments(Draw(1, device), operator, (1, 4, 6, 3), torch.float32)
     given[0][0, 1, 2, 1] = torch.nan

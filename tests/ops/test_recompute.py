@@ -213,7 +213,7 @@ def test_what_is_kept_for_the_backward_pass():
 
 
 def test_float16_means_of_large_maps_do_not_overflow():
-    """4,096 places with 20 each sum up to more than float16 holds; the mean is 20."""
+    """4,096 positions of value 20 sum up to more than float16 holds; their mean is 20."""
     lean = module("hs+se", torch.float32)
     with torch.no_grad():
         lean.conv[4].weight.zero_()

@@ -15,7 +15,7 @@ GRIDS = [(2, 5, 7, 11), (1, 1, 1, 1), (3, 1, 5, 2), (2, 7, 1, 3), (1, 13, 3, 17)
 @pytest.mark.parametrize("act", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_equals_torchs_functions(operator, size, act, dtype):
-    for seed in range(3):  # which draws the map's layout, too
+    for seed in range(3):  # each with another layout of the map
         given = launches.arguments(launches.Draw(seed), operator, size, dtype)
         found = getattr(reference, operator)(*given, act)
         wanted = launches.expected(operator, given, act)
@@ -34,7 +34,7 @@ def test_half_precision(operator, dtype):
         assert (one.double() - other).abs().max() <= 4 * torch.finfo(dtype).eps * other.abs().max()
 
 
-def test_half_precision_of_the_map_alone():
+def test_only_the_map_in_half_precision():
     """As autocast gives it: the map in bfloat16, parameters in float32."""
     x, *parameters = launches.arguments(launches.Draw(2), "depthwise_act_pool", (2, 5, 7, 11), torch.float32)
     with torch.autocast("cpu", torch.bfloat16):

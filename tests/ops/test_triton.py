@@ -66,7 +66,7 @@ def test_what_the_kernels_cannot_read_is_refused(operator, kind):
         for each in given
         if each.dim() == 4 and each.shape[0] == 2
     ]
-    with pytest.raises(ValueError, match="side by side"):
+    with pytest.raises(ValueError, match="contiguous channels"):
         launch(*spoiled, *given[len(spoiled) :], "hs")
 
 
@@ -87,7 +87,7 @@ POINTERS = {
     [(90, torch.bfloat16, "hs", 14), (80, torch.float16, "relu6", 1), (90, torch.float64, "hs", 7)],
 )
 def test_compiled_for_nvidia(operator, capability, dtype, act, width, tmp_path, monkeypatch):
-    """The compiler takes less than the interpreter does, and needs no GPU. Ones and multiples of 16 are told it."""
+    """The compiler accepts less than the interpreter, and needs no GPU. It specializes on ones and multiples of 16."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -51,9 +51,9 @@ class _Geometry(NamedTuple):
 
 
 class _NormActConv(torch.autograd.Function):
-    """Batch norm, activation, gate and convolution as one step that keeps its input map alone: (B, H, W, E) in and out.
+    """Batch norm, activation, gate and convolution as one step that saves only its input map: (B, H, W, E) in and out.
 
-    Where autograd would keep the input, the normalized, the activated and the gated map.
+    Autograd would save the input, the normalized, the activated and the gated map.
     """
 
     @staticmethod
@@ -98,7 +98,7 @@ class _NormActConv(torch.autograd.Function):
             ctx.saved_tensors
         )
         z_BEHW = z_BHWE.permute(0, 3, 1, 2)
-        # In evaluation mode with the batch's statistics; the deviation has the epsilon in it already.
+        # In evaluation mode with the batch's statistics; the deviation already includes the epsilon.
         y_BEHW, _, _ = torch.native_batch_norm(
             z_BEHW,
             norm_weight,
@@ -150,7 +150,7 @@ class _NormActConv(torch.autograd.Function):
 
 
 class _NormActDepthwise(torch.autograd.Function):
-    """As `_NormActConv` without a gate, by the operators of `ops.kernels`, which never write the activated map."""
+    """As `_NormActConv` without a gate, by operators whose kernels never write the activated map to memory."""
 
     @staticmethod
     def forward(
@@ -174,17 +174,17 @@ class _NormActDepthwise(torch.autograd.Function):
         grad_y_BHWE, grad_weight, (sum_E, product_sum_E) = operators.norm_act_depthwise_backward(
             grad_out_BHWE, z_BHWE, scale_E, shift_E, weight.to(z_BHWE.dtype), mean_E, ctx.act
         )
-        places = z_BHWE.numel() // z_BHWE.shape[3]
-        slope_E = product_sum_E * inverse_deviation_E.square() / places
-        # Batch norm's own backward: without the parts of the gradient that its mean and its deviation take away.
-        grad_z_BHWE = scale_E * (grad_y_BHWE - sum_E / places - (z_BHWE - mean_E) * slope_E)
+        count = z_BHWE.numel() // z_BHWE.shape[3]
+        slope_E = product_sum_E * inverse_deviation_E.square() / count
+        # Batch norm's backward formula: the gradient minus its parts along the mean and the deviation.
+        grad_z_BHWE = scale_E * (grad_y_BHWE - sum_E / count - (z_BHWE - mean_E) * slope_E)
         grad_norm_weight, grad_norm_bias = product_sum_E * inverse_deviation_E, sum_E
         gradients = (grad_z_BHWE.to(z_BHWE.dtype), grad_norm_weight, grad_norm_bias, grad_weight.to(weight.dtype))
         return None, *gradients
 
 
 class _Scale(nn.Module):
-    """A gate's factors as a module's forward, which `functional_call` can give other parameters."""
+    """A gate's factors as a module's forward, so that `functional_call` can substitute its parameters."""
 
     def __init__(self, gate: Any) -> None:
         super().__init__()
@@ -195,7 +195,7 @@ class _Scale(nn.Module):
 
 
 def _scale(gate: nn.Module, parameters: list[Tensor], mean_BE: Tensor) -> Tensor:
-    """The factors by the parameters of the forward, which the gate may no longer have."""
+    """The factors with the forward pass's parameters, which the gate may no longer have."""
     names = [f"gate.{name}" for name, _ in gate.named_parameters()]
     return torch.func.functional_call(_Scale(gate), dict(zip(names, parameters, strict=True)), (mean_BE,))
 

@@ -11,7 +11,7 @@ from localvit.ops.activations import ACTIVATIONS, activate, activation_backward
 
 
 def check(map_BHWE: Tensor, weight_E33: Tensor, act: str, **values: Tensor) -> None:
-    """Raise ValueError unless the weight and the `values` are of the map's channels, and the activation is known."""
+    """Raise ValueError unless weight and `values` have the map's channels, and the activation is known."""
     if act not in ACTIVATIONS:
         raise ValueError(f"act={act!r} is not known; choose one of {', '.join(ACTIVATIONS)}")
     if map_BHWE.dim() != 4:
@@ -24,17 +24,19 @@ def check(map_BHWE: Tensor, weight_E33: Tensor, act: str, **values: Tensor) -> N
         )
     for name, value_E in values.items():
         if tuple(value_E.shape) != (channels,):
-            raise ValueError(f"{name} has shape {tuple(value_E.shape)}; a map of {channels} channels wants one each")
+            raise ValueError(
+                f"{name} has shape {tuple(value_E.shape)}; with {channels} channels it must be ({channels},)"
+            )
 
 
 def check_gradient(grad_BHWE: Tensor, map_BHWE: Tensor) -> None:
-    """Raise ValueError unless the gradient is of the map's shape."""
+    """Raise ValueError unless the gradient has the map's shape."""
     if grad_BHWE.shape != map_BHWE.shape:
-        raise ValueError(f"a gradient of shape {tuple(grad_BHWE.shape)} is none of a map {tuple(map_BHWE.shape)}")
+        raise ValueError(f"the gradient has shape {tuple(grad_BHWE.shape)}, and its map {tuple(map_BHWE.shape)}")
 
 
 def accumulate_dtype(x: Tensor) -> torch.dtype:
-    """What sums of a map are taken in: float32, or float64 where the map is."""
+    """The dtype in which a map is summed: float32, or float64 for a float64 map."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -48,7 +50,7 @@ def depthwise_act_pool(x_BHWE: Tensor, weight_E33: Tensor, bias_E: Tensor, act: 
 def depthwise_act_pool_backward(
     grad_y_BHWE: Tensor, grad_sum_BE: Tensor, x_BHWE: Tensor, weight_E33: Tensor, bias_E: Tensor, act: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of its three tensors, from those of its two results."""
+    """The gradients of the three tensors of `depthwise_act_pool`, given those of its two results."""
     u_BHWE = _depthwise(x_BHWE, weight_E33, bias_E)
     grad_BHWE = (grad_y_BHWE + grad_sum_BE[:, None, None]).to(u_BHWE.dtype)
     grad_BHWE = activation_backward(grad_BHWE, u_BHWE, act)
@@ -104,7 +106,7 @@ def _depthwise(x_BHWE: Tensor, weight_E33: Tensor, bias_E: Tensor | None = None)
 
 
 def _depthwise_backward(grad_BHWE: Tensor, x_BHWE: Tensor, weight_E33: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the map and, in the dtype of sums, of the weight."""
+    """Gradients of the map and of the weight, the latter in `accumulate_dtype`."""
     dtype, channels = x_BHWE.dtype, x_BHWE.shape[3]
     grad_x_BEHW, grad_weight_E133, _ = torch.ops.aten.convolution_backward(
         grad_BHWE.to(dtype).permute(0, 3, 1, 2),

@@ -24,7 +24,7 @@ from localvit.ops.triton.tiles import (
 )
 
 TILE_AREA = 512
-"""Four pairs of places a thread."""
+"""Four pairs of positions per thread."""
 
 
 def depthwise_act_pool(x_BHWE: Tensor, weight_E33: Tensor, bias_E: Tensor, act: str) -> tuple[Tensor, Tensor]:
@@ -68,7 +68,7 @@ def depthwise_act_pool_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """One program's tile of the activated map, and its sums over the tile's places."""
+    """One program's tile of the activated map, and its sums over the tile's positions."""
     tile, image, first, last, even, e = tile_of(height, width, channels, tile_rows, BLOCK_P, BLOCK_E)
     inside = e < channels
     w00, w01, w02 = weight_row(weight, 0, e, channels, ACCUMULATE)
@@ -79,7 +79,7 @@ def depthwise_act_pool_kernel(
     x += image * stride_b + (first - 1).to(tl.int64) * stride_h + (even * stride_w + e)
     y += (image * height + first) * width * channels + (even * channels + e)
 
-    # The row before the tile gives to its first row, the first row to itself and the next.
+    # The row before the tile contributes to its first row; the first row to itself and to the next.
     a, b, c, d = four_columns(x, even, inside, stride_w, columns_of(first - 1, height, width), ACCUMULATE)
     even_sum = add_taps(start, a, b, c, w00, w01, w02)
     odd_sum = add_taps(start, b, c, d, w00, w01, w02)

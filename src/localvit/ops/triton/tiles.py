@@ -1,9 +1,9 @@
-"""What the Triton kernels share: how maps are cut into tiles, and a tile's loads, taps and activations. Needs Triton.
+"""What the Triton kernels share: how maps are divided into tiles, and a tile's loads, taps and activations.
 
 One program computes a tile: `BLOCK_P` pairs of neighboring columns, `BLOCK_E` channels, walking down the tile's rows
-with the sums of the output rows under way in registers. So each row is loaded once (and the rows around a tile once
-more), as the columns 2j - 1 to 2j + 2 of each pair, and those loads overlap in the L1 cache. Sums over places go by
-tile into a buffer that torch adds up, so that equal inputs give equal bits.
+with the partial sums of the output rows in registers. So each row is loaded once (and the rows around a tile once
+more), as the columns 2j - 1 to 2j + 2 of each pair; these loads overlap in the L1 cache. Each tile writes its sums over
+positions to a buffer that torch adds up, so that results are bit-exact from run to run.
 
 Shapes: B batch, H and W the grid, E channels, T tiles.
 """
@@ -19,18 +19,18 @@ from torch import Tensor
 from localvit.ops.reference import accumulate_dtype
 
 TILE_ROWS = 14
-"""The most rows of a tile: all those of a 224-pixel image in patches of 16."""
+"""The largest number of rows of a tile: all rows of a 224-pixel image with 16-pixel patches."""
 
 LAUNCH = {"num_warps": 4, "maxnreg": 128, "enable_fp_fusion": True}
-"""128 registers a thread leave an NVIDIA multiprocessor room for 16 warps, enough to wait for memory and compute."""
+"""With 128 registers per thread, 16 warps fit an NVIDIA multiprocessor: enough to overlap memory and arithmetic."""
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """How maps (B, H, W, E) are cut into tiles, numbered column by column, row by row, image by image."""
+    """How maps (B, H, W, E) are divided into tiles, numbered column by column, row by row, image by image."""
 
     area: int
-    """Pairs of columns times channels of a tile; a thread has a 128th of them."""
+    """Pairs of columns times channels of a tile; each of 128 threads computes an equal part."""
     batch: int
     """B."""
     height: int
@@ -42,7 +42,7 @@ class Tiles:
 
     @property
     def rows(self) -> int:
-        """Rows of a tile, as even as they can be."""
+        """Rows of a tile, as equal as possible."""
         return triton.cdiv(self.height, triton.cdiv(self.height, TILE_ROWS))
 
     @property
@@ -67,16 +67,16 @@ class Tiles:
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
-        """What a kernel is told of them: height, width, channels, and rows of a tile."""
+        """The kernels' size arguments: height, width, channels, and rows of a tile."""
         return self.height, self.width, self.channels, self.rows
 
     @property
     def grid(self) -> tuple[int]:
-        """Programs: blocks of channels, tile by tile, so that neighbors read neighboring memory."""
+        """Number of programs: blocks of channels within tiles, so that neighboring programs read nearby memory."""
         return (self.number * triton.cdiv(self.channels, self.block),)
 
     def constants(self, map_BHWE: Tensor, act: str) -> dict[str, Any]:
-        """What a kernel is compiled for."""
+        """The kernels' compile-time arguments."""
         return {
             "ACCUMULATE": tl.float64 if accumulate_dtype(map_BHWE) == torch.float64 else tl.float32,
             "HARDSWISH": act == "hs",
@@ -86,29 +86,29 @@ class Tiles:
 
 
 def check_layout(*maps: Tensor) -> None:
-    """Raise ValueError for a map that is empty, or whose channels do not lie side by side."""
+    """Raise ValueError for an empty map, or one whose channels are not contiguous."""
     for map_BHWE in maps:
         if map_BHWE.numel() == 0 or map_BHWE.stride(3) != 1:
             raise ValueError(
-                f"the kernels take maps that are not empty and whose channels lie side by side, not shape "
+                "the kernels take non-empty maps with contiguous channels, not shape "
                 f"{tuple(map_BHWE.shape)} with strides {map_BHWE.stride()}: use localvit.ops.reference"
             )
 
 
 def weight_rows(weight: Tensor) -> Tensor:
-    """(E, 3, 3) or (E, 1, 3, 3) as (9, E), so that a kernel reads neighbors; no copy where channels lie last."""
+    """(E, 3, 3) or (E, 1, 3, 3) as (9, E), so that channels are contiguous; no copy of channels-last weights."""
     return weight.reshape(-1, 9).t().contiguous()
 
 
 @triton.jit
 def tile_of(height, width, channels, tile_rows, BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr):
-    """The program's tile: its number, image, first row, row after the last, first column of each pair, channels."""
+    """A program's tile: its number, image, first row, end row, first column of each pair, and channels."""
     blocks = tl.cdiv(channels, BLOCK_E)
     column_tiles = tl.cdiv(width, 2 * BLOCK_P)
     row_tiles = tl.cdiv(height, tile_rows)
     tile = tl.program_id(0) // blocks
     first = (tile // column_tiles) % row_tiles * tile_rows
-    # In 64 bits, for a batch of maps may hold more than 2 ** 31 values.
+    # 64 bits, since a batch of maps may hold more than 2 ** 31 values.
     image = (tile // (column_tiles * row_tiles)).to(tl.int64)
     even = (tile % column_tiles) * (2 * BLOCK_P) + 2 * tl.arange(0, BLOCK_P)[:, None]
     e = (tl.program_id(0) % blocks) * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
@@ -117,7 +117,7 @@ def tile_of(height, width, channels, tile_rows, BLOCK_P: tl.constexpr, BLOCK_E: 
 
 @triton.jit
 def channel_values(pointer, e, channels, ACCUMULATE: tl.constexpr):
-    """One value for each channel."""
+    """One value per channel."""
     return tl.load(pointer + e, e < channels, 0.0).to(ACCUMULATE)
 
 

@@ -24,7 +24,7 @@ from localvit.ops.triton.tiles import (
 )
 
 TILE_AREA = 512
-"""Four pairs of places a thread: as much as 128 registers hold."""
+"""Four pairs of positions per thread: as many as 128 registers hold."""
 
 
 def norm_act_depthwise(
@@ -53,7 +53,7 @@ def norm_act_depthwise(
             **tiles.constants(z_BHWE, act),
             **LAUNCH,
         )
-    # Chan's formula: squared deviations from the tiles' means, and of those means from the mean of all.
+    # Chan's formula: squared deviations from each tile's mean, plus those of the tiles' means from the overall mean.
     count = counts_T1.sum()
     mean_E = (counts_T1 * means_TE).sum(0) / count
     return out_BHWE, mean_E, (squares_TE + counts_T1 * (means_TE - mean_E).square()).sum(0) / count
@@ -63,7 +63,7 @@ def norm_act_depthwise(
 def _four_activated(
     pointers, even, inside, stride_w, columns, scale, shift, ACCUMULATE: tl.constexpr, HARDSWISH: tl.constexpr
 ):
-    """`four_columns` of the activated map, which is zero outside too."""
+    """`four_columns` of the activated map, which is zero outside as well."""
     before, at_even, at_odd, after = four_columns(pointers, even, inside, stride_w, columns, ACCUMULATE)
     before = tl.where((even > 0) & (even <= columns), activate(before * scale + shift, HARDSWISH), 0.0)
     at_even = tl.where(even < columns, activate(at_even * scale + shift, HARDSWISH), 0.0)
@@ -94,7 +94,7 @@ def norm_act_depthwise_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """One program's tile of the convolution's map, and its number of places, means and squared deviations."""
+    """One program's tile of the convolution's map, and its number of positions, means and squared deviations."""
     tile, image, first, last, even, e = tile_of(height, width, channels, tile_rows, BLOCK_P, BLOCK_E)
     inside = e < channels
     s = channel_values(scale, e, channels, ACCUMULATE)
@@ -133,7 +133,7 @@ def norm_act_depthwise_kernel(
         tl.store(out, even_out, inside & (even < width))
         tl.store(out + channels, odd_out, inside & (even + 1 < width))
         out += width * channels
-        # Welford's, column by column: the mean of squares less the squared mean has lost its digits.
+        # Welford's algorithm, column by column: mean of squares minus squared mean would cancel digits.
         share = 1.0 / (row + 1 - first).to(ACCUMULATE)
         difference = even_out - even_mean
         even_mean += difference * share
@@ -141,7 +141,7 @@ def norm_act_depthwise_kernel(
         difference = odd_out - odd_mean
         odd_mean += difference * share
         odd_squares += difference * (odd_out - odd_mean)
-    # Chan's, for the columns of the tile, which have as many rows each.
+    # Chan's formula for the columns of the tile, which have equally many rows.
     rows = (last - first).to(ACCUMULATE)
     number = tl.sum((even < width).to(ACCUMULATE) + (even + 1 < width).to(ACCUMULATE), 0, keep_dims=True)
     mean = tl.where(even < width, even_mean, 0.0) + tl.where(even + 1 < width, odd_mean, 0.0)

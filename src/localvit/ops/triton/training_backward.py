@@ -26,7 +26,7 @@ from localvit.ops.triton.tiles import (
 )
 
 TILE_AREA = 256
-"""Two pairs of places a thread, for more sums are under way: four would need 204 registers."""
+"""Two pairs of positions per thread, since more partial sums are live: four would need 204 registers."""
 
 
 def norm_act_depthwise_backward(
@@ -71,7 +71,7 @@ def norm_act_depthwise_backward(
 def _two_activated(
     pointers, even, inside, stride_w, columns, scale, shift, ACCUMULATE: tl.constexpr, HARDSWISH: tl.constexpr
 ):
-    """`two_columns` of the activated map, which is zero outside too."""
+    """`two_columns` of the activated map, which is zero outside as well."""
     at_even, at_odd = two_columns(pointers, even, inside, stride_w, columns, ACCUMULATE)
     at_even = tl.where(even < columns, activate(at_even * scale + shift, HARDSWISH), 0.0)
     at_odd = tl.where(even + 1 < columns, activate(at_odd * scale + shift, HARDSWISH), 0.0)
@@ -80,7 +80,7 @@ def _two_activated(
 
 @triton.jit
 def _add_products(left_sum, center_sum, right_sum, a, b, c, d, at_even, at_odd):
-    """Add to a row of the weight's gradient what a row (a, b, c, d) of the output's gradient says of what it saw."""
+    """Add to a row of the weight's gradient the products of a row (a, b, c, d) of the output's gradient."""
     left_sum += c * at_even
     left_sum += d * at_odd
     center_sum += b * at_even
@@ -121,13 +121,13 @@ def norm_act_depthwise_backward_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """One program's tile of the gradient of u, and what its places add to the weight's gradient and to the sums."""
+    """One program's tile of the gradient of u, and its part of the weight's gradient and of the sums."""
     tile, image, first, last, even, e = tile_of(height, width, channels, tile_rows, BLOCK_P, BLOCK_E)
     inside = e < channels
     s = channel_values(scale, e, channels, ACCUMULATE)
     t = channel_values(shift, e, channels, ACCUMULATE)
     m = channel_values(center, e, channels, ACCUMULATE)
-    # The kernel turned by half a turn: what an input place gave to the row below comes back from there.
+    # The weight rotated by 180 degrees: the gradient flows back from where each input contributed.
     w22, w21, w20 = weight_row(weight, 0, e, channels, ACCUMULATE)
     w12, w11, w10 = weight_row(weight, 1, e, channels, ACCUMULATE)
     w02, w01, w00 = weight_row(weight, 2, e, channels, ACCUMULATE)
@@ -136,7 +136,7 @@ def norm_act_depthwise_backward_kernel(
     grad_out += image * grad_stride_b + (first - 1).to(tl.int64) * grad_stride_h + (even * grad_stride_w + e)
     grad_u += (image * height + first) * width * channels + (even * channels + e)
 
-    # Rows of the gradient go by, and with each the activated rows above, at and below it that are the tile's.
+    # For each row of the gradient, the tile's activated rows above, at and below it.
     even_below, odd_below = _two_activated(z, even, inside, stride_w, width, s, t, ACCUMULATE, HARDSWISH)
     columns = columns_of(first - 1, height, width)
     a, b, c, d = four_columns(grad_out, even, inside, grad_stride_w, columns, ACCUMULATE)
@@ -181,7 +181,7 @@ def norm_act_depthwise_backward_kernel(
         sum00, sum01, sum02 = _add_products(sum00, sum01, sum02, a, b, c, d, even_above, odd_above)
         sum10, sum11, sum12 = _add_products(sum10, sum11, sum12, a, b, c, d, even_here, odd_here)
         sum20, sum21, sum22 = _add_products(sum20, sum21, sum22, a, b, c, d, even_below, odd_below)
-        # Again, from the L1 cache: kept from two rows ago it would take registers.
+        # Loaded again from the L1 cache: keeping it for two rows would take registers.
         even_z, odd_z = two_columns(z, even, inside, stride_w, width, ACCUMULATE)
         even_grad *= activation_slope(even_z * s + t, HARDSWISH)
         odd_grad *= activation_slope(odd_z * s + t, HARDSWISH)
