@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from localvit_cli.allocator import keep_freed_memory
+from localvit_cli.console import log_to_stderr
 
 
 COMMANDS = {
@@ -67,7 +68,8 @@ def run(command: Callable[[], int | None], *, debug: bool) -> int:
     """Call `command`; turn what it raises into a line for a person and an exit status."""
     keep_freed_memory()
     try:
-        return command() or 0
+        with log_to_stderr():
+            return command() or 0
     except KeyboardInterrupt:
         print("localvit: interrupted", file=sys.stderr)
         return 130
