@@ -16,41 +16,42 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Measure models beside a baseline: speed, latency, memory, cost; refuses where the machine is too noisy to tell.
+    """Measure speed, latency, memory and cost of models.
 
-    All models of a batch size run in turn, round by round. Too noisy is a machine where, at any batch size, the
-    interquartile range over rounds of a model's speed relative to the baseline (of its images/s, where there is no
-    baseline) is above 10 % of the median.
+    The models run in turn, round by round, so that they can be compared.
     """
 
-    names: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="NAME...")]
-    """Models' names (random weights; nothing is downloaded) or checkpoint files."""
-    baseline: str | None = "deit_tiny_patch16_224"
-    """What to compare with, measured in the same rounds; None for nothing."""
+    names: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL...", help_behavior_hint="(required)")
+    ]
+    """Model names (random weights; nothing is downloaded) or checkpoint files."""
+    baseline: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = "deit_tiny_patch16_224"
+    """Model to compare with, measured in the same rounds; None for no comparison."""
     train: bool = False
-    """Measure training steps: forward, cross entropy, backward, AdamW."""
+    """Measure training steps (forward, cross entropy, backward, AdamW) instead of inference."""
     batch_sizes: tuple[int, ...] = (1, 16, 64)
-    """Images a call."""
+    """Batch sizes, measured one after the other."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Inference converts the model to it; training runs under autocast."""
+    """In inference the model is converted to it; in training it is the dtype of autocast."""
     compile: bool = False
-    """Compile the models first, for each batch size."""
+    """Compile the models with torch.compile, for each batch size."""
     channels_last: bool = False
-    """Lay images and weights out channels-last."""
+    """Use the channels-last memory format for images and weights."""
     fuse: bool = True
-    """Measure the inference form; without, the model as it was trained."""
-    device: str | None = None
-    """cuda, mps or cpu; by default the first of these that there is."""
+    """Fuse the models for inference, with localvit.fuse."""
+    device: Annotated[str | None, tyro.conf.arg(metavar="DEVICE", help_behavior_hint="")] = None
+    """cuda, mps or cpu; by default the first one available."""
     rounds: int = 11
-    """How often everything is measured; at least 3."""
-    input_size: tuple[int, ...] = ()
-    """Side of the images, or height and width, in pixels; by default each model's own."""
+    """Number of rounds, at least 3."""
+    input_size: Annotated[tuple[int, ...], tyro.conf.arg(help_behavior_hint="")] = ()
+    """Side of the images, or height and width, in pixels; by default that of each model."""
     json: bool = False
-    """JSON instead of tables."""
-    plot: Path | None = None
-    """Image of published accuracy against images/s to draw: PNG, SVG or PDF by its ending."""
+    """Print JSON instead of tables."""
+    plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
+    """Draw published accuracy against images/s into this file: .png, .svg or .pdf."""
     force: bool = False
-    """Report even where the machine is too noisy to tell."""
+    """Report the numbers even if the machine is too noisy. It is, if the interquartile range of a model's speed
+    relative to the baseline (of its images/s without a baseline) exceeds 10 % of the median at any batch size."""
 
     def run(self) -> None:
         """Measure, print the tables or JSON, and draw if asked."""

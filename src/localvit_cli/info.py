@@ -18,14 +18,14 @@ _NAMED = 5  # how many classes the text names
 
 @dataclass(frozen=True, kw_only=True)
 class Info:
-    """Show what a model is, or what a checkpoint file holds; nothing is downloaded."""
+    """Describe a model or a checkpoint file. Nothing is downloaded."""
 
-    model: Annotated[str, tyro.conf.Positional]
-    """A model's name, or a checkpoint file."""
-    localize: tuple[str, ...] | None = None
-    """Show the model with locality put into it by localvit.localize, with such arguments as NAME=VALUE."""
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """The name of a model, or a checkpoint file."""
+    localize: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="NAME=VALUE ...", help_behavior_hint="")] = None
+    """Describe the model after localvit.localize with these arguments."""
     json: bool = False
-    """JSON instead of text."""
+    """Print JSON instead of text."""
 
     def run(self) -> int:
         """Print what is known; 1 for a file that is readable but fits no known model."""

@@ -9,10 +9,10 @@ _HEADINGS = ("name", "also called", "paper", "parameters", "multiply-adds", "inp
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
-    """List the models, with parameters and multiply-adds counted now and accuracies as published."""
+    """List the models with their size, cost and published accuracy."""
 
     json: bool = False
-    """JSON instead of a table."""
+    """Print JSON instead of a table."""
 
     def run(self) -> None:
         """Count every model and print the list."""
