@@ -1,14 +1,10 @@
 """What a command prints while it works: messages and progress, on standard error, from the first process only."""
 
 import logging
-import os
-import subprocess
-import sys
-
-import pytest
 
 from localvit_cli import UsageError, run
 from localvit_cli.console import progress
+from terminals import run_on_terminal
 
 library = logging.getLogger("localvit.train.loop")
 command = logging.getLogger("localvit_cli.train")
@@ -69,33 +65,8 @@ run(work, debug=False)
 """
 
 
-def on_a_terminal(program: str, *, columns: int = 80) -> tuple[str, str]:
-    """Standard output, in a pipe, and what a terminal got as standard error."""
-    pty = pytest.importorskip("pty")  # Windows has none
-    ours, theirs = pty.openpty()
-    environment = os.environ | {"COLUMNS": str(columns), "TERM": "xterm"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=theirs, text=True, env=environment
-    )
-    os.close(theirs)
-    shown = b""
-    while chunk := _read(ours):
-        shown += chunk
-    os.close(ours)
-    out, _ = process.communicate()
-    assert process.returncode == 0, shown
-    return out, shown.decode()
-
-
-def _read(terminal: int) -> bytes:
-    try:
-        return os.read(terminal, 4096)
-    except OSError:  # Linux reports the closed other end this way
-        return b""
-
-
 def test_the_bar_keeps_messages_readable_and_leaves_redirected_results_alone():
-    out, shown = on_a_terminal(PROGRAM)
+    shown, out = run_on_terminal(PROGRAM, columns=80, outputs=("stderr",))
     assert out == "a result\n"
     lines = [line for line in shown.replace("\r", "\n").splitlines() if "no GPU" in line]
     assert [line.removeprefix("\x1b[2K") for line in lines] == ["warning: no GPU"]

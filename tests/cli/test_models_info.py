@@ -12,9 +12,8 @@ import tyro
 from localvit import create_model, list_models, save_checkpoint
 from localvit.data.preprocessing import Preprocessing
 from localvit.inference.cost import count_multiply_adds, count_parameters, summarize_blocks
-from localvit.inference.runner import fusion as fuse
+from localvit.inference.fusion import fuse
 from localvit.models.zoo import ZOO
-from localvit.utils.tables import columns
 from localvit_cli import UsageError
 from localvit_cli.info import Info
 from localvit_cli.models import Models
@@ -111,21 +110,17 @@ def test_models_have_every_name_and_published_number(listed):
         assert 0.9e9 < model["multiply_adds"] < 6e9
 
 
-def test_the_list_in_a_pipe_is_plain_and_whole(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "40")
-    monkeypatch.setattr("localvit.models.zoo.ZOO", ZOO[:1])
+def test_the_list_fits_80_columns_with_a_model_per_line(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("localvit_cli.models.ZOO", ZOO[:1])
     tyro.cli(Models, args=[]).run()
     out = capsys.readouterr().out
-    assert "\x1b" not in out
-    assert "…" not in out
-    line = next(line for line in out.splitlines() if line.startswith("localvit_tiny_mlp4_act3_r192"))
-    expected = "localvit_tiny LocalViT-T 5,908,696 1.266 G 224x224 74.838 92.610 released"
-    assert line.split()[1:] == expected.split()
-    assert "multiply-adds" in out
-
-
-def test_columns():
-    assert columns([("a", "bb", "c"), ("aaa", "b", "cc")], right=(1,)) == "a    bb  c\naaa   b  cc"
+    assert max(map(len, out.splitlines())) <= 80
+    table, names, released, notes = out.split("\n\n")
+    assert table.splitlines()[-2].split() == ["localvit_tiny", "LocalViT-T", "5.91", "1.266", "224", "74.838", "92.610"]
+    assert names.splitlines()[1].split() == ["localvit_tiny", "localvit_tiny_mlp4_act3_r192"]
+    assert released == "Weights are released for localvit_tiny."
+    assert "half the FLOPs" in notes.replace("\n", " ")
 
 
 def info(capsys, *arguments: object) -> tuple[int, dict]:
@@ -189,6 +184,25 @@ def test_info_of_a_file(capsys, checkpoint):
     assert file["sha256"] in text
 
 
+def test_the_text_on_a_file_has_lines_instead_of_dictionaries_and_counts_epochs_from_1(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "80")
+    about = {
+        "config": {"lr": 5e-4, "model_args": {"local_blocks": "1-2"}, "repeated_aug": True, "device": None},
+        "epoch": 2,  # as training stores it, from 0
+        "metrics": {"epoch": 2, "train_loss": 0.25, "test_acc1": 97.5},
+    }
+    model = create_model("localvit_nano_patch4_32", num_classes=2, local_blocks="1-2")
+    path = save_checkpoint(model, tmp_path / "nano.safetensors", about=about)
+    assert tyro.cli(Info, args=[str(path)]).run() == 0
+    text = capsys.readouterr().out
+    assert "{" not in text
+    assert max(map(len, text.splitlines())) <= 80
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert lines[lines.index("epoch 3") :][1:3] == ["metrics train_loss: 0.25", "test_acc1: 97.5"]
+    settings = lines[lines.index("training setting value") :][1:]
+    assert settings == ["lr 0.0005", "model_args.local_blocks 1-2", "repeated_aug yes", "device -"]
+
+
 def test_info_of_a_published_file(capsys, tmp_path):
     path = tmp_path / "published.pth"
     save_checkpoint(create_model("localvit_tiny"), path, layout="published")
@@ -228,7 +242,7 @@ def test_info_shows_what_localize_would_add(capsys):
 
 def test_info_localizes_names_and_no_files(tmp_path):
     path = save_checkpoint(create_model("localvit_nano_patch4_32"), tmp_path / "model.safetensors")
-    with pytest.raises(UsageError, match="a file is what it is"):
+    with pytest.raises(UsageError, match="--localize needs the name of a model"):
         Info(model=str(path), localize=()).run()
     with pytest.raises(ValueError, match="--localize kernel_size must be NAME=VALUE"):
         Info(model="deit_tiny_patch16_224", localize=("kernel_size",)).run()

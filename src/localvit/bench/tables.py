@@ -5,7 +5,7 @@ from typing import Any
 
 from localvit.bench.prepare import label
 from localvit.bench.result import NOISE_LIMIT, BatchResult, Bench, ModelResult, Spread
-from localvit.utils.tables import columns
+from localvit.utils.tables import format_table
 
 _SPEED_HEADINGS = ("model", "batch", "images/s", "quartiles", "x baseline", "quartiles", "of floor", "peak MiB")
 _MODEL_HEADINGS = ("model", "input", "parameters", "multiply-adds", "saved/image", "latency p50", "p99")
@@ -69,8 +69,8 @@ def as_text(measured: Bench) -> str:
     )
     return "\n\n".join(
         (
-            columns([_SPEED_HEADINGS, *speeds], right=range(1, len(_SPEED_HEADINGS))),
-            columns([_MODEL_HEADINGS, *models], right=range(2, len(_MODEL_HEADINGS))),
+            format_table(speeds, headings=_SPEED_HEADINGS, right=range(1, len(_SPEED_HEADINGS))),
+            format_table(models, headings=_MODEL_HEADINGS, right=range(2, len(_MODEL_HEADINGS))),
             "\n".join(filter(None, notes)),
         )
     )

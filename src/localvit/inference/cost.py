@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from localvit.locality import EfficientChannelAttention, SqueezeExcite
 from localvit.surgery.branch import CHILD, LocalityBranch
 from localvit.tokens.mlp import LocalityMlp
-from localvit.utils.tables import columns
+from localvit.utils.tables import format_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,8 @@ class LocalityReport(tuple[LocalFeedForward, ...]):
         ]
         rows.append(("in all", "", "", sum(part.parameters for part in self), sum(part.multiply_adds for part in self)))
         headings = ("locality", "channels", "grid", "parameters", "multiply-adds")
-        return columns([headings, *((*row[:3], f"{row[3]:,}", f"{row[4]:,}") for row in rows)], right=(1, 3, 4))
+        cells = [(*row[:3], f"{row[3]:,}", f"{row[4]:,}") for row in rows]
+        return format_table(cells, headings=headings, right=(1, 3, 4))
 
 
 def locality_report(model: nn.Module, input_size: tuple[int, ...] | None = None) -> LocalityReport:
