@@ -100,7 +100,7 @@ def _bar(title: str, total: int, unit: str) -> Iterator[Advance]:
         def advance(done: int, note: str = "") -> None:
             bar.update(task, advance=done, note=note)
             if speed := bar.tasks[0].speed:
-                bar.update(task, rate=f"{speed:,.0f} {unit}/s")
+                bar.update(task, rate=f"{_rate_text(speed)} {unit}/s")
 
         yield advance
 
@@ -118,6 +118,10 @@ def _lines(title: str, total: int, unit: str) -> Advance:
             rate = finished / max(now - started, 1e-9)
             left = (total - finished) / max(rate, 1e-9)
             task = f"{title} {note}".rstrip()
-            logger.info(f"{task}: {finished:,} of {total:,} {unit}, {rate:,.0f}/s, {left:,.0f} s left")
+            logger.info(f"{task}: {finished:,} of {total:,} {unit}, {_rate_text(rate)}/s, {left:,.0f} s left")
 
     return advance
+
+
+def _rate_text(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"

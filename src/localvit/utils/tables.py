@@ -88,8 +88,9 @@ def _render(columns: Sequence[_Column], width: int, show_header: bool) -> str:
     table = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, show_header=show_header, header_style="")
     widths = _fitted(columns, width)
     for column, own_width in zip(columns, widths, strict=True):
-        justify = "right" if column.right else "left"
-        table.add_column(Text(column.heading), justify=justify, width=own_width, overflow="fold")
+        table.add_column(
+            Text(column.heading), justify="right" if column.right else "left", width=own_width, overflow="fold"
+        )
     for row in zip(*(column.cells for column in columns), strict=True):
         table.add_row(*map(Text, row))
     console = Console(file=io.StringIO(), width=_total(widths), color_system=None, legacy_windows=False)
