@@ -20,7 +20,8 @@ from torch import Tensor
 
 import localvit
 from localvit.inference.cost import locality_report
-from localvit.ops import kernels, reference
+from localvit.ops import reference, set_backend
+from localvit.ops.activations import ACTIVATIONS
 
 SETS = 4
 """Number of sets of tensors. One for localvit_tiny, batch 256, bfloat16 has at least 150 MB; caches have up to 126."""
@@ -117,12 +118,12 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["localvit_tiny", "localvit_small"])
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    parser.add_argument("--act", choices=reference.ACTS, default="hs")
+    parser.add_argument("--act", choices=ACTIVATIONS, default="hs")
     parser.add_argument("--rounds", type=int, default=50)
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("the kernels need a CUDA GPU, and torch finds none: nothing was measured")
-    kernels.use(True)
+    set_backend("triton")
     device = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     print(f"{device}, batch {args.batch_size}, {args.dtype}, {args.act}")
     print(f"The goal for depthwise_act_pool is {GOAL:.0%} of the speed of a copy.")
