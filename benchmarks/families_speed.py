@@ -1,14 +1,15 @@
-"""How fast is each LocalViT beside its own baseline, and beside the straightforward form of itself?
+"""How fast is each LocalViT compared with its baseline, and with a straightforward implementation of itself?
 
     python benchmarks/families_speed.py [--families T S PVT TNT Swin T2T] [--batch-size 16] [--rounds 9]
         [--dtype float32] [--train] [--compile] [--json FILE]
 
-For each family: `localvit.fuse`'s form of the LocalViT, the baseline as it is and fused, and what
-`benchmarks/straightforward.py` makes of the LocalViT, run in turn, round by round, in one process on the CPU. With
-`--train` these are training steps (forward, cross entropy, backward, AdamW), of models that are not fused. Weights and
-images are random. Ratios are speeds of the LocalViT over the other's, taken within rounds: medians, with the middle
-half of the rounds in brackets. Freed memory is kept, as the `localvit` commands do. torch takes every core unless
-OMP_NUM_THREADS says how many.
+For each family, four models run in turn, round by round, in one process on the CPU: the LocalViT fused by
+`localvit.fuse`, its baseline as it is and fused, and the LocalViT in the implementation of
+`benchmarks/straightforward.py`. With `--train`, training steps (forward, cross entropy, backward, AdamW) are measured
+instead, of models that are not fused.
+Weights and images are random. Ratios are the speed of the LocalViT relative to the other model, taken within rounds:
+medians, with quartiles in parentheses. As in the `localvit` commands, the C library keeps freed memory. torch uses all
+cores unless OMP_NUM_THREADS limits them.
 """
 
 import argparse
@@ -20,9 +21,9 @@ from typing import Any
 import torch
 from straightforward import straightforward
 
-from localvit.bench.measure import in_turn
+from localvit.bench.measure import time_rounds
 from localvit.bench.prepare import BenchModel, BenchOptions, prepare
-from localvit.bench.result import Spread
+from localvit.bench.result import Quartiles
 from localvit.checkpoints.checkpoint import versions
 from localvit_cli.allocator import keep_freed_memory
 
@@ -34,45 +35,45 @@ FAMILIES = {
     "Swin": ("localvit_swin_tiny_patch4_window7_224", "swin_tiny_patch4_window7_224"),
     "T2T": ("localvit_T2t_conv7", "T2t_vit_7"),
 }
-"""The published LocalViT and its baseline, timm's or ours."""
+"""The published LocalViT and its baseline, from timm or this package."""
 
 WARM_UP_CALLS = 3
 
 
 def prepare_straightforward(name: str, options: BenchOptions) -> BenchModel:
-    """As `prepare`, for the straightforward form of the model."""
+    """Like `prepare`, for the straightforward implementation of the model."""
     model = prepare(name, replace(options, fuse=False, compile=False))
-    form: Any = straightforward(model.form)
-    trained = [parameter for parameter in form.parameters() if parameter.requires_grad]
+    module: Any = straightforward(model.module)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, fused=True) if options.train else None
-    form = torch.compile(form, dynamic=False) if options.compile else form
-    return replace(model, form=form, optimizer=optimizer)
+    module = torch.compile(module, dynamic=False) if options.compile else module
+    return replace(model, module=module, optimizer=optimizer)
 
 
-def measure(family: str, options: BenchOptions) -> dict[str, Any]:
-    """Images a second of each form of a family, and the LocalViT's speed over that of each other form."""
-    torch._dynamo.reset()  # torch.compile keeps code for a few models of one class only
+def measure_family(family: str, options: BenchOptions) -> dict[str, Any]:
+    """Images per second of each model of a family, and the speed of the LocalViT relative to each other model."""
+    torch._dynamo.reset()  # torch.compile keeps the code of only a few models per class
     name, baseline = FAMILIES[family]
     models = {"localvit": prepare(name, options), "baseline": prepare(baseline, replace(options, fuse=False))}
     if not options.train:
         models["fused baseline"] = prepare(baseline, options)
     models["straightforward"] = prepare_straightforward(name, options)
     (batch_size,) = options.batch_sizes
-    calls = {form: model.call(batch_size) for form, model in models.items()}
+    calls = {label: model.call(batch_size) for label, model in models.items()}
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         for call in calls.values():
             for _ in range(WARM_UP_CALLS):
                 call()
-        seconds = in_turn(calls, dict.fromkeys(calls, 1), options, lambda rounds: None)
+        seconds = time_rounds(calls, dict.fromkeys(calls, 1), options, lambda rounds: None)
     own = seconds["localvit"]
     return {
         "localvit": name,
         "baseline": baseline,
-        "images_per_second": {form: Spread.of([batch_size / each for each in seconds[form]]) for form in seconds},
+        "images_per_second": {label: Quartiles.of([batch_size / each for each in seconds[label]]) for label in seconds},
         "speed_over": {
-            form: Spread.of([each / mine for each, mine in zip(seconds[form], own, strict=True)])
-            for form in seconds
-            if form != "localvit"
+            label: Quartiles.of([each / mine for each, mine in zip(seconds[label], own, strict=True)])
+            for label in seconds
+            if label != "localvit"
         },
     }
 
@@ -85,35 +86,35 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="at least 3")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--train", action="store_true", help="training steps; in half precision under autocast")
-    parser.add_argument("--compile", action="store_true", help="compile every form")
-    parser.add_argument("--json", type=Path, help="write medians and quartiles here")
-    asked = parser.parse_args()
+    parser.add_argument("--compile", action="store_true", help="compile every model")
+    parser.add_argument("--json", type=Path, help="write medians and quartiles to this file")
+    args = parser.parse_args()
     keep_freed_memory()
     options = BenchOptions(
         device=torch.device("cpu"),
-        dtype=getattr(torch, asked.dtype),
-        train=asked.train,
-        batch_sizes=(asked.batch_size,),
-        rounds=asked.rounds,
-        compile=asked.compile,
+        dtype=getattr(torch, args.dtype),
+        train=args.train,
+        batch_sizes=(args.batch_size,),
+        rounds=args.rounds,
+        compile=args.compile,
     )
-    about = {name: value for name, value in vars(asked).items() if name not in ("json", "families")}
+    about = {name: value for name, value in vars(args).items() if name not in ("json", "families")}
     about |= {"threads": torch.get_num_threads(), "cpu_capability": torch.backends.cpu.get_cpu_capability()}
     about |= {"versions": versions()}
     print(", ".join(f"{name} {value}" for name, value in about.items()))
-    others = ["baseline", *([] if asked.train else ["fused baseline"]), "straightforward"]
+    others = ["baseline", *([] if args.train else ["fused baseline"]), "straightforward"]
     print(f"| family | images/s | {' | '.join(f'over {other}' for other in others)} |\n|---|---|{'---|' * len(others)}")
     measured = {}
-    for family in asked.families:
-        measured[family] = result = measure(family, options)
+    for family in args.families:
+        measured[family] = result = measure_family(family, options)
         cells = [f"{result['images_per_second']['localvit'].median:.1f}"]
         for other in others:
             ratio = result["speed_over"][other]
             cells.append(f"{ratio.median:.2f} ({ratio.first_quartile:.2f} to {ratio.third_quartile:.2f})")
         print(f"| LocalViT-{family} | {' | '.join(cells)} |", flush=True)
-    if asked.json:
+    if args.json:
         plain = {"about": about, "families": measured}
-        asked.json.write_text(json.dumps(plain, default=asdict, indent=1) + "\n")
+        args.json.write_text(json.dumps(plain, default=asdict, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""How near are the Triton kernels of `localvit.ops.kernels` to a device copy?
+"""How close do the Triton kernels of `localvit.ops.triton` come to the speed of a device copy?
 
     python benchmarks/kernels_speed.py [--models localvit_tiny localvit_small] [--batch-size 256] [--rounds 50]
 
-For the maps of each model's depth-wise convolutions: each operator's kernel, its plain form, that form compiled, and a
-device copy of as many bytes as the operator has to move (every tensor that it takes or gives, once). Each is captured
-in a CUDA graph, so that no launch is waited for, over several sets of tensors, so that none is found in the cache; the
-graphs run in turn, round by round, between CUDA events. The share of the copy's speed is the median over rounds. Run
-`pytest tests/kernels` on the same GPU first: this looks at no number that the kernels give.
+For the input maps of each model's depth-wise convolutions, four things are measured per operator: its kernel, its
+reference in plain torch, that reference compiled, and a device copy of as many bytes as the operator has to move (each
+input and output once). Each is captured in a CUDA graph, to leave out launch times, over several sets of tensors, so
+that no input is in the cache. The graphs run in turn, round by round, between CUDA events. The share of the copy's
+speed is the median over rounds. Results are not checked here: run `pytest tests/ops` on the same GPU first.
 """
 
 import argparse
@@ -20,23 +20,23 @@ from torch import Tensor
 
 import localvit
 from localvit.inference.cost import locality_report
-from localvit.ops import kernels
-from localvit.ops import reference as plain
+from localvit.ops import reference, set_backend
+from localvit.ops.activations import ACTIVATIONS
 
 SETS = 4
-"""Sets of tensors. One of localvit_tiny's at batch 256 in bfloat16 is 150 MB or more; caches have up to 126."""
+"""Number of sets of tensors. One for localvit_tiny, batch 256, bfloat16 has at least 150 MB; caches have up to 126."""
 GOAL = 0.70
-"""Of a copy's speed, for the inference kernel."""
+"""Intended share of the copy's speed, for the inference kernel."""
 
 
 def maps(name: str) -> list[tuple[int, int, int]]:
-    """Height, width and channels of the maps that a model's depth-wise convolutions see, each once."""
+    """Height, width and channels of the inputs of a model's depth-wise convolutions, without duplicates."""
     model = localvit.create_model(name, device="meta")
     return sorted({(*part.grid_size, part.channels) for part in locality_report(model)})
 
 
-def draw(batch: int, size: tuple[int, int, int], dtype: torch.dtype) -> dict[str, tuple[Tensor, ...]]:
-    """What each operator takes, less the activation: maps in `dtype`, what training keeps in float32."""
+def random_inputs(batch: int, size: tuple[int, int, int], dtype: torch.dtype) -> dict[str, tuple[Tensor, ...]]:
+    """The tensors that each operator takes: maps in `dtype`, and in float32 what training keeps in float32."""
     channels = size[2]
 
     def map_BHWE() -> Tensor:
@@ -54,18 +54,18 @@ def draw(batch: int, size: tuple[int, int, int], dtype: torch.dtype) -> dict[str
     }
 
 
-def copy_of(size: int) -> Callable[[], Tensor]:
-    """A copy that moves `size` bytes, half of them read and half written."""
+def copy_bytes(size: int) -> Callable[[], Tensor]:
+    """A copy that moves `size` bytes: half of them are read, half written."""
     source = torch.randint(256, (size // 2,), device="cuda", dtype=torch.uint8)
     return partial(torch.empty_like(source).copy_, source)
 
 
 def captured(calls: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
-    """The calls, one after the other, as one graph."""
+    """Capture the calls, one after the other, in one graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for call in calls * 3:  # compiles, and makes room
+        for call in calls * 3:  # compile and allocate before capturing
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -76,7 +76,7 @@ def captured(calls: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
 
 
 def milliseconds(graph: torch.cuda.CUDAGraph) -> float:
-    """Of one of its calls."""
+    """Time of one call of the graph."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     graph.replay()
@@ -87,15 +87,15 @@ def milliseconds(graph: torch.cuda.CUDAGraph) -> float:
 
 @torch.no_grad()
 def measure(operator: str, sets: list[tuple[Tensor, ...]], act: str, rounds: int) -> list[str]:
-    """Rows of the table."""
-    forms = {
+    """Measure one operator; returns rows of the table."""
+    variants = {
         "kernel": getattr(torch.ops.localvit, operator),
-        "plain": getattr(plain, operator),
-        "plain, compiled": torch.compile(getattr(plain, operator), dynamic=False),
+        "reference": getattr(reference, operator),
+        "reference, compiled": torch.compile(getattr(reference, operator), dynamic=False),
     }
-    size = sum(tensor.nbytes for tensor in (*sets[0], *forms["plain"](*sets[0], act)))
-    graphs = {name: captured([partial(form, *given, act) for given in sets]) for name, form in forms.items()}
-    graphs["copy"] = captured([copy_of(size) for _ in sets])
+    size = sum(tensor.nbytes for tensor in (*sets[0], *variants["reference"](*sets[0], act)))
+    graphs = {name: captured([partial(variant, *inputs, act) for inputs in sets]) for name, variant in variants.items()}
+    graphs["copy"] = captured([copy_bytes(size) for _ in sets])
     for graph in graphs.values():
         milliseconds(graph)
     times: dict[str, list[float]] = {name: [] for name in graphs}
@@ -103,9 +103,9 @@ def measure(operator: str, sets: list[tuple[Tensor, ...]], act: str, rounds: int
         for name, graph in graphs.items():
             times[name].append(milliseconds(graph))
     rows = []
-    for name, of_rounds in times.items():
-        median = statistics.median(of_rounds)
-        shares = [copy / own for copy, own in zip(times["copy"], of_rounds, strict=True)]
+    for name, milliseconds_per_round in times.items():
+        median = statistics.median(milliseconds_per_round)
+        shares = [copy / own for copy, own in zip(times["copy"], milliseconds_per_round, strict=True)]
         low, share, high = statistics.quantiles(shares, n=4)
         cells = [name, f"{median:.3f}", f"{size / median / 1e9:.2f}", f"{share:.0%}", f"{low:.0%} to {high:.0%}"]
         rows.append(f"| {operator} | {' | '.join(cells)} |")
@@ -113,27 +113,27 @@ def measure(operator: str, sets: list[tuple[Tensor, ...]], act: str, rounds: int
 
 
 def main() -> None:
-    """Measure and print one table for each map; exits with 1 where there is no GPU."""
+    """Measure and print one table per map; the exit status is 1 without a GPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["localvit_tiny", "localvit_small"])
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    parser.add_argument("--act", choices=plain.ACTS, default="hs")
+    parser.add_argument("--act", choices=ACTIVATIONS, default="hs")
     parser.add_argument("--rounds", type=int, default=50)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     if not torch.cuda.is_available():
-        raise SystemExit("the kernels run on a GPU, and torch sees none here: nothing was measured")
-    kernels.use(True)
+        raise SystemExit("the kernels need a CUDA GPU, and torch finds none: nothing was measured")
+    set_backend("triton")
     device = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    print(f"{device}, batch {asked.batch_size}, {asked.dtype}, {asked.act}")
-    print(f"The goal is {GOAL:.0%} of a copy's speed for depthwise_act_pool.")
-    for name in asked.models:
+    print(f"{device}, batch {args.batch_size}, {args.dtype}, {args.act}")
+    print(f"The goal for depthwise_act_pool is {GOAL:.0%} of the speed of a copy.")
+    for name in args.models:
         for size in maps(name):
-            print(f"\n{name}: maps of {size[0]} x {size[1]} places and {size[2]} channels\n")
-            print("| operator | form | ms | TB/s | of a copy | middle half of rounds |\n|---|---|---|---|---|---|")
-            drawn = [draw(asked.batch_size, size, getattr(torch, asked.dtype)) for _ in range(SETS)]
-            for operator in drawn[0]:
-                rows = measure(operator, [each[operator] for each in drawn], asked.act, asked.rounds)
+            print(f"\n{name}: maps of {size[0]} x {size[1]} patches and {size[2]} channels\n")
+            print("| operator | variant | ms | TB/s | share of copy speed | quartiles |\n|---|---|---|---|---|---|")
+            sets = [random_inputs(args.batch_size, size, getattr(torch, args.dtype)) for _ in range(SETS)]
+            for operator in sets[0]:
+                rows = measure(operator, [each[operator] for each in sets], args.act, args.rounds)
                 print("\n".join(rows), flush=True)
 
 

@@ -35,7 +35,7 @@ ARMS = {
 
 def train(folder: Path, *told: str) -> None:
     subprocess.run(
-        [sys.executable, "-m", "localvit_cli", "train", *MODEL, *told, "--output-dir", str(folder), "--resume", "auto"],
+        [sys.executable, "-m", "localvit", "train", *MODEL, *told, "--output-dir", str(folder), "--resume", "auto"],
         env={"OMP_NUM_THREADS": "1"} | os.environ,  # so that a seed gives the same bits on any machine
         check=True,
     )

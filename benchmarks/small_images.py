@@ -35,7 +35,7 @@ def run(asked: argparse.Namespace) -> None:
                 told = ["--recipe", "small_images_32", "--data-path", str(asked.data_path), *flags]
                 told += ["--epochs", str(epochs), "--seed", str(seed), "--output-dir", str(folder), "--resume", "auto"]
                 subprocess.run(
-                    [sys.executable, "-m", "localvit_cli", "train", *told],
+                    [sys.executable, "-m", "localvit", "train", *told],
                     env={"OMP_NUM_THREADS": "1"} | os.environ,  # so that a seed gives the same bits on any machine
                     check=True,
                 )

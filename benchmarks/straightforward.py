@@ -1,12 +1,13 @@
-"""LocalViT in the straightforward form, to measure `localvit`'s own against: a plain reading of the paper, in NCHW.
+"""LocalViT as the paper reads, in NCHW: a straightforward implementation to measure the one of `localvit` against.
 
-Transcribed, from arXiv 2104.05707, figure 3 and equations 8 to 10: the locality feed-forward and how a block uses it.
-Image tokens are copied into a contiguous map; 1x1 convolution, batch norm, activation, depth-wise convolution, batch
-norm, activation, gate, 1x1 convolution, batch norm; the map's input is added, the class token put before its tokens.
-Attention is explicit: queries times keys, softmax, times values. Nothing is folded or left out.
+It implements the locality feed-forward, and how a block uses it, from arXiv 2104.05707, figure 3 and equations 8 to 10.
+The image tokens are copied into a contiguous map, which passes a 1x1 convolution, batch norm, activation, depth-wise
+convolution, batch norm, activation, gate, 1x1 convolution and batch norm. The input of the map is added, and the class
+token is put in front again. Attention is explicit: queries times keys, softmax, times values. Nothing is folded or left
+out.
 
-Left as they are: patch embeddings, positions, norms, the projections of attentions, window partition, TNT's inner
-transformer, T2T's random-feature attention, heads; the grid need not be square, as it must in the original program.
+The rest of the model stays as it is: patch embeddings, positions, norms, projections of attentions, window partition,
+the inner transformer of TNT, the random-feature attention of T2T, heads. The grid need not be square.
 
 Shapes: B batch, N tokens (prefix tokens first), P prefix tokens, C channels, E expanded channels, H and W the grid.
 """
@@ -30,18 +31,18 @@ from timm.models.vision_transformer import Block as ViTBlock  # isort: skip
 
 
 class HardSwish(nn.Module):
-    """The activation as it is defined (arXiv 1905.02244, section 5.2)."""
+    """Hard swish, as defined in arXiv 1905.02244, section 5.2."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * F.relu6(x + 3) / 6
 
 
 class Gate(nn.Module):
-    """Squeeze-and-excitation of a map (B, E, H, W), with the linear layers of `fc`."""
+    """Squeeze-and-excitation of a map (B, E, H, W), with the linear layers in `fc`."""
 
     def __init__(self, fc: nn.Sequential) -> None:
         super().__init__()
-        self.fc = nn.Sequential(*list(fc)[:-1])  # without the hard sigmoid, which has no weights
+        self.fc = nn.Sequential(*list(fc)[:-1])  # without the hard sigmoid, which forward writes out
 
     def forward(self, map_BEHW: Tensor) -> Tensor:
         scale_BE = F.relu6(self.fc(F.adaptive_avg_pool2d(map_BEHW, 1).flatten(1)) + 3) / 6
@@ -49,13 +50,16 @@ class Gate(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """The locality feed-forward, with its own shortcut: tokens (B, P + H * W, C) in and out."""
+    """The locality feed-forward with its shortcut, for tokens (B, P + H * W, C)."""
 
     def __init__(self, mlp: LocalityMlp) -> None:
         super().__init__()
         self.layout = mlp.layout
-        written: dict[type, Any] = {nn.Hardswish: lambda act: HardSwish(), SqueezeExcite: lambda gate: Gate(gate.fc)}
-        self.conv = nn.Sequential(*(written.get(type(layer), lambda same: same)(layer) for layer in mlp.conv))
+        replacements: dict[type, Any] = {
+            nn.Hardswish: lambda act: HardSwish(),
+            SqueezeExcite: lambda gate: Gate(gate.fc),
+        }
+        self.conv = nn.Sequential(*(replacements.get(type(layer), lambda layer: layer)(layer) for layer in mlp.conv))
 
     def forward(self, x_BNC: Tensor) -> Tensor:
         prefix_BPC, image_BNC = x_BNC.tensor_split([self.layout.num_prefix_tokens], dim=1)
@@ -79,11 +83,11 @@ def _swin(block: Any, x_BHWC: Tensor) -> Tensor:
 
 
 def _tnt(block: Any, pixels: Tensor, x_BNC: Tensor) -> tuple[Tensor, Tensor]:
-    # Stochastic depth is in the attentions and in the inner feed-forward.
+    # The attentions and the inner feed-forward include stochastic depth.
     pixels = pixels + block.attn_in(block.norm_in(pixels))
     pixels = pixels + block.mlp_in(block.norm_mlp_in(pixels))
-    of_pixels_BNC = block.proj(block.norm1_proj(pixels).reshape(x_BNC.shape[0], x_BNC.shape[1] - 1, -1))
-    x_BNC = torch.cat((x_BNC[:, :1], x_BNC[:, 1:] + of_pixels_BNC), dim=1)
+    from_pixels_BNC = block.proj(block.norm1_proj(pixels).reshape(x_BNC.shape[0], x_BNC.shape[1] - 1, -1))
+    x_BNC = torch.cat((x_BNC[:, :1], x_BNC[:, 1:] + from_pixels_BNC), dim=1)
     return pixels, block.mlp(x_BNC + block.attn_out(block.norm_out(x_BNC)))
 
 
@@ -97,20 +101,22 @@ FORWARDS = {ViTBlock: _vit, PVTBlock: _pvt, SwinTransformerBlock: _swin, TNTBloc
 
 
 def straightforward(model: nn.Module) -> nn.Module:
-    """A copy of a model, in the paper's form, that computes the same in the straightforward way, training included.
+    """Copy a LocalViT and implement its blocks in the straightforward way; in training it computes the same, too.
 
-    Mode, device, dtype, and the names and values of the state dict stay. Raises ValueError for a model without a
-    locality feed-forward, or with one in a block that is none of the paper's families.
+    The copy has the same mode, device, dtype and state dict.
+
+    Raises:
+        ValueError: If the model has no locality feed-forward, or has one in a block of an unknown family.
     """
     plain = copy.deepcopy(model)
     modules: list[Any] = list(plain.modules())
     blocks = [module for module in modules if isinstance(getattr(module, "mlp", None), LocalityMlp)]
     if not blocks:
-        raise ValueError(f"{type(model).__name__} has no locality feed-forward to write in the straightforward form")
+        raise ValueError(f"{type(model).__name__} has no locality feed-forward to implement")
     for block in blocks:
         forward: Any = FORWARDS.get(type(block))
         if forward is None:
-            raise ValueError(f"the straightforward form of {type(block).__name__} is not written: add it to FORWARDS")
+            raise ValueError(f"there is no straightforward forward for {type(block).__name__}: add it to FORWARDS")
         block.mlp = FeedForward(block.mlp).train(block.training)
         block.forward = MethodType(forward, block)
     for module in modules:

@@ -30,7 +30,7 @@ def started(folder: Path, workers: int, epochs: int, *more: str) -> subprocess.P
     """A training process."""
     told = [*SETTINGS, "--epochs", str(epochs), "--workers", str(workers), "--output-dir", str(folder), *more]
     return subprocess.Popen(
-        [sys.executable, "-m", "localvit_cli", "train", *told],
+        [sys.executable, "-m", "localvit", "train", *told],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

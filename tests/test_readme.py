@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 PROGRAMS = {
-    "localvit": [sys.executable, "-m", "localvit_cli"],
+    "localvit": [sys.executable, "-m", "localvit"],
     "python": [sys.executable],
 }
 
@@ -47,7 +47,7 @@ def run_commands(block: str, folder: Path) -> None:
         if words[0] == "make":  # what `make` runs is this suite, and the demo, which has tests of its own
             continue
         if words[0] == "torchrun":  # eight GPUs and 300 epochs: here, that the flags are right
-            check_flags(words[words.index("main.py" if "main.py" in words else "localvit_cli") :])
+            check_flags(words[words.index("main.py" if "main.py" in words else "localvit") :])
             continue
         command = PROGRAMS[words[0]] + words[1:]
         if "finetune" in words:

@@ -1,77 +1,99 @@
-"""The command line. It stands beside the package so that `localvit --help` need not import torch."""
+"""The command line: one module per command, imported only when that command is run.
 
+It is a package beside `localvit`, so that `localvit --help` need not import torch.
+"""
+
+import argparse
+import difflib
 import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from typing import Any
 
-from localvit_cli.allocator import keep_freed_memory
+import tyro
 
+from localvit_cli.allocator import keep_freed_memory
+from localvit_cli.console import log_to_stderr
 
 COMMANDS = {
-    "train": "Train a model by a recipe, a file of settings and flags.",
-    "eval": "Evaluate a model: each image exactly once, on one process or many.",
-    "check-data": "Find what would hurt in a folder of images before training on it.",
-    "compare": "Put training runs side by side.",
-    "predict": "Tell the best classes of images.",
-    "models": "List the models, with their size, cost and published accuracy.",
-    "info": "Show what a model is, or what a checkpoint file holds.",
-    "bench": "Measure models beside a baseline: speed, latency, memory, cost.",
+    "train": "Train a model from a recipe, a settings file and flags.",
+    "eval": "Evaluate a model on labeled images.",
+    "predict": "Classify images.",
+    "check-data": "Find problems in an image folder before training on it.",
+    "compare": "Compare training runs.",
+    "models": "List the models with their size, cost and published accuracy.",
+    "info": "Describe a model or a checkpoint file.",
+    "bench": "Measure speed, latency, memory and cost of models.",
     "demo": "Train, evaluate and use a small model on handwritten digits.",
 }
 
 
+class UsageError(ValueError):
+    """The command line asks for something that makes no sense; the exit status is 2."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command that `arguments` (the process's own by default) name, and return its exit status.
+    """Run the command given by `arguments`, by default those of the process.
 
-    0 is success, 1 a failure, 2 bad usage, 130 an interruption. Failures are one line on standard error; `--debug`
-    shows where they came from.
+    Returns:
+        The exit status: 0 for success, 1 for a failure, 2 for bad usage, 130 for an interruption. A failure prints one
+        line to standard error; `--debug` shows the traceback instead.
+
+    Raises:
+        SystemExit: After `--help` and `--version` (status 0), and when the arguments cannot be parsed (status 2).
     """
-    import tyro
-
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
-    commands = {name: _command(name, summary, name in arguments[:1]) for name, summary in COMMANDS.items()}
+    name = _command_name(arguments)
 
     def parse_and_run() -> int | None:
-        command = tyro.extras.subcommand_cli_from_dict(
-            commands,
-            prog="localvit",
-            description="Locality for vision transformers. Each command takes --debug, to show where errors come from.",
-            args=arguments,
-        )
-        return command.run()
+        module = importlib.import_module(f"localvit_cli.{name.replace('-', '_')}")
+        command: Any = getattr(module, name.title().replace("-", ""))
+        return tyro.cli(command, prog=f"localvit {name}", args=arguments[1:]).run()
 
     return run(parse_and_run, debug=debug)
 
 
-def _command(name: str, summary: str, wanted: bool) -> Callable[..., Any]:
-    """The command's class if it is `wanted`; of the others, whose imports take time, only what the help says."""
-    if wanted:
-        module = importlib.import_module(f"localvit_cli.{name.replace('-', '_')}")
-        return getattr(module, name.title().replace("-", ""))
-
-    def described() -> None: ...
-
-    described.__doc__ = summary
-    return described
-
-
-class UsageError(ValueError):
-    """A flag's value that makes no sense; the exit status is 2."""
+def _command_name(arguments: Sequence[str]) -> str:
+    """The command that `arguments` start with. Exits for `--help`, `--version`, and anything that is not a command."""
+    width = max(map(len, COMMANDS))
+    listed = "\n".join(f"  {name:{width}}  {summary}" for name, summary in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="localvit",
+        usage="localvit [--help] [--version] COMMAND ...",
+        description=f"Locality for vision transformers.\n\ncommands:\n{listed}",
+        epilog="'localvit COMMAND --help' describes a command.\n--debug prints the traceback of an error.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"localvit {version('localvit')}", help="show the version"
+    )
+    parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
+    name = parser.parse_args(arguments[:1]).command
+    if name is None:
+        parser.error("no command given; 'localvit --help' lists them")
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS)
+        hint = f"did you mean {' or '.join(close)}?" if close else "'localvit --help' lists the commands"
+        parser.error(f"there is no command {name!r}; {hint}")
+    return name
 
 
 def run(command: Callable[[], int | None], *, debug: bool) -> int:
-    """Call `command`; turn what it raises into a line for a person and an exit status."""
+    """Call `command`, print the error it may raise as one line, and return the exit status (see `main`)."""
     keep_freed_memory()
     try:
-        return command() or 0
+        with log_to_stderr():
+            return command() or 0
     except KeyboardInterrupt:
         print("localvit: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of a pipe has seen enough
+    except BrokenPipeError:
+        # The reader of the pipe stopped early, as `head` does. Python would fail again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:

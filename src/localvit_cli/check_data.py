@@ -57,7 +57,7 @@ def _cores() -> int:
 
 def _tables(report: "CheckReport") -> str:
     """The report for a person."""
-    from localvit.utils.tables import columns
+    from localvit.utils.tables import format_table
 
     parts = []
     if report.counts:
@@ -66,7 +66,7 @@ def _tables(report: "CheckReport") -> str:
         rows = [
             (finding.severity, f"{len(finding.places):,}", finding.name, finding.title) for finding in report.findings
         ]
-        parts.append(columns([("severity", "count", "name", "finding"), *rows], right=(1,)))
+        parts.append(format_table(rows, headings=("severity", "count", "name", "finding"), right=(1,)))
         parts += map(_details, report.findings)
     errors, warnings = report.number("error"), report.number("warning")
     if errors or warnings:
@@ -82,7 +82,7 @@ def _counted(number: int, word: str) -> str:
 
 def _classes(report: "CheckReport") -> str:
     """Images by class and split; of many classes, the largest and the smallest."""
-    from localvit.utils.tables import columns
+    from localvit.utils.tables import format_table
 
     splits = list(report.counts)
     names = sorted({name for classes in report.counts.values() for name in classes})
@@ -101,7 +101,7 @@ def _classes(report: "CheckReport") -> str:
         half = _CLASSES // 2
         rows[half:-half] = [[f"... {len(names) - 2 * half:,} more ...", *("" for _ in splits)]]
     total = [f"{len(names):,} classes", *(f"{sum(report.counts[split].values()):,}" for split in splits)]
-    return columns([[title, *splits], *rows, total], right=range(1, len(splits) + 1))
+    return format_table([*rows, total], headings=[title, *splits], right=range(1, len(splits) + 1))
 
 
 def _sizes(report: "CheckReport") -> str:

@@ -1,9 +1,7 @@
 """`localvit compare`: training runs side by side."""
 
 import json
-import shutil
-import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -93,13 +91,15 @@ def _as_json(runs: "list[Run]", groups: "list[Group]") -> str:
 
 def _as_text(runs: "list[Run]", groups: "list[Group]") -> str:
     from localvit.train.compare import differing_settings
+    from localvit.utils.tables import format_table
 
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    parts = [_fitted([_HEADINGS, *map(_result, runs)], width, right=_RESULTS_ON_THE_RIGHT)]
+    parts = [format_table([*map(_result, runs)], headings=_HEADINGS, right=_RESULTS_ON_THE_RIGHT)]
     if differing := differing_settings(runs):
-        parts.append(_fitted([("run", *differing), *(_settings(run, differing) for run in runs)], width))
+        parts.append(format_table([_settings(run, differing) for run in runs], headings=("run", *differing)))
     if groups:
-        parts.append(_fitted([_GROUP_HEADINGS, *map(_group, groups)], width, right=range(1, len(_GROUP_HEADINGS))))
+        parts.append(
+            format_table([*map(_group, groups)], headings=_GROUP_HEADINGS, right=range(1, len(_GROUP_HEADINGS)))
+        )
     left_out = [f"{name} ({why})" for group in groups for name, why in group.left_out.items()]
     notes = (
         "Acc@1 is in percent; epochs count from 0, as in log.txt.",
@@ -148,23 +148,3 @@ def _group(group: "Group") -> tuple[str, ...]:
 
     spreads = (text(group.best_acc1, 3), text(group.last_acc1, 3), text(group.last_loss, 4))
     return (group.name, str(len(group.runs)), *spreads)
-
-
-def _fitted(rows: Sequence[Sequence[str]], width: int | None, *, right: Collection[int] = ()) -> str:
-    """The table in columns; where it is wider than `width`, in several below each other, each with the first column."""
-    from localvit.utils.tables import columns
-
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    blocks: list[list[int]] = [[0]]
-    for index in range(1, len(widths)):
-        taken = sum(widths[each] + 2 for each in blocks[-1]) + widths[index]
-        if width is not None and taken > width and len(blocks[-1]) > 1:
-            blocks.append([0])
-        blocks[-1].append(index)
-    return "\n\n".join(
-        columns(
-            [[row[index] for index in block] for row in rows],
-            right=[place for place, index in enumerate(block) if index in right],
-        )
-        for block in blocks
-    )

@@ -1,32 +1,79 @@
-"""What a person is told while a command works: remarks and progress, on standard error."""
+"""Messages and progress for the person who runs a command, on standard error."""
 
+import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from localvit.utils.distributed import is_main
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+_LOGGERS = ("localvit", "localvit_cli")
 _SECONDS_BETWEEN_LINES = 10
+
+logger = logging.getLogger(__name__)
+say = logging.getLogger("localvit").info
 
 
 class Advance(Protocol):
-    """Counts on by so many finished, with a few words on how it stands."""
+    """Adds to the count of finished items; `note` is a short status text, such as the current epoch."""
 
     def __call__(self, done: int, note: str = "") -> None: ...
 
 
-def say(message: str) -> None:
-    """A line on standard error, from the first of the processes."""
-    if is_main():
-        print(message, file=sys.stderr, flush=True)
+class _Handler(logging.Handler):
+    """Prints messages as plain lines, with "warning: " or "error: " before those levels, from the first process only.
+
+    `sys.stderr` is looked up for each message, because the progress bar replaces it while it is shown.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not _is_first_process():
+            return
+        try:
+            level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+            print(f"{level}{self.format(record)}", file=sys.stderr, flush=True)
+        except Exception:
+            self.handleError(record)
+
+
+@contextmanager
+def log_to_stderr() -> Iterator[None]:
+    """Print what localvit logs, from level INFO on, to standard error for the duration of the context."""
+    handler = _Handler()
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [each.level for each in loggers]
+    for each in loggers:
+        each.addHandler(handler)
+        each.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        for each, level in zip(loggers, levels, strict=True):
+            each.removeHandler(handler)
+            each.setLevel(level)
+
+
+def _is_first_process() -> bool:
+    # As `localvit.utils.distributed` has it, which takes seconds to import: `localvit --help` must not wait for torch.
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 @contextmanager
 def progress(title: str, total: int, unit: str = "images") -> Iterator[Advance]:
-    """A bar with rate and time left on a terminal, a line now and then elsewhere; yields a call that counts on."""
-    if not is_main():
+    """Show progress: a bar with rate and time left on a terminal, otherwise a line every 10 seconds.
+
+    Args:
+        title: What is being done, such as "train".
+        total: Number of items to do.
+        unit: What the items are.
+
+    Yields a function to call with the number of items finished since the last call.
+    """
+    if not _is_first_process():
         yield lambda done, note="": None
     elif sys.stderr.isatty():
         with _bar(title, total, unit) as advance:
@@ -37,41 +84,44 @@ def progress(title: str, total: int, unit: str = "images") -> Iterator[Advance]:
 
 @contextmanager
 def _bar(title: str, total: int, unit: str) -> Iterator[Advance]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     columns = (
         TextColumn("{task.description}"),
         TextColumn("{task.fields[note]}"),
-        BarColumn(bar_width=8),  # all of it fits into 80 columns
+        BarColumn(bar_width=8),  # narrow, so that everything fits into 80 columns
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    # rich would send what is printed to a redirected standard output to the terminal instead.
+    same_terminal = sys.stdout.isatty()
+    with Progress(*columns, console=Console(stderr=True), redirect_stdout=same_terminal) as bar:
         task = bar.add_task(title, total=total, rate="", note="")
 
         def advance(done: int, note: str = "") -> None:
             bar.update(task, advance=done, note=note)
             if speed := bar.tasks[0].speed:
-                bar.update(task, rate=f"{speed:,.0f} {unit}/s")
+                bar.update(task, rate=f"{_rate_text(speed)} {unit}/s")
 
         yield advance
 
 
 def _lines(title: str, total: int, unit: str) -> Advance:
-    started = said = time.monotonic()
+    started = last_line = time.monotonic()
     finished = 0
 
     def advance(done: int, note: str = "") -> None:
-        nonlocal finished, said
+        nonlocal finished, last_line
         finished += done
         now = time.monotonic()
-        if now - said >= _SECONDS_BETWEEN_LINES or finished == total:
-            said = now
+        if now - last_line >= _SECONDS_BETWEEN_LINES or finished == total:
+            last_line = now
             rate = finished / max(now - started, 1e-9)
             left = (total - finished) / max(rate, 1e-9)
-            words = f"{title} {note}".rstrip()
-            say(f"{words}: {finished:,} of {total:,} {unit}, {rate:,.0f}/s, {left:,.0f} s left")
+            task = f"{title} {note}".rstrip()
+            logger.info(f"{task}: {finished:,} of {total:,} {unit}, {_rate_text(rate)}/s, {left:,.0f} s left")
 
     return advance
+
+
+def _rate_text(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"

@@ -1,42 +1,42 @@
-"""`localvit info`: what a model is, or what a checkpoint file holds."""
+"""`localvit info`: describe a model or a checkpoint file."""
 
+import hashlib
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import tyro
 
+from localvit.checkpoints.checkpoint import Checkpoint, read_checkpoint, versions
+from localvit.data.preprocessing import Preprocessing
+from localvit.inference.cost import count_multiply_adds, count_parameters, locality_report, summarize_blocks
+from localvit.inference.runner import names_file, ready_model
+from localvit.models.zoo import create_model, published_model
+from localvit.utils.tables import format_table
 from localvit_cli import UsageError
+from localvit_cli.named_values import named_values
 
-if TYPE_CHECKING:
-    from localvit.checkpoints.checkpoint import Checkpoint
-    from localvit.data.preprocessing import Preprocessing
-
-_NAMED = 5  # how many classes the text names
+_SHOWN_CLASSES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Info:
-    """Show what a model is, or what a checkpoint file holds; nothing is downloaded."""
+    """Describe a model or a checkpoint file. Nothing is downloaded."""
 
-    model: Annotated[str, tyro.conf.Positional]
-    """A model's name, or a checkpoint file."""
-    localize: tuple[str, ...] | None = None
-    """Show the model with locality put into it by localvit.localize, with such arguments as NAME=VALUE."""
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """The name of a model, or a checkpoint file."""
+    localize: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="NAME=VALUE ...", help_behavior_hint="")] = None
+    """Describe the model after localvit.localize with these options."""
     json: bool = False
-    """JSON instead of text."""
+    """Print JSON instead of text."""
 
     def run(self) -> int:
-        """Print what is known; 1 for a file that is readable but fits no known model."""
-        from localvit.data.preprocessing import Preprocessing
-        from localvit.inference.runner import names_file
-        from localvit.models.zoo import create_model
-        from localvit_cli.named_values import named_values
-
+        """Print the description. The exit status is 1 for a file that can be read but fits no known model."""
         if names_file(self.model):
             if self.localize is not None:
-                raise UsageError("--localize shows what would be put into a model of a name; a file is what it is")
+                raise UsageError(f"--localize needs the name of a model; {self.model} is a checkpoint file")
             facts = _file_facts(Path(self.model))
         else:
             localize = None if self.localize is None else named_values("--localize", self.localize)
@@ -49,10 +49,7 @@ class Info:
 
 
 def _file_facts(path: Path) -> dict[str, Any]:
-    """What a file says of itself, and the model that it makes."""
-    from localvit.checkpoints.checkpoint import read_checkpoint
-    from localvit.inference.runner import ready_model
-
+    """What the file contains, and facts on the model it makes; without a model, "problem" says why."""
     checkpoint = read_checkpoint(path)
     problem = model = None
     try:
@@ -62,12 +59,10 @@ def _file_facts(path: Path) -> dict[str, Any]:
     except (ValueError, TypeError) as error:  # the file is still worth describing
         class_names = checkpoint.class_names
         problem = str(error)
-    return {"file": _described(checkpoint, class_names) | {"problem": problem}, "model": model}
+    return {"file": _contents(checkpoint, class_names) | {"problem": problem}, "model": model}
 
 
-def _described(checkpoint: "Checkpoint", class_names: list[str] | None) -> dict[str, Any]:
-    import hashlib
-
+def _contents(checkpoint: Checkpoint, class_names: list[str] | None) -> dict[str, Any]:
     with checkpoint.path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return {
@@ -86,10 +81,7 @@ def _described(checkpoint: "Checkpoint", class_names: list[str] | None) -> dict[
     }
 
 
-def _model_facts(model: Any, preprocessing: "Preprocessing") -> dict[str, Any]:
-    from localvit.inference.cost import count_multiply_adds, count_parameters, locality_report, summarize_blocks
-    from localvit.models.zoo import published_model
-
+def _model_facts(model: Any, preprocessing: Preprocessing) -> dict[str, Any]:
     name = model.made_from["name"]
     published = published_model(name)
     cfg = model.pretrained_cfg
@@ -114,35 +106,47 @@ def _model_facts(model: Any, preprocessing: "Preprocessing") -> dict[str, Any]:
 
 
 def _text(facts: dict[str, Any]) -> str:
-    parts = [_file_text(facts["file"]) if facts["file"] else "", _model_text(facts["model"]) if facts["model"] else ""]
-    return "\n\n".join(filter(None, parts))
+    file, model = facts["file"], facts["model"]
+    parts = [_file_text(file)] if file else []
+    if model:
+        parts.append(_model_text(model))
+    if model and model["blocks"]:
+        parts.append(_blocks_text(model["blocks"]))
+    if file and "config" in file["about"]:
+        settings = list(_flat(file["about"]["config"]))
+        parts.append(format_table(settings, headings=("training setting", "value")))
+    return "\n\n".join(parts)
 
 
 def _file_text(file: dict[str, Any]) -> str:
-    from localvit.utils.tables import columns
-
     names = file["class_names"]
-    more = ", ..." if names and len(names) > _NAMED else ""
+    more = ", ..." if names and len(names) > _SHOWN_CLASSES else ""
+    about = dict(file["about"])
+    writers = [f"{library} {about.pop(library)}" for library in versions() if library in about]
+    about.pop("config", None)
+    if "epoch" in about:
+        about["epoch"] += 1  # files count from 0
+    if "metrics" in about:
+        about["metrics"] = {name: value for name, value in about["metrics"].items() if name != "epoch"}
     rows = [
         ("file", file["path"]),
         ("size", f"{file['bytes']:,} bytes"),
         ("sha256", file["sha256"]),
         ("layout", file["layout"]),
-        ("says it is", file["name"] or "nothing"),
-        ("arguments", _listed(file["args"])),
+        ("made for", file["name"] or "-"),
+        ("arguments", _lines(file["args"])),
         ("weights", f"{' and '.join(file['weights'])}, {file['tensors']} tensors each"),
-        ("classes", f"{len(names):,}: {', '.join(names[:_NAMED])}{more}" if names else "no names"),
-        ("preprocessing", _listed(file["preprocessing"] or {})),
-        ("about", _listed(file["about"])),
+        ("classes", f"{len(names):,}: {', '.join(names[:_SHOWN_CLASSES])}{more}" if names else "without names"),
+        ("preprocessing", _lines(file["preprocessing"] or {})),
+        ("written by", ", ".join(writers) or "-"),
+        *((name.replace("_", " "), _lines(value)) for name, value in about.items()),
     ]
     if file["problem"]:
         rows.append(("problem", file["problem"]))
-    return columns(rows)
+    return format_table(rows)
 
 
 def _model_text(model: dict[str, Any]) -> str:
-    from localvit.utils.tables import columns
-
     others = [model[key] for key in ("published_name", "friendly_name", "paper_name")]
     published = model["published"] or {}
     channels, height, width = model["input_size"]
@@ -153,33 +157,60 @@ def _model_text(model: dict[str, Any]) -> str:
         ("classes", f"{model['num_classes']:,}"),
         ("input", f"{height} x {width} pixels, {channels} channels"),
         ("parameters", f"{model['parameters']:,}"),
-        ("multiply-adds", f"{model['multiply_adds'] / 1e9:.3f} G an image (half the FLOPs)"),
+        ("multiply-adds", f"{model['multiply_adds'] / 1e9:.3f} G per image (half the FLOPs)"),
         ("locality", _locality_text(model["locality"])),
-        ("preprocessing", _listed(model["preprocessing"])),
-        ("published", _listed({key: value for key, value in published.items() if value is not None})),
-        ("released weights", model["weights_from"] or "-"),
+        ("preprocessing", _lines(model["preprocessing"])),
+        ("published", _lines({key: value for key, value in published.items() if value is not None})),
     ]
-    blocks = [
+    # On a line of its own, an address is rarely too long to be copied in one piece.
+    return format_table(rows) + (f"\nreleased weights:\n{model['weights_from']}" if model["weights_from"] else "")
+
+
+def _blocks_text(blocks: list[dict[str, Any]]) -> str:
+    rows = [
         (
             block["name"],
             block["kind"],
-            "local" if block["local"] else "-",
+            "yes" if block["local"] else "-",
             " x ".join(map(str, block["grid_size"])) if block["grid_size"] else "-",
             f"{block['parameters']:,}",
         )
-        for block in model["blocks"]
+        for block in blocks
     ]
-    headings = ("block", "class", "locality", "grid", "parameters")
-    return columns(rows) + (f"\n\n{columns([headings, *blocks], right=(4,))}" if blocks else "")
+    return format_table(rows, headings=("block", "class", "locality", "grid", "parameters"), right=(4,))
 
 
 def _locality_text(parts: list[dict[str, Any]]) -> str:
+    if not parts:
+        return "-"
     parameters, multiply_adds = (sum(part[key] for part in parts) for key in ("parameters", "multiply_adds"))
-    added = (
-        f"{parameters:,} parameters and {multiply_adds / 1e6:.1f} M multiply-adds of depth-wise convolution and gate"
+    return (
+        f"{len(parts)} feed-forwards, with {parameters:,} parameters and {multiply_adds / 1e6:.1f} M multiply-adds of "
+        "depth-wise convolutions and gates"
     )
-    return f"in {len(parts)} feed-forwards, {added}" if parts else "-"
 
 
-def _listed(values: dict[str, Any]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in values.items()) or "-"
+def _lines(value: Any) -> str:
+    """A line per entry of a mapping, or one value."""
+    if isinstance(value, Mapping):
+        return "\n".join(f"{name}: {text}" for name, text in _flat(value)) or "-"
+    return _value_text(value)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Names, with a dot before those of a nested mapping, and values as text."""
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", _value_text(value)
+
+
+def _value_text(value: Any) -> str:
+    if value is None or value in ([], {}):
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return ", ".join(map(_value_text, value)) if isinstance(value, list) else str(value)

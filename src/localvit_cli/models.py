@@ -1,31 +1,35 @@
-"""`localvit models`: the models of this package and the numbers that they are known by."""
+"""`localvit models`: the models of this package with their size, cost and published accuracy."""
 
 import json
 from dataclasses import dataclass
 from typing import Any
 
-_HEADINGS = ("name", "also called", "paper", "parameters", "multiply-adds", "input", "Acc@1", "Acc@5", "weights")
+from localvit.inference.cost import count_multiply_adds, count_parameters
+from localvit.models.zoo import OWN_MODELS, ZOO, create_model, published_model
+from localvit.utils.tables import format_table, wrap_text
+
+_HEADINGS = ("model", "paper", "params (M)", "GMACs", "input", "Acc@1", "Acc@5")
+_NOTES = (
+    "Params are in millions, GMACs in billions of multiply-adds for one image (half the FLOPs). Input is the side of "
+    "the images in pixels. Acc@1 and Acc@5, in percent, are the published accuracy of the released weights on "
+    "ImageNet-1k val."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
-    """List the models, with parameters and multiply-adds counted now and accuracies as published."""
+    """List the models with their size, cost and published accuracy."""
 
     json: bool = False
-    """JSON instead of a table."""
+    """Print JSON instead of a table."""
 
     def run(self) -> None:
-        """Count every model and print the list."""
-        from localvit.models.zoo import OWN_MODELS, ZOO
-
+        """Count the parameters and multiply-adds of every model, and print the list."""
         models = [_facts(name) for name in (*(model.name for model in ZOO), *OWN_MODELS)]
-        print(json.dumps(models, indent=2) if self.json else _table(models))
+        print(json.dumps(models, indent=2) if self.json else _text(models))
 
 
 def _facts(name: str) -> dict[str, Any]:
-    from localvit.inference.cost import count_multiply_adds, count_parameters
-    from localvit.models.zoo import create_model, published_model
-
     published = published_model(name)
     model: Any = create_model(name, device="meta")
     input_size = model.pretrained_cfg["input_size"]
@@ -43,25 +47,31 @@ def _facts(name: str) -> dict[str, Any]:
     }
 
 
-def _table(models: list[dict[str, Any]]) -> str:
-    from localvit.utils.tables import columns
-
+def _text(models: list[dict[str, Any]]) -> str:
+    """The list under the short names, and the published names of those that have both."""
     rows = [
         (
-            model["name"],
-            model["friendly_name"] or "-",
+            model["friendly_name"] or model["name"],
             model["paper_name"] or "-",
-            f"{model['parameters']:,}",
-            f"{model['multiply_adds'] / 1e9:.3f} G",
-            "x".join(map(str, model["input_size"][1:])),
+            f"{model['parameters'] / 1e6:.2f}",
+            f"{model['multiply_adds'] / 1e9:.3f}",
+            _side(*model["input_size"][1:]),
             f"{model['acc1']:.3f}" if model["acc1"] else "-",
             f"{model['acc5']:.3f}" if model["acc5"] else "-",
-            "released" if model["weights_url"] else "-",
         )
         for model in models
     ]
-    return (
-        f"{columns([_HEADINGS, *rows], right=(3, 4, 6, 7))}\n\n"
-        "Multiply-adds (half the FLOPs) are of one image of the input size, height x width in pixels.\n"
-        "Accuracies, in percent, are the published ones of the released weights on ImageNet-1k val."
+    names = [(model["friendly_name"], model["name"]) for model in models if model["friendly_name"]]
+    released = [model["friendly_name"] or model["name"] for model in models if model["weights_url"]]
+    return "\n\n".join(
+        (
+            format_table(rows, headings=_HEADINGS, right=(2, 3, 4, 5, 6)),
+            format_table(names, headings=("model", "published name (also accepted)")),
+            wrap_text(f"Weights are released for {', '.join(released)}."),
+            wrap_text(_NOTES),
+        )
     )
+
+
+def _side(height: int, width: int) -> str:
+    return str(height) if height == width else f"{height}x{width}"

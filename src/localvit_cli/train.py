@@ -101,12 +101,12 @@ def _rehearse(config: TrainConfig, resume: str | None) -> int:
     from localvit.train.build import build
     from localvit.train.dry_run import rehearse
     from localvit.utils.distributed import is_main
-    from localvit.utils.tables import columns
+    from localvit.utils.tables import format_table
     from localvit_cli.console import say
 
     told = rehearse(build(config, say, resume))
     if is_main():
-        print(columns(list(told.items())), flush=True)
+        print(format_table(list(told.items())), flush=True)
     return 0
 
 
@@ -117,7 +117,7 @@ def _train(config: TrainConfig, resume: str | None) -> int:
     from localvit.train.stopping import Stopped
     from localvit.train.summary import summary_rows, write_summary
     from localvit.utils.distributed import is_main
-    from localvit.utils.tables import columns
+    from localvit.utils.tables import format_table
     from localvit_cli.console import progress, say
 
     run = build(config, say, resume)
@@ -131,7 +131,7 @@ def _train(config: TrainConfig, resume: str | None) -> int:
         return stopped.exit_status
     if rows and is_main():
         told = (config, run.state.metrics, run.options.device)
-        say(columns(summary_rows(*told)))
+        say(format_table(summary_rows(*told)))
         say(f"report: {write_summary(*told)}")
         print(f"Acc@1 {rows[-1]['test_acc1']:.3f} {config.output_dir / LAST}", flush=True)
     return 0

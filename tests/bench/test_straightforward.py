@@ -1,4 +1,4 @@
-"""The straightforward form in benchmarks/: the same function as the model, in training too, without its shortcuts."""
+"""benchmarks/straightforward.py computes the same as the model, in training too, without its faster paths."""
 
 import importlib.util
 from pathlib import Path
@@ -37,18 +37,18 @@ def test_same_logits(name):
     assert own.isdisjoint(tensor.data_ptr() for tensor in plain.state_dict().values())
     with torch.no_grad():
         expected = model(images(name))
-        # float64 rounds by 1e-16, and sums of hundreds of terms run in another order.
+        # float64 rounds by 1e-16, and the order of sums of hundreds of terms differs.
         assert relative_error(plain(images(name)), expected) <= 1e-12
         first = next(each for each in plain.modules() if isinstance(each, module.FeedForward))
-        first.conv[1].running_mean += 0.1  # the negative control: another module is another function
+        first.conv[1].running_mean += 0.1  # negative control: another module computes something else
         assert relative_error(plain(images(name)), expected) > 1e-6
         plain.load_state_dict(model.state_dict())
         assert relative_error(plain(images(name)), expected) <= 1e-12
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_same_training_step(name):
-    """Batch statistics, stochastic depth, every gradient and the running statistics."""
+def test_same_gradients_and_statistics(name):
+    """One training step, with batch statistics and stochastic depth."""
     model = small(name, drop_path_rate=0.3).train()
     plain = straightforward(model)
     logits = []
@@ -63,13 +63,13 @@ def test_same_training_step(name):
         if expected[key] is None:
             assert parameter.grad is None
         else:
-            # torch's backward of the hard sigmoid, which the model uses, has 1/6 in float32: 3e-8 from it.
+            # The model uses torch's hard sigmoid, whose backward has 1/6 in float32, which is 3e-8 off.
             assert (parameter.grad - expected[key]).abs().max() <= 3e-8 * largest, key
     torch.testing.assert_close(dict(plain.named_buffers()), dict(model.named_buffers()), rtol=1e-12, atol=1e-12)
 
 
 class Called(TorchFunctionMode):
-    """Notes which functions of torch run."""
+    """Records which torch functions run."""
 
     def __init__(self):
         super().__init__()
@@ -81,8 +81,8 @@ class Called(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_nothing_is_saved(name):
-    """Contiguous maps, activations and attention written out, and as many multiply-adds as the model has."""
+def test_no_shortcut_is_taken(name):
+    """Maps are contiguous, activations and attention are explicit, and the multiply-adds are those of the model."""
     model = small(name).requires_grad_(False)
     plain = straightforward(model)
     maps = []
@@ -114,10 +114,10 @@ def test_nothing_is_saved(name):
             lambda: localvit.localize(
                 localvit.create_model("beit_base_patch16_224", depth=1, embed_dim=24, num_heads=3), preserve=False
             ),
-            "the straightforward form of Block is not written: add it to FORWARDS",
+            "there is no straightforward forward for Block: add it to FORWARDS",
         ),
     ],
 )
-def test_other_models_are_refused(make, message):
+def test_other_models_are_rejected(make, message):
     with pytest.raises(ValueError, match=message):
         straightforward(make())

@@ -1,4 +1,4 @@
-"""Memory that is freed stays with the process: seen by the pages that the system has to give it."""
+"""Freed memory stays with the process, which shows in the page faults of later allocations."""
 
 import ctypes
 import os
@@ -19,7 +19,7 @@ libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
 
 def use_and_free():
-    # Three at once and freed in order, as maps of a forward are.
+    # Three blocks at once, freed in order, like the feature maps of a forward pass.
     blocks = [libc.malloc({MEGABYTES} << 20) for _ in range(3)]
     for block in blocks:
         ctypes.memset(block, 1, {MEGABYTES} << 20)
@@ -45,11 +45,11 @@ def faults(*arguments, **environment):
     return int(done.stdout)
 
 
-def test_freed_memory_is_not_given_back_and_asked_for_again():
+def test_freed_memory_is_reused():
     pages = ROUNDS * 3 * MEGABYTES * 2**20 // os.sysconf("SC_PAGESIZE")
     assert faults("keep") < pages / 20
     assert faults() > pages / 2
 
 
-def test_what_the_environment_says_of_malloc_stays():
+def test_malloc_settings_in_the_environment_have_priority():
     assert faults("keep", MALLOC_MMAP_THRESHOLD_="65536") > faults("keep") * 10

@@ -27,7 +27,8 @@ def folders(tmp_path) -> list[str]:
     return [str(tmp_path / name) for name in ("local-s0", "local-s1", "plain-s0", "begun", "published")]
 
 
-def test_in_a_pipe_a_run_is_a_line(folders, capsys):
+def test_in_a_pipe_a_run_is_a_line(folders, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     assert main(["compare", *folders]) == 0
     out = capsys.readouterr().out
     assert "\x1b" not in out

@@ -186,7 +186,7 @@ def test_a_terminal_gets_a_bar(workplace):
     command = [
         sys.executable,
         "-m",
-        "localvit_cli",
+        "localvit",
         "eval",
         str(workplace / "good.safetensors"),
         "--data-set",

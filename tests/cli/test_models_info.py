@@ -1,4 +1,4 @@
-"""`localvit models` and `localvit info`, and the counting behind them."""
+"""`localvit models` and `localvit info`, and the counts they show."""
 
 import copy
 import hashlib
@@ -12,9 +12,8 @@ import tyro
 from localvit import create_model, list_models, save_checkpoint
 from localvit.data.preprocessing import Preprocessing
 from localvit.inference.cost import count_multiply_adds, count_parameters, summarize_blocks
-from localvit.inference.runner import fusion as fuse
+from localvit.inference.fusion import fuse
 from localvit.models.zoo import ZOO
-from localvit.utils.tables import columns
 from localvit_cli import UsageError
 from localvit_cli.info import Info
 from localvit_cli.models import Models
@@ -22,20 +21,20 @@ from published import GOLDEN, golden_model
 
 
 def vit_multiply_adds(embed_dim: int, depth: int, tokens: int, patch: int, classes: int, feed_forward: int) -> int:
-    """A plain vision transformer's, written out; `feed_forward` is one block's."""
+    """The closed form for a plain vision transformer; `feed_forward` is the count of one block's feed-forward."""
     embedding = (tokens - 1) * 3 * patch * patch * embed_dim
     attention = tokens * embed_dim * 4 * embed_dim + 2 * tokens * tokens * embed_dim
     return embedding + depth * (attention + feed_forward) + embed_dim * classes
 
 
-def test_multiply_adds_of_deit_are_the_closed_form():
+def test_multiply_adds_of_deit_match_the_closed_form():
     expected = vit_multiply_adds(192, 12, 197, 16, 1000, feed_forward=197 * 2 * 192 * 768)
     model = create_model("deit_tiny_patch16_224")
     assert count_multiply_adds(model, (3, 224, 224)) == expected
     assert round(expected / 1e9, 3) == 1.254
 
 
-def test_multiply_adds_of_localvit_are_the_closed_form():
+def test_multiply_adds_of_localvit_match_the_closed_form():
     hidden, bottleneck = 768, 4
     feed_forward = 196 * (2 * 192 * hidden + 9 * hidden) + 2 * hidden * bottleneck
     expected = vit_multiply_adds(192, 12, 197, 16, 1000, feed_forward)
@@ -43,13 +42,13 @@ def test_multiply_adds_of_localvit_are_the_closed_form():
     assert round(expected / 1e9, 3) == 1.266
 
 
-def test_multiply_adds_of_the_inference_form_are_all_counted():
-    """Also where it runs in operators that the counter does not know; the last block's dead work apart."""
+def test_all_multiply_adds_of_a_fused_model_are_counted():
+    """A fused model may run in operators that torch's counter does not know."""
     model = create_model("localvit_swin_tiny", img_size=64, num_classes=7).eval()
     assert count_multiply_adds(fuse(model), (3, 64, 64)) == count_multiply_adds(model, (3, 64, 64))
 
 
-def test_counting_leaves_the_model_as_it_is():
+def test_counting_does_not_change_the_model():
     model = create_model("localvit_nano_patch4_32", num_classes=3, local_blocks="1")
     before = copy.deepcopy(model.state_dict())
     small, wide = (count_multiply_adds(model, (3, *size)) for size in ((32, 32), (32, 64)))
@@ -75,14 +74,14 @@ def test_blocks_and_grids():
     assert summarize_blocks(create_model("resnet18", device="meta"), (3, 64, 64)) == []
 
 
-def test_grids_of_a_pyramid_shrink():
+def test_grids_shrink_along_a_pyramid():
     blocks = summarize_blocks(create_model("localvit_swin_tiny", device="meta"), (3, 224, 224))
     assert [block.grid_size for block in blocks] == [(side, side) for side in (56, 56, 28, 28, *[14] * 6, 7, 7)]
 
 
 @pytest.fixture(scope="module")
 def listed() -> list[dict]:
-    """What `localvit models --json` prints."""
+    """The output of `localvit models --json`."""
     import contextlib
     import io
 
@@ -91,7 +90,7 @@ def listed() -> list[dict]:
     return json.loads(out.getvalue())
 
 
-def test_models_are_counted_as_published(listed):
+def test_parameter_counts_are_the_published_ones(listed):
     by_name = {model["name"]: model for model in listed}
     golden = sorted(path.stem for path in (GOLDEN / "models").glob("*.json"))
     assert sorted(by_name) == sorted([*golden, "localvit_nano_patch4_32"])
@@ -101,7 +100,7 @@ def test_models_are_counted_as_published(listed):
     assert by_name["localvit_nano_patch4_32"]["paper_name"] is None
 
 
-def test_models_have_every_name_and_published_number(listed):
+def test_the_list_has_every_name_and_published_number(listed):
     names = {name for model in listed for name in (model["name"], model["friendly_name"]) if name}
     assert names == set(list_models())
     published = {model.name: model for model in ZOO}
@@ -111,21 +110,17 @@ def test_models_have_every_name_and_published_number(listed):
         assert 0.9e9 < model["multiply_adds"] < 6e9
 
 
-def test_the_list_in_a_pipe_is_plain_and_whole(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "40")
-    monkeypatch.setattr("localvit.models.zoo.ZOO", ZOO[:1])
+def test_the_list_fits_80_columns_with_a_model_per_line(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("localvit_cli.models.ZOO", ZOO[:1])
     tyro.cli(Models, args=[]).run()
     out = capsys.readouterr().out
-    assert "\x1b" not in out
-    assert "…" not in out
-    line = next(line for line in out.splitlines() if line.startswith("localvit_tiny_mlp4_act3_r192"))
-    expected = "localvit_tiny LocalViT-T 5,908,696 1.266 G 224x224 74.838 92.610 released"
-    assert line.split()[1:] == expected.split()
-    assert "multiply-adds" in out
-
-
-def test_columns():
-    assert columns([("a", "bb", "c"), ("aaa", "b", "cc")], right=(1,)) == "a    bb  c\naaa   b  cc"
+    assert max(map(len, out.splitlines())) <= 80
+    table, names, released, notes = out.split("\n\n")
+    assert table.splitlines()[-2].split() == ["localvit_tiny", "LocalViT-T", "5.91", "1.266", "224", "74.838", "92.610"]
+    assert names.splitlines()[1].split() == ["localvit_tiny", "localvit_tiny_mlp4_act3_r192"]
+    assert released == "Weights are released for localvit_tiny."
+    assert "half the FLOPs" in notes.replace("\n", " ")
 
 
 def info(capsys, *arguments: object) -> tuple[int, dict]:
@@ -189,6 +184,25 @@ def test_info_of_a_file(capsys, checkpoint):
     assert file["sha256"] in text
 
 
+def test_the_text_on_a_file_has_lines_instead_of_dictionaries_and_counts_epochs_from_1(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "80")
+    about = {
+        "config": {"lr": 5e-4, "model_args": {"local_blocks": "1-2"}, "repeated_aug": True, "device": None},
+        "epoch": 2,  # as training stores it, from 0
+        "metrics": {"epoch": 2, "train_loss": 0.25, "test_acc1": 97.5},
+    }
+    model = create_model("localvit_nano_patch4_32", num_classes=2, local_blocks="1-2")
+    path = save_checkpoint(model, tmp_path / "nano.safetensors", about=about)
+    assert tyro.cli(Info, args=[str(path)]).run() == 0
+    text = capsys.readouterr().out
+    assert "{" not in text
+    assert max(map(len, text.splitlines())) <= 80
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert lines[lines.index("epoch 3") :][1:3] == ["metrics train_loss: 0.25", "test_acc1: 97.5"]
+    settings = lines[lines.index("training setting value") :][1:]
+    assert settings == ["lr 0.0005", "model_args.local_blocks 1-2", "repeated_aug yes", "device -"]
+
+
 def test_info_of_a_published_file(capsys, tmp_path):
     path = tmp_path / "published.pth"
     save_checkpoint(create_model("localvit_tiny"), path, layout="published")
@@ -199,7 +213,7 @@ def test_info_of_a_published_file(capsys, tmp_path):
     assert facts["file"]["class_names"][0] == "n01440764"
 
 
-def test_info_of_a_file_of_no_known_model(capsys, tmp_path):
+def test_info_of_a_file_that_fits_no_known_model(capsys, tmp_path):
     path = tmp_path / "other.pth"
     torch.save({"fc.weight": torch.zeros(5, 3)}, path)
     status, facts = info(capsys, path)
@@ -211,7 +225,7 @@ def test_info_of_a_file_of_no_known_model(capsys, tmp_path):
     assert "problem" in capsys.readouterr().out
 
 
-def test_info_shows_what_localize_would_add(capsys):
+def test_info_of_a_localized_model(capsys):
     shown = {"model": "deit_tiny_patch16_224", "json": True}
     assert Info(**shown).run() == 0
     plain = json.loads(capsys.readouterr().out)["model"]
@@ -226,9 +240,9 @@ def test_info_shows_what_localize_would_add(capsys):
     assert f"{12 * 9 * 768:,} parameters" in capsys.readouterr().out
 
 
-def test_info_localizes_names_and_no_files(tmp_path):
+def test_localize_needs_the_name_of_a_model(tmp_path):
     path = save_checkpoint(create_model("localvit_nano_patch4_32"), tmp_path / "model.safetensors")
-    with pytest.raises(UsageError, match="a file is what it is"):
+    with pytest.raises(UsageError, match="--localize needs the name of a model"):
         Info(model=str(path), localize=()).run()
     with pytest.raises(ValueError, match="--localize kernel_size must be NAME=VALUE"):
         Info(model="deit_tiny_patch16_224", localize=("kernel_size",)).run()

@@ -43,7 +43,7 @@ def test_interrupted_it_leaves_and_goes_on_under_its_own_settings(digits, tmp_pa
     """The folder alone is enough to go on."""
     told = settings(tmp_path, digits, epochs=40)
     run = subprocess.Popen(
-        [sys.executable, "-m", "localvit_cli", "train", "--config", told],
+        [sys.executable, "-m", "localvit", "train", "--config", told],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -132,7 +132,7 @@ def test_processes_change_nothing(nano, folder, tmp_path, processes):
     checkpoint = localvit.save_checkpoint(
         nano, tmp_path / "nano.safetensors", class_names=NAMES, preprocessing=PREPROCESSING.to_dict()
     )
-    command = ["-m", "localvit_cli", "eval", str(checkpoint), "--data-set", "FOLDER", "--data-path", str(folder)]
+    command = ["-m", "localvit", "eval", str(checkpoint), "--data-set", "FOLDER", "--data-path", str(folder)]
     options = ["--device", "cpu", "--batch-size", "4", "--workers", "0", "--report", str(tmp_path / "report")]
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -152,7 +152,7 @@ def test_more_processes_than_images_and_a_failing_one(nano, folder, tmp_path):
     (root / "ape" / "a.png").write_bytes((folder / "ape" / "00.png").read_bytes())
     (root / "bat" / "broken.png").write_bytes(b"not an image")
     checkpoint = localvit.save_checkpoint(nano, tmp_path / "nano.safetensors", class_names=NAMES)
-    command = ["-m", "localvit_cli", "eval", str(checkpoint), "--data-set", "FOLDER", "--data-path", str(root)]
+    command = ["-m", "localvit", "eval", str(checkpoint), "--data-set", "FOLDER", "--data-path", str(root)]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
     options = ["--device", "cpu", "--workers", "0"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

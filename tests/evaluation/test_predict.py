@@ -400,7 +400,7 @@ def test_unreadable_mentions_say_so_once(tmp_path):
 
 
 def _command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "localvit_cli", "predict", *map(str, arguments), "--device", "cpu"]
+    return [sys.executable, "-m", "localvit", "predict", *map(str, arguments), "--device", "cpu"]
 
 
 def test_the_command_with_worker_processes(checkpoint, tmp_path):

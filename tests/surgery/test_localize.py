@@ -395,5 +395,5 @@ def test_report_of_a_convolution_before_the_expansion_and_a_gate_after_it():
 
 
 def test_report_needs_to_know_the_image():
-    with pytest.raises(ValueError, match="does not say what images it takes: give input_size"):
+    with pytest.raises(ValueError, match="no configuration with an image size: pass input_size"):
         localvit.locality_report(nn.Sequential(localized_vit()))

@@ -139,7 +139,7 @@ def test_weights_follow_from_the_seed(tiny_digits, tmp_path):
         ({"batch_size": 40}, ValueError, "batch_size=40 is more than the 39 images"),
         ({"model": "localvit_nan"}, ValueError, "no model is called 'localvit_nan'"),
         ({"opt": "adamx"}, ValueError, "adamx"),
-        ({"device": "gpu"}, ValueError, "torch knows no such device"),
+        ({"device": "gpu"}, ValueError, "torch does not know this device"),
         ({"data_set": "IMNET-A", "below": "train"}, DataError, "trained and evaluated on alike"),
         ({"data_set": "IMNET", "below": "nowhere"}, DataError, "no such folder"),
     ],

@@ -26,7 +26,7 @@ def launched(processes, config_file, *flags, restarts=0):
     launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
     address = ["--master-addr=127.0.0.1", f"--master-port={free_port()}"]
     return subprocess.Popen(
-        [sys.executable, *launcher, *address, "-m", "localvit_cli", "train", "--config", str(config_file), *flags],
+        [sys.executable, *launcher, *address, "-m", "localvit", "train", "--config", str(config_file), *flags],
         env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -99,7 +99,7 @@ def test_processes_that_disagree_stop_and_say_about_what(tiny_digits, tmp_path):
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     runs = [
         subprocess.Popen(
-            [sys.executable, "-m", "localvit_cli", "train", "--config", str(tmp_path / f"settings{rank}.yaml")],
+            [sys.executable, "-m", "localvit", "train", "--config", str(tmp_path / f"settings{rank}.yaml")],
             env=os.environ | address | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
             stderr=subprocess.PIPE,
             text=True,

@@ -51,7 +51,7 @@ def outcome(directory):
 
 
 def command(config_file, *flags):
-    return [sys.executable, "-m", "localvit_cli", "train", "--config", str(config_file), *flags]
+    return [sys.executable, "-m", "localvit", "train", "--config", str(config_file), *flags]
 
 
 def write_config(path, config):

@@ -1,4 +1,4 @@
-"""Accuracy against measured speed: the paper's first figure (arXiv 2104.05707), with measured axes."""
+"""Plot accuracy against measured speed, after figure 1 of the paper (arXiv 2104.05707)."""
 
 import math
 import textwrap
@@ -6,43 +6,51 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from localvit.bench.prepare import label
-from localvit.bench.result import Bench
+from localvit.bench.result import BenchResult
 from localvit.models.zoo import published_model
 from localvit.utils.files import atomic_write
 
 try:
     from matplotlib.figure import Figure
 except ImportError as error:
-    raise ImportError('speeds are drawn with matplotlib: pip install "localvit[plot]"') from error
+    raise ImportError('plotting needs matplotlib: pip install "localvit[plot]"') from error
 
 FORMATS = (".png", ".svg", ".pdf")
-"""Endings of the images that can be drawn."""
+"""File name extensions of the supported image formats."""
 _COLOR = "#0072b2"
 _CAPTION_WIDTH = 105  # characters
-_AREA = 12.0  # square points a million parameters
+_AREA = 12.0  # square points per million parameters
 
 
-def draw_speeds(measured: Bench, image: Path) -> list[str]:
-    """Draw published Acc@1 against images/s at the largest batch size into `image`; dots are as large as the models.
+def draw_speeds(measured: BenchResult, image: Path) -> list[str]:
+    """Plot published Acc@1 against images/s at the largest batch size; the area of a dot is the model's size.
 
-    Returns the names of the models left out because no accuracy is published for what was measured. Raises ValueError
-    when that leaves none, or for another ending than those of FORMATS. Importing this module without matplotlib, which
-    the extra `plot` brings, raises ImportError.
+    Importing this module needs matplotlib, which the extra `plot` installs.
+
+    Args:
+        measured: The measured models.
+        image: The file to write; its extension must be one of `FORMATS`.
+
+    Returns:
+        The names of the models that were left out, because there is no published accuracy for them.
+
+    Raises:
+        ValueError: If no model is left, or for another extension.
     """
     if image.suffix.lower() not in FORMATS:
         raise ValueError(f"{image} must end in {', '.join(FORMATS)}")
     left_out = [result.model.name for result in measured.models if result.model.acc1 is None]
     known = [(result, result.model.acc1) for result in measured.models if result.model.acc1 is not None]
     if not known:
-        raise ValueError(f"there is nothing to draw: no accuracy is published for {', '.join(left_out)}")
+        raise ValueError(f"there is nothing to plot: no accuracy is published for {', '.join(left_out)}")
     shown, accuracies = zip(*known, strict=True)
     options = measured.options
     batch_size = max(options.batch_sizes)
-    place = options.batch_sizes.index(batch_size)
-    speeds = [result.batches[place].images_per_second for result in shown]
+    index = options.batch_sizes.index(batch_size)
+    speeds = [result.batches[index].images_per_second for result in shown]
     millions = [result.model.parameters / 1e6 for result in shown]
 
-    # A figure of its own and not pyplot's, which would choose a window system and keep the figure alive.
+    # Not through pyplot, which would choose a window system and keep a reference to the figure.
     figure = Figure(figsize=(7, 4.5), dpi=150)
     axes = figure.subplots()
     low = [speed.median - speed.first_quartile for speed in speeds]
@@ -63,10 +71,10 @@ def draw_speeds(measured: Bench, image: Path) -> list[str]:
             fontsize=8,
         )
     axes.margins(x=0.18, y=0.18)
-    what = "training" if options.train else "inference"
+    mode = "training" if options.train else "inference"
     axes.set_xlabel(
-        f"images/s: {what} in {str(options.dtype).removeprefix('torch.')}, batch size {batch_size}, "
-        f"{measured.hardware['name']}"
+        f"images/s ({mode} in {str(options.dtype).removeprefix('torch.')}, batch size {batch_size}, "
+        f"{measured.hardware['name']})"
     )
     axes.set_ylabel("published ImageNet-1k Acc@1 (%)")
     axes.set_title(_caption(left_out), fontsize=8, loc="left")
@@ -86,5 +94,5 @@ def _short(name: str) -> str:
 
 def _caption(left_out: Sequence[str]) -> str:
     names = ", ".join(map(label, left_out))
-    told = textwrap.wrap(f"Left out, no published accuracy: {names}.", width=_CAPTION_WIDTH) if left_out else []
-    return "\n".join(["Area: parameters. Bars: quartiles over rounds.", *told])
+    lines = textwrap.wrap(f"Not shown, as no accuracy is published: {names}.", width=_CAPTION_WIDTH) if left_out else []
+    return "\n".join(["Area: number of parameters. Bars: quartiles over rounds.", *lines])

@@ -1,6 +1,6 @@
-"""Models made ready to be measured: what one call of each does, and what can be counted instead of timed.
+"""Prepare models for measuring: what one call of each does, and what is counted rather than timed.
 
-Shapes: B images of a batch, C channels, H and W pixels.
+Shapes: B batch, C channels, H and W height and width in pixels.
 """
 
 import contextlib
@@ -20,46 +20,50 @@ from localvit.inference.runner import names_file, ready_model
 from localvit.models.zoo import create_model, published_model
 
 Call = Callable[[], Any]
-_SAVED_AT = (2, 4)  # images; what grows between them is one image's
+_SAVED_AT = (2, 4)  # batch sizes between which the growth per image is taken
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions:
-    """What is measured, and how the models run. Raises ValueError for numbers that make no sense."""
+    """What is measured, and how the models run.
+
+    Raises:
+        ValueError: If the batch sizes or the number of rounds make no sense.
+    """
 
     device: torch.device
-    """Where the models run."""
+    """Device that the models run on."""
     dtype: torch.dtype = torch.float32
-    """Inference in half precision converts the model to it; training in half precision runs under autocast."""
+    """In inference the model is converted to it; in training it is the dtype of autocast."""
     train: bool = False
-    """Whole training steps (forward, cross entropy, backward, AdamW) instead of inference."""
+    """Measure training steps (forward, cross entropy, backward, AdamW) instead of inference."""
     batch_sizes: tuple[int, ...] = (1, 16, 64)
-    """Images a call, measured one size after the other."""
+    """Images per call, measured one size after the other."""
     rounds: int = 11
-    """How often everything of a batch size is measured, in turn."""
+    """How many times each model is measured at each batch size; at least 3."""
     compile: bool = False
-    """Compile the models with torch.compile, for each batch size anew."""
+    """Compile the models with torch.compile, separately for each batch size."""
     channels_last: bool = False
-    """Lay images and weights out channels-last."""
+    """Use the channels-last memory format for images and weights."""
     fuse: bool = True
-    """Measure the inference form (`localvit.fuse`); without effect on training."""
+    """Fuse the models with `localvit.fuse`; has no effect in training."""
 
     def __post_init__(self) -> None:
         if not self.batch_sizes or min(self.batch_sizes) < 1:
-            said = " ".join(map(str, self.batch_sizes)) or "nothing"
-            raise ValueError(f"batch_sizes: {said}: give one or more sizes, each at least 1")
+            given = " ".join(map(str, self.batch_sizes)) or "none"
+            raise ValueError(f"batch_sizes: {given} given; give one or more sizes, each at least 1")
         if len(set(self.batch_sizes)) < len(self.batch_sizes):
-            raise ValueError(f"batch_sizes: {' '.join(map(str, self.batch_sizes))}: give each size once")
+            raise ValueError(f"batch_sizes: {' '.join(map(str, self.batch_sizes))} given; give each size once")
         if self.rounds < 3:
-            raise ValueError(f"rounds={self.rounds} must be at least 3: fewer have no spread")
+            raise ValueError(f"rounds={self.rounds} must be at least 3, for quartiles to be meaningful")
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """How images lie in memory."""
+        """Memory format of the images."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """What a training forward runs under: autocast in half precision, nothing in float32."""
+        """The context of a training forward: autocast in half precision, a null context in float32."""
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
@@ -67,31 +71,31 @@ class BenchOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchModel:
-    """A model in the form that is measured, on its device."""
+    """A model ready to be measured, on its device."""
 
     name: str
-    """As it was asked for."""
+    """Name of the model or path of the checkpoint, as given."""
     input_size: tuple[int, int, int]
-    """Channels, height and width of an image."""
+    """Channels, height and width of an image, in pixels."""
     parameters: int
-    """Number of parameters as made, before any fusing."""
+    """Number of parameters, before fusing."""
     multiply_adds: int
-    """Multiply-adds of one image as made, before any fusing."""
-    form_multiply_adds: int
-    """Multiply-adds of one image in the measured form, whose dead work may be gone; in training, of its forward."""
+    """Multiply-adds per image, before fusing."""
+    fused_multiply_adds: int
+    """Multiply-adds per image of the forward pass that is measured, which fusing may reduce."""
     saved_bytes_per_image: int
-    """What a training forward, not compiled, keeps for its backward pass (`saved_bytes`) for each further image."""
+    """Bytes that an eager training forward saves for the backward pass (see `saved_bytes`), per image."""
     acc1: float | None
-    """Published Acc@1 in percent, where these are a published model and image size."""
-    form: Any
-    """What runs."""
+    """Published Acc@1 in percent; None if there is none for this model and image size."""
+    module: Any
+    """The module that is measured; an nn.Module, or what torch.compile made of it."""
     options: BenchOptions
-    """How it runs."""
+    """The options it was prepared with."""
     optimizer: torch.optim.Optimizer | None
-    """In training."""
+    """None in inference."""
 
     def call(self, batch_size: int) -> Call:
-        """What is measured: inference on, or a training step from, one fixed batch of random images."""
+        """The call to measure: inference or a training step on one fixed batch of random images."""
         options = self.options
         dtype = torch.float32 if options.train else options.dtype
         images_BCHW = torch.randn(batch_size, *self.input_size, device=options.device, dtype=dtype)
@@ -101,19 +105,19 @@ class BenchModel:
     def _inference(self, images_BCHW: Tensor) -> Call:
         @torch.inference_mode()
         def call() -> None:
-            self.form(images_BCHW)
+            self.module(images_BCHW)
 
         return call
 
     def _training(self, images_BCHW: Tensor) -> Call:
         options, optimizer = self.options, self.optimizer
         assert optimizer is not None
-        labels_B = torch.randint(self.form.num_classes, images_BCHW.shape[:1], device=options.device)
+        labels_B = torch.randint(self.module.num_classes, images_BCHW.shape[:1], device=options.device)
         scaler = torch.amp.GradScaler(options.device.type, enabled=options.dtype == torch.float16)
 
         def call() -> None:
             with options.autocast():
-                loss = F.cross_entropy(self.form(images_BCHW), labels_B)
+                loss = F.cross_entropy(self.module(images_BCHW), labels_B)
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
@@ -121,9 +125,9 @@ class BenchModel:
 
         return call
 
-    def held_bytes(self) -> int:
-        """Bytes of the model itself and, once a step has been made, of its optimizer's state."""
-        tensors = [*self.form.parameters(), *self.form.buffers()]
+    def resident_bytes(self) -> int:
+        """Bytes of the parameters, of the buffers and, after the first step, of the optimizer's state."""
+        tensors = [*self.module.parameters(), *self.module.buffers()]
         if self.optimizer is not None:
             for state in self.optimizer.state.values():
                 tensors += [value for value in state.values() if isinstance(value, Tensor)]
@@ -131,14 +135,15 @@ class BenchModel:
 
 
 def prepare(source: str, options: BenchOptions, input_size: tuple[int, int] | None = None) -> BenchModel:
-    """Make the model that `source` names, a checkpoint file or a model's name, ready to be measured.
+    """Prepare a model for measuring.
 
     Args:
-        source: a model of a name gets random weights; nothing is downloaded.
-        options: how it runs.
-        input_size: height and width to use instead of the model's own, in pixels.
+        source: Name of a model, which gets random weights, or a checkpoint file. Nothing is downloaded.
+        options: How the model runs.
+        input_size: Height and width of the images in pixels, instead of those of the model.
 
-    Raises as `ready_model` for files and as `create_model` for names.
+    Raises:
+        The errors of `ready_model` for files and of `create_model` for names.
     """
     model: Any
     acc1 = None
@@ -160,59 +165,59 @@ def prepare(source: str, options: BenchOptions, input_size: tuple[int, int] | No
     )
     saved = _saved_bytes_per_image(model, size, options)
 
-    form, form_multiply_adds, optimizer = model, multiply_adds, None
+    module, fused_multiply_adds, optimizer = model, multiply_adds, None
     if options.train:
-        form = model.train()
-        trained = [parameter for parameter in form.parameters() if parameter.requires_grad]
+        module = model.train()
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, fused=True)
     else:
-        form.eval()
+        module.eval()
         if options.fuse:
-            form = fuse(form)
-            form_multiply_adds = count_multiply_adds(form, size)
-        form = form.to(options.dtype)
+            module = fuse(module)
+            fused_multiply_adds = count_multiply_adds(module, size)
+        module = module.to(options.dtype)
     return BenchModel(
         name=source,
         input_size=size,
         parameters=parameters,
         multiply_adds=multiply_adds,
-        form_multiply_adds=form_multiply_adds,
+        fused_multiply_adds=fused_multiply_adds,
         saved_bytes_per_image=saved,
         acc1=acc1,
-        # Not dynamic: a second batch size would otherwise give every size slower, general code.
-        form=torch.compile(form, dynamic=False) if options.compile else form,
+        # With dynamic shapes, the second batch size would compile slower code that serves every size.
+        module=torch.compile(module, dynamic=False) if options.compile else module,
         options=options,
         optimizer=optimizer,
     )
 
 
 def label(source: str) -> str:
-    """How a source is called where there is little room: a file by its name."""
+    """A short label for a source: its name, or the name of the file without its folder."""
     return Path(source).name if names_file(source) else source
 
 
 def saved_bytes(model: nn.Module, images_BCHW: Tensor) -> int:
-    """Bytes that one forward with autograd keeps for its backward pass: distinct storages, each whole.
+    """Bytes that one forward pass with autograd saves for the backward pass, each storage counted once.
 
-    Parameters and buffers are left out, which are there anyway; the images are counted where a layer keeps them.
-    Seen through `torch.autograd.graph.saved_tensors_hooks`.
+    Parameters and buffers are not counted; the images are, if a layer saves them. Measured with
+    `torch.autograd.graph.saved_tensors_hooks`.
     """
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    kept: dict[int, torch.UntypedStorage] = {}
+    saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage  # held, so that its address is not given to another meanwhile
+            saved[storage.data_ptr()] = storage  # the reference keeps the address from being reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(images_BCHW)
-    return sum(storage.nbytes() for storage in kept.values())
+    return sum(storage.nbytes() for storage in saved.values())
 
 
 def _saved_bytes_per_image(model: nn.Module, input_size: tuple[int, int, int], options: BenchOptions) -> int:
-    """The growth from one batch to a larger one: autocast's copies of weights and statistics of channels cancel."""
+    """Growth from one batch size to a larger one, so that what does not depend on it, as autocast's casts, cancels."""
     model.train()
     few, many = _SAVED_AT
     counted = {}

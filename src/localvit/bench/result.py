@@ -1,4 +1,4 @@
-"""What `localvit.bench.measure` measures, and when a machine is too noisy for it."""
+"""The result of `localvit.bench.measure`, and whether the machine was too noisy for it."""
 
 import statistics
 from collections.abc import Sequence
@@ -7,26 +7,26 @@ from dataclasses import dataclass
 from localvit.bench.prepare import BenchModel, BenchOptions
 
 NOISE_LIMIT = 0.1
-"""The machine is too noisy to tell where an interquartile range exceeds this part of its median (`Bench.noisy`)."""
+"""Largest interquartile range, as a share of the median, of a reliable measurement (see `BenchResult.noise`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spread:
-    """A median and the quartiles around it."""
+class Quartiles:
+    """The median and the quartiles of some values."""
 
     median: float
     first_quartile: float
     third_quartile: float
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> "Spread":
-        """Of two or more values; quartiles interpolate between them."""
+    def of(cls, values: Sequence[float]) -> "Quartiles":
+        """Compute them from two or more values; they interpolate linearly between values."""
         first, median, third = statistics.quantiles(values, n=4, method="inclusive")
         return cls(median=median, first_quartile=first, third_quartile=third)
 
     @property
-    def relative(self) -> float:
-        """The interquartile range over the median."""
+    def relative_range(self) -> float:
+        """The interquartile range divided by the median."""
         return (self.third_quartile - self.first_quartile) / self.median
 
 
@@ -35,84 +35,85 @@ class BatchResult:
     """One model at one batch size."""
 
     batch_size: int
-    """Images a call."""
-    calls_a_round: int
-    """Calls timed together in each round."""
-    images_per_second: Spread
-    """Images a second."""
-    ratio: Spread | None
-    """Speed over the baseline's, round by round; None for the baseline itself, and without one."""
-    share_of_floor: Spread
-    """The time that its multiply-adds would take at the rate of the GEMM of the same round, over its own time.
+    """Images per call."""
+    calls_per_round: int
+    """Calls that are timed together in each round."""
+    images_per_second: Quartiles
+    """Throughput."""
+    ratio: Quartiles | None
+    """Speed relative to the baseline, round by round; None for the baseline itself and without a baseline."""
+    share_of_gemm_rate: Quartiles
+    """Multiply-adds per second, as a share of those of a large matrix product in the same round.
 
-    A training step counts as three forwards: each product has two more in the backward pass.
+    A training step counts as three forward passes, since each matrix product has two more in the backward pass.
     """
     peak_memory_bytes: int | None
-    """The model (in training with its optimizer's state) and the most that a call adds; known on CUDA alone."""
+    """Memory of the model, of its optimizer in training, and the most that a call adds. None except on CUDA."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Latency:
-    """Time of a call with one image, which lies on the device already."""
+    """Time of a call with one image that is already on the device."""
 
     p50_seconds: float
     p99_seconds: float
     calls: int
-    """How many were timed."""
+    """Number of timed calls."""
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> "Latency":
-        """Percentiles of timed calls; they interpolate between them."""
+        """Compute the percentiles of timed calls; they interpolate linearly between calls."""
         percentiles = statistics.quantiles(seconds, n=100, method="inclusive")
         return cls(p50_seconds=percentiles[49], p99_seconds=percentiles[98], calls=len(seconds))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelResult:
-    """Everything on one model."""
+    """All results of one model."""
 
     model: BenchModel
     """What was measured."""
     batches: tuple[BatchResult, ...]
-    """By batch size, as asked."""
+    """One per batch size, in the order of the options."""
     latency: Latency | None
-    """None in training, where a single image is not waited for."""
+    """None in training."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bench:
-    """What was measured in one go, on one machine."""
+class BenchResult:
+    """All results of one measurement, on one machine."""
 
     options: BenchOptions
     """What was asked for."""
     models: tuple[ModelResult, ...]
-    """In the order of asking."""
+    """One per model, in the given order."""
     baseline: str | None
     """Name of the model that the others are compared with."""
-    gemm_multiply_adds_per_second: Spread
-    """Rate of the product of square matrices, over all rounds."""
+    gemm_multiply_adds_per_second: Quartiles
+    """Rate of a product of square matrices, over all rounds."""
     gemm_size: int
-    """Rows and columns of these matrices."""
+    """Number of rows, and of columns, of these matrices."""
     hardware: dict[str, str | int]
-    """What it ran on, as torch and the platform call it."""
+    """The hardware, as reported by torch and the platform."""
     versions: dict[str, str]
-    """Of what computed."""
+    """Versions of localvit, of the libraries and of Python."""
 
-    def noisy(self) -> list[str]:
-        """What tells that this machine is too noisy to tell, one text for each: empty when it is quiet enough.
+    def noise(self) -> list[str]:
+        """Describe each measurement that is too noisy to be reliable; empty on a quiet machine.
 
-        The rule: at every batch size, the interquartile range over rounds of each model's ratio to the baseline is at
-        most `NOISE_LIMIT` of its median. Where no ratio is taken, the images/s of each model must hold to that.
+        At every batch size, the interquartile range over rounds of each model's ratio to the baseline must be at most
+        `NOISE_LIMIT` of its median. Without a baseline, the same holds for the images per second of each model.
         """
         compared = any(batch.ratio for result in self.models for batch in result.batches)
         found = []
         for result in self.models:
             for batch in result.batches:
-                spread = batch.ratio if compared else batch.images_per_second
-                if spread is not None and not spread.relative <= NOISE_LIMIT:
+                values = batch.ratio if compared else batch.images_per_second
+                # Written so that a range of NaN counts as noise.
+                if values is not None and not values.relative_range <= NOISE_LIMIT:
                     what = f"speed relative to {self.baseline}" if compared else "images/s"
                     found.append(
                         f"{result.model.name} at batch size {batch.batch_size}: the interquartile range of its {what} "
-                        f"is {spread.relative:.1%} of the median"
+                        f"is {values.relative_range:.1%} of the median"
                     )
         return found

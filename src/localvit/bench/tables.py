@@ -1,18 +1,18 @@
-"""What `localvit.bench.measure` measured, as plain values for programs and as a table for people."""
+"""The result of a measurement as plain values, for programs, and as tables, for people."""
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
 from localvit.bench.prepare import label
-from localvit.bench.result import NOISE_LIMIT, BatchResult, Bench, ModelResult, Spread
-from localvit.utils.tables import columns
+from localvit.bench.result import NOISE_LIMIT, BatchResult, BenchResult, ModelResult, Quartiles
+from localvit.utils.tables import format_table, wrap_text
 
-_SPEED_HEADINGS = ("model", "batch", "images/s", "quartiles", "x baseline", "quartiles", "of floor", "peak MiB")
-_MODEL_HEADINGS = ("model", "input", "parameters", "multiply-adds", "saved/image", "latency p50", "p99")
+_MODEL_HEADINGS = ("model", "input", "params (M)", "GMACs", "saved (MiB)", "p50 (ms)", "p99 (ms)")
 
 
-def as_values(measured: Bench) -> dict[str, Any]:
-    """Everything, ready for JSON: SI units, bytes, and counts an image."""
+def as_values(measured: BenchResult) -> dict[str, Any]:
+    """Everything as values that JSON can hold: SI units, bytes, and counts per image."""
     options = measured.options
     return {
         "mode": "training" if options.train else "inference",
@@ -23,7 +23,7 @@ def as_values(measured: Bench) -> dict[str, Any]:
         "fuse": options.fuse and not options.train,
         "rounds": options.rounds,
         "noise_limit": NOISE_LIMIT,
-        "noisy": measured.noisy(),
+        "noise": measured.noise(),
         "baseline": measured.baseline,
         "gemm_size": measured.gemm_size,
         "gemm_multiply_adds_per_second": asdict(measured.gemm_multiply_adds_per_second),
@@ -35,7 +35,7 @@ def as_values(measured: Bench) -> dict[str, Any]:
                 "input_size": list(result.model.input_size),
                 "parameters": result.model.parameters,
                 "multiply_adds": result.model.multiply_adds,
-                "form_multiply_adds": result.model.form_multiply_adds,
+                "fused_multiply_adds": result.model.fused_multiply_adds,
                 "saved_bytes_per_image": result.model.saved_bytes_per_image,
                 "published_acc1": result.model.acc1,
                 "latency": asdict(result.latency) if result.latency else None,
@@ -46,50 +46,44 @@ def as_values(measured: Bench) -> dict[str, Any]:
     }
 
 
-def as_text(measured: Bench) -> str:
-    """Two tables, speeds and models, and what their columns mean."""
-    options, hardware = measured.options, measured.hardware
-    speeds = [_speed(result, batch) for result in measured.models for batch in result.batches]
-    models = [_model(result) for result in measured.models]
-    what = "training steps" if options.train else "inference"
-    switches = ("compile", "channels_last", *(() if options.train else ("fuse",)))
-    how = [name.replace("_", "-") for name in switches if getattr(options, name)]
-    calls = next((result.latency.calls for result in measured.models if result.latency), 0)
-    rate = measured.gemm_multiply_adds_per_second.median
-    notes = (
-        f"{what} in {str(options.dtype).removeprefix('torch.')}{''.join(f', {each}' for each in how)}, on "
-        f"{hardware['name']} ({hardware['device']}), {hardware['threads']} threads, torch "
-        f"{measured.versions['torch']}; medians over {options.rounds} rounds, all models in turn.",
-        f"x baseline: speed over that of {measured.baseline}, round by round." if measured.baseline else "",
-        f"of floor: time of the multiply-adds at this machine's rate, {rate / 1e9:,.1f} G/s in a product of matrices "
-        f"of {measured.gemm_size}, over the time taken.",
-        "peak MiB is measured on CUDA alone." if options.device.type != "cuda" else "",
-        "multiply-adds are half the FLOPs; saved/image is what a training forward keeps for each image.",
-        f"latency is of one image, in ms, over {calls} calls." if calls else "latency is measured in inference alone.",
-    )
-    return "\n\n".join(
-        (
-            columns([_SPEED_HEADINGS, *speeds], right=range(1, len(_SPEED_HEADINGS))),
-            columns([_MODEL_HEADINGS, *models], right=range(2, len(_MODEL_HEADINGS))),
-            "\n".join(filter(None, notes)),
-        )
-    )
+def as_text(measured: BenchResult) -> str:
+    """A table of speeds per batch size, a table of the models, and what the columns mean."""
+    options = measured.options
+    speeds = [
+        f"batch size {batch_size}\n{_speeds(measured, index)}" for index, batch_size in enumerate(options.batch_sizes)
+    ]
+    models = format_table(list(map(_model, measured.models)), headings=_MODEL_HEADINGS, right=range(2, 7))
+    return "\n\n".join((*speeds, models, "\n".join(map(wrap_text, _notes(measured)))))
 
 
-def _speed(result: ModelResult, batch: BatchResult) -> tuple[str, ...]:
-    def quartiles(spread: Spread, digits: int) -> str:
-        return f"{spread.first_quartile:,.{digits}f}-{spread.third_quartile:,.{digits}f}"
+def _speeds(measured: BenchResult, index: int) -> str:
+    """The table of the batch size at `index`, without columns that nothing was measured for."""
+    batches = [result.batches[index] for result in measured.models]
+    compared = any(batch.ratio for batch in batches)
+    with_memory = any(batch.peak_memory_bytes is not None for batch in batches)
+    headings = ["model", "images/s", "quartiles", *(["speedup", "quartiles"] if compared else []), "GEMM rate"]
+    headings += ["peak MiB"] if with_memory else []
+    rows = [
+        (label(result.model.name), *_speed(batch, compared=compared, with_memory=with_memory))
+        for result, batch in zip(measured.models, batches, strict=True)
+    ]
+    return format_table(rows, headings=headings, right=range(1, len(headings)))
 
-    peak = batch.peak_memory_bytes
-    return (
-        label(result.model.name),
-        str(batch.batch_size),
-        f"{batch.images_per_second.median:,.1f}",
-        quartiles(batch.images_per_second, 1),
-        *((f"{batch.ratio.median:.2f}", quartiles(batch.ratio, 2)) if batch.ratio else ("-", "-")),
-        f"{batch.share_of_floor.median:.0%}",
-        "-" if peak is None else f"{peak / 2**20:,.1f}",
-    )
+
+def _speed(batch: BatchResult, *, compared: bool, with_memory: bool) -> Iterator[str]:
+    yield from _median_and_quartiles(batch.images_per_second, 1)
+    if compared:
+        yield from _median_and_quartiles(batch.ratio, 2)
+    yield f"{batch.share_of_gemm_rate.median:.0%}"
+    if with_memory:
+        peak = batch.peak_memory_bytes
+        yield "-" if peak is None else f"{peak / 2**20:,.1f}"
+
+
+def _median_and_quartiles(values: Quartiles | None, digits: int) -> tuple[str, str]:
+    if values is None:
+        return "-", "-"
+    return f"{values.median:,.{digits}f}", f"{values.first_quartile:,.{digits}f}-{values.third_quartile:,.{digits}f}"
 
 
 def _model(result: ModelResult) -> tuple[str, ...]:
@@ -97,8 +91,35 @@ def _model(result: ModelResult) -> tuple[str, ...]:
     return (
         label(model.name),
         "x".join(map(str, model.input_size[1:])),
-        f"{model.parameters:,}",
-        f"{model.multiply_adds / 1e9:.3f} G",
-        f"{model.saved_bytes_per_image / 2**20:,.2f} MiB",
+        f"{model.parameters / 1e6:,.2f}",
+        f"{model.multiply_adds / 1e9:.3f}",
+        f"{model.saved_bytes_per_image / 2**20:,.2f}",
         *((f"{latency.p50_seconds * 1e3:,.2f}", f"{latency.p99_seconds * 1e3:,.2f}") if latency else ("-", "-")),
     )
+
+
+def _notes(measured: BenchResult) -> Iterator[str]:
+    options, hardware = measured.options, measured.hardware
+    mode = "training steps" if options.train else "inference"
+    switches = {"compiled": options.compile, "channels-last": options.channels_last}
+    switches["fused"] = options.fuse and not options.train
+    dtype = str(options.dtype).removeprefix("torch.")
+    settings = [f"{mode} in {dtype}", *(name for name, on in switches.items() if on)]
+    yield (
+        f"Measured: {', '.join(settings)}, on {hardware['name']} ({hardware['device']}), "
+        f"{hardware['threads']} CPU threads, torch {measured.versions['torch']}. Numbers are medians over "
+        f"{options.rounds} rounds."
+    )
+    if measured.baseline and len(measured.models) > 1:
+        yield f"Speedup: speed relative to {measured.baseline}, compared round by round."
+    rate = measured.gemm_multiply_adds_per_second.median
+    yield (
+        f"GEMM rate: multiply-adds per second, relative to the {rate / 1e9:,.1f} G/s of a product of two "
+        f"{measured.gemm_size} x {measured.gemm_size} matrices."
+    )
+    yield "GMACs: billions of multiply-adds per image (half the FLOPs), before fusing."
+    yield "Saved: memory per image that a forward pass in training saves for the backward pass."
+    calls = next((result.latency.calls for result in measured.models if result.latency), 0)
+    yield f"p50, p99: latency of one image, over {calls} calls." if calls else "Latency is measured in inference only."
+    if options.device.type != "cuda":
+        yield "Peak memory is measured on CUDA only."

@@ -1,4 +1,4 @@
-"""What a model costs, counted: parameters, multiply-adds, blocks with their grids, and what locality adds."""
+"""The cost of a model: parameters, multiply-adds, a summary of its blocks, and what locality adds."""
 
 import copy
 from collections.abc import Sequence
@@ -17,36 +17,42 @@ from torch.utils.flop_counter import FlopCounterMode
 from localvit.locality import EfficientChannelAttention, SqueezeExcite
 from localvit.surgery.branch import CHILD, LocalityBranch
 from localvit.tokens.mlp import LocalityMlp
-from localvit.utils.tables import columns
+from localvit.utils.tables import format_table
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockSummary:
-    """One transformer block."""
+    """Facts on one transformer block."""
 
     name: str
-    """Where it is in the model."""
+    """Its name in the model, such as "blocks.0"."""
     kind: str
-    """Its class."""
+    """The name of its class."""
     parameters: int
     """Number of parameters."""
     local: bool
     """Whether its feed-forward is the locality module."""
     grid_size: tuple[int, int] | None
-    """Height and width, in patches, of the map that its locality module sees; None without one."""
+    """Height and width, in patches, of the input of its locality module; None without one."""
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of parameters, frozen ones included, as the paper's tables count them; shared ones once."""
+    """Number of parameters, including frozen ones, as in the paper's tables. Shared parameters count once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def count_multiply_adds(model: nn.Module, input_size: tuple[int, ...]) -> int:
-    """Multiply-adds of one image of `input_size` (channels, height, width): what most papers print as FLOPs.
+    """Number of multiply-adds for one image, which most papers call FLOPs.
 
-    Counted by torch's FlopCounterMode, which sees matrix products and convolutions (two FLOPs a multiply-add) and no
-    norms, activations or sums. `model` is left as it is, and nothing is computed: it may be on the meta device. Raises
-    what the model raises for images of that size.
+    torch's FlopCounterMode counts matrix products and convolutions (two FLOPs per multiply-add), but not norms,
+    activations or sums. Nothing is computed, so the model may be on the meta device, and it is not changed.
+
+    Args:
+        model: Any model of images.
+        input_size: Channels, height and width of the image.
+
+    Raises:
+        The errors of the model's forward for images of that size.
     """
     copied = _copy(model)
     with FlopCounterMode(display=False) as counter:
@@ -55,15 +61,19 @@ def count_multiply_adds(model: nn.Module, input_size: tuple[int, ...]) -> int:
 
 
 def summarize_blocks(model: nn.Module, input_size: tuple[int, ...]) -> list[BlockSummary]:
-    """The blocks of a model, in order: its modules that hold a feed-forward called `mlp`, as timm's transformers do.
+    """Summarize the blocks of a model, in order: the modules with a feed-forward called `mlp`, as in timm.
 
-    Grids are those of an image of `input_size` (channels, height, width). Raises what the model raises for images
-    of that size.
+    Args:
+        model: Any model of images; it is not changed.
+        input_size: Channels, height and width of the image that the grids belong to.
+
+    Raises:
+        The errors of the model's forward for images of that size.
     """
-    maps = _maps(model, input_size)
-    grid_of = {name.removesuffix(f".{CHILD}"): size[1:] for name, size in maps.items()}
+    shapes = _map_shapes(model, input_size)
+    grid_of = {name.removesuffix(f".{CHILD}"): shape[1:] for name, shape in shapes.items()}
 
-    def locality_in(name: str) -> tuple[int, int] | None:
+    def grid_in(name: str) -> tuple[int, int] | None:
         return next((grid for local, grid in grid_of.items() if local == name or local.startswith(f"{name}.")), None)
 
     return [
@@ -71,8 +81,8 @@ def summarize_blocks(model: nn.Module, input_size: tuple[int, ...]) -> list[Bloc
             name=name,
             kind=type(module).__name__,
             parameters=count_parameters(module),
-            local=locality_in(f"{name}.mlp") is not None,
-            grid_size=locality_in(f"{name}.mlp"),
+            local=grid_in(f"{name}.mlp") is not None,
+            grid_size=grid_in(f"{name}.mlp"),
         )
         for name, module in model.named_modules()
         if isinstance(getattr(module, "mlp", None), nn.Module)
@@ -81,44 +91,50 @@ def summarize_blocks(model: nn.Module, input_size: tuple[int, ...]) -> list[Bloc
 
 @dataclass(frozen=True, kw_only=True)
 class LocalFeedForward:
-    """What locality adds to one feed-forward: the depth-wise convolution, its norm, and the gate."""
+    """The cost of locality in one feed-forward: of the depth-wise convolution, its norm, and the gate."""
 
     name: str
-    """Of the module that brings it, in the model."""
+    """Name of the module with the convolution, in the model."""
     channels: int
-    """Channels that the convolution runs over."""
+    """Channels of the convolution."""
     grid_size: tuple[int, int]
-    """Height and width, in patches, of the map that it sees."""
+    """Height and width of its input, in patches."""
     parameters: int
     """Number of parameters."""
     multiply_adds: int
-    """Multiply-adds an image."""
+    """Multiply-adds per image."""
 
 
 class LocalityReport(tuple[LocalFeedForward, ...]):
-    """What `locality_report` found; prints as a table."""
+    """The result of `locality_report`; prints as a table."""
 
     def __str__(self) -> str:
         rows = [
             (part.name, str(part.channels), " x ".join(map(str, part.grid_size)), part.parameters, part.multiply_adds)
             for part in self
         ]
-        rows.append(("in all", "", "", sum(part.parameters for part in self), sum(part.multiply_adds for part in self)))
+        rows.append(("total", "", "", sum(part.parameters for part in self), sum(part.multiply_adds for part in self)))
         headings = ("locality", "channels", "grid", "parameters", "multiply-adds")
-        return columns([headings, *((*row[:3], f"{row[3]:,}", f"{row[4]:,}") for row in rows)], right=(1, 3, 4))
+        cells = [(*row[:3], f"{row[3]:,}", f"{row[4]:,}") for row in rows]
+        return format_table(cells, headings=headings, right=(1, 3, 4))
 
 
 def locality_report(model: nn.Module, input_size: tuple[int, ...] | None = None) -> LocalityReport:
-    """What locality adds to each feed-forward of a model that has it, from `localize` or by construction.
+    """Report what locality adds to each feed-forward of a localized or LocalViT model.
 
     Args:
-        model: as it is; nothing is computed on it.
-        input_size: (channels, height, width) of an image; by default what the model says that it takes.
+        model: The model; nothing is computed, and it is not changed.
+        input_size: Channels, height and width of an image; by default those of the model's configuration.
 
-    Raises ValueError when the model does not say, and what it raises for images of that size.
+    Returns:
+        One entry per feed-forward with locality, in the order of the model; `print` shows them as a table.
+
+    Raises:
+        ValueError: If no size is given and the model has no configuration with one. The errors of the model's forward
+            for images of that size pass through.
     """
     parts = []
-    for name, (channels, height, width) in _maps(model, input_size or _own_input_size(model)).items():
+    for name, (channels, height, width) in _map_shapes(model, input_size or _default_input_size(model)).items():
         module: Any = model.get_submodule(name)
         convolutions, norms, gates = _locality_parts(module)
         is_feed_forward = isinstance(module, LocalityMlp)
@@ -142,15 +158,15 @@ def locality_report(model: nn.Module, input_size: tuple[int, ...] | None = None)
 
 
 def _locality_parts(module: Any) -> tuple[list[Any], list[Any], list[Any]]:
-    """Depth-wise convolutions, their norms, and gates, of a branch or of the paper's module."""
+    """The depth-wise convolutions, their norms, and the gates of a branch or of the paper's module."""
     layers = list(module.conv) if isinstance(module, LocalityMlp) else [module.conv, module.gate]
     gates = [layer for layer in layers if isinstance(layer, SqueezeExcite | EfficientChannelAttention)]
     depthwise = [layer for layer in layers if isinstance(layer, nn.Conv2d) and layer.groups > 1]
-    behind = [norm for layer, norm in pairwise(layers) if layer in depthwise and isinstance(norm, nn.BatchNorm2d)]
-    return depthwise, behind, gates
+    norms = [norm for layer, norm in pairwise(layers) if layer in depthwise and isinstance(norm, nn.BatchNorm2d)]
+    return depthwise, norms, gates
 
 
-def _own_input_size(model: Any) -> tuple[int, ...]:
+def _default_input_size(model: Any) -> tuple[int, ...]:
     if cfg := getattr(model, "pretrained_cfg", None):
         return tuple(cfg["input_size"])
     config = getattr(model, "config", None)
@@ -158,35 +174,37 @@ def _own_input_size(model: Any) -> tuple[int, ...]:
     if size := getattr(config, "image_size", None):
         height, width = size if isinstance(size, Sequence) else (size, size)
         return (getattr(config, "num_channels", 3), height, width)
-    raise ValueError(f"{type(model).__name__} does not say what images it takes: give input_size")
+    raise ValueError(
+        f"{type(model).__name__} has no configuration with an image size: pass input_size=(channels, height, width)"
+    )
 
 
-def _maps(model: nn.Module, input_size: tuple[int, ...]) -> dict[str, tuple[int, int, int]]:
-    """Channels, height and width of the map that each module that brings locality sees, by the module's name."""
+def _map_shapes(model: nn.Module, input_size: tuple[int, ...]) -> dict[str, tuple[int, int, int]]:
+    """Channels, height and width of the input map of each module with locality, by the name of the module."""
     copied = _copy(model)
-    maps = {}
+    shapes = {}
 
-    def note(name: str, module: Any, args: tuple) -> None:
-        maps[name] = tuple(module.layout.to_map(args[0]).shape[1:])
+    def record(name: str, module: Any, args: tuple) -> None:
+        shapes[name] = tuple(module.layout.to_map(args[0]).shape[1:])
 
     for name, module in copied.named_modules():
         if isinstance(module, LocalityBranch | LocalityMlp):
-            module.register_forward_pre_hook(partial(note, name))
+            module.register_forward_pre_hook(partial(record, name))
     if any(isinstance(module, LocalityBranch | LocalityMlp) for module in copied.modules()):
         _run(copied, input_size)
-    return maps
+    return shapes
 
 
 def _copy(model: nn.Module) -> nn.Module:
-    # FlopCounterMode hooks gradients wherever a tensor wants one, and fails where none is recorded.
+    # FlopCounterMode hooks the gradient of each tensor that requires one, and fails if none is recorded.
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
 def _run(model: nn.Module, input_size: tuple[int, ...]) -> None:
-    """Run the model on fake tensors, which have a device and shapes but no numbers, so that nothing is computed."""
-    # In plain products: FlopCounterMode does not count the CPU's fused attention. And not on the meta device, which
-    # also computes nothing, but which torch.autocast refuses. With gradients enabled the fused form runs in torch's own
-    # convolutions, which the counter knows, not in oneDNN's.
+    """Run the model on fake tensors, which have devices, dtypes and shapes but no values, so nothing is computed."""
+    # The MATH backend, because FlopCounterMode does not count the CPU's fused attention. Not the meta device, which
+    # computes nothing either, because torch.autocast refuses it. With gradients enabled, a fused model runs torch's own
+    # convolutions, which the counter knows, instead of those of oneDNN.
     with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
         entries = chain(model.named_parameters(), model.named_buffers())
         fakes = {name: torch.empty(entry.shape, dtype=entry.dtype) for name, entry in entries}

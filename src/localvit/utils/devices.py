@@ -1,4 +1,4 @@
-"""Which device to run on, and in what precision."""
+"""The device and the dtypes to run with."""
 
 import os
 
@@ -8,12 +8,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def choose_device(requested: str | None) -> tuple[torch.device, str | None]:
-    """The device to use, and a warning when it is not the requested one.
+    """Choose the device to use.
 
-    Without a request: CUDA where there is one, else MPS, else the CPU. A request for an accelerator that is not there
-    falls back the same way. Under torchrun each process gets the CUDA device of its LOCAL_RANK.
+    Args:
+        requested: A name such as "cuda", "cuda:1", "mps" or "cpu". None means CUDA if available, else MPS, else the
+            CPU; so does an accelerator that is not available. Under torchrun, "cuda" and None give each process the
+            device of its LOCAL_RANK.
 
-    Raises ValueError for a name that torch does not know or a CUDA index that does not exist.
+    Returns:
+        The device, and a warning if it is not the requested one.
+
+    Raises:
+        ValueError: If torch does not know the name, or the CUDA device does not exist.
     """
     if torch.cuda.is_available():
         best = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
@@ -26,12 +32,14 @@ def choose_device(requested: str | None) -> tuple[torch.device, str | None]:
     try:
         device = torch.device(requested)
     except RuntimeError as error:
-        raise ValueError(f"--device {requested}: torch knows no such device; try cuda, mps or cpu") from error
+        raise ValueError(f"--device {requested}: torch does not know this device; use cuda, mps or cpu") from error
     if device.type == "cuda" and torch.cuda.is_available():
         if device.index is None:
             return best, None
         if device.index >= torch.cuda.device_count():
-            raise ValueError(f"--device {requested}: this machine has {torch.cuda.device_count()} CUDA device(s)")
+            raise ValueError(
+                f"--device {requested}: this machine has {torch.cuda.device_count()} CUDA device(s), counted from 0"
+            )
         return device, None
     if device.type in ("cuda", "mps") and device.type != best.type:
         return best, f"no {device.type.upper()} device on this machine; running on {best.type}"
