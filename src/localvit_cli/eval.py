@@ -112,12 +112,7 @@ def run_evaluation(asked: Eval, ready, options) -> None:
 
     with process_group(options.device):
         say(f"model: {ready.description}; {ready.preprocessing}")
-        images = open_images(
-            asked.data_set,
-            asked.data_path,
-            inat_category=asked.inat_category,
-            remark=lambda message: say(f"warning: {message}"),
-        )
+        images = open_images(asked.data_set, asked.data_path, inat_category=asked.inat_category)
         subset = asked.data_set.upper()
         total = len(images) if asked.limit is None else min(asked.limit, len(images))
         started = time.monotonic()

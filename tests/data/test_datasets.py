@@ -38,6 +38,15 @@ def test_folder_is_val_or_the_folder_itself(tmp_path):
     assert open_images("FOLDER", tmp_path / "plain").paths == ["ape/c.png"]
 
 
+def test_what_is_left_out_is_logged(tmp_path, caplog):
+    write(tmp_path, "ape/a.png", ".hidden/b.png")
+    (tmp_path / "bat").mkdir()
+    open_images("FOLDER", tmp_path)
+    assert [(record.name, record.levelname) for record in caplog.records] == [("localvit.data.datasets", "WARNING")] * 2
+    assert str(tmp_path / ".hidden") in caplog.text
+    assert str(tmp_path / "bat") in caplog.text
+
+
 @pytest.fixture
 def cifar(tmp_path, monkeypatch):
     """CIFAR-10 and -100 with seven images each, in the archives' own format."""

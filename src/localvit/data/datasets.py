@@ -1,8 +1,8 @@
 """The data sets by name: what `--data-set` accepts, and what each expects to find at `--data-path`."""
 
 import io
+import logging
 import os
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from torch.utils.data import IterableDataset
 from localvit.data.digits import write_digits
 from localvit.data.images import DataError, DatasetImages, Images, scan_folder
 from localvit.data.inaturalist import inaturalist
+
+logger = logging.getLogger(__name__)
 
 NAMES = ("IMNET", "IMNET-A", "IMNET-R", "CIFAR", "CIFAR10", "INAT", "INAT19", "FOLDER", "DIGITS")
 """Besides these, any name that timm's factory knows (hfds/..., wds/..., tfds/..., torch/...)."""
@@ -32,7 +34,6 @@ def open_images(
     *,
     split: str = "val",
     inat_category: str = "name",
-    remark: Callable[[str], None] = lambda message: None,
 ) -> Images:
     """The images of `split` ("train" or "val") of a data set.
 
@@ -40,7 +41,6 @@ def open_images(
         data_set: one of `NAMES`, or a name of timm's dataset factory.
         data_path: its folder; only DIGITS has a default.
         inat_category: level of the taxonomy that INAT and INAT19 are labeled at.
-        remark: told of everything that was left out.
 
     Raises:
         DataError: for a name that is not known, or a folder that does not hold what the name says.
@@ -48,7 +48,7 @@ def open_images(
     name = data_set.upper()
     if name == "DIGITS":
         folder = write_digits(data_path or default_digits_folder())
-        return _scan(folder / split, remark)
+        return _scan(folder / split)
     if data_path is None:
         raise DataError(f"--data-set {data_set} needs --data-path, the folder of the images")
     if "/" not in data_set and not data_path.exists():
@@ -56,9 +56,9 @@ def open_images(
     if name == "IMNET":
         if not (data_path / split).is_dir():
             raise DataError(f"{data_path} has no {split}/ folder; --data-set FOLDER takes the class folders directly")
-        return _scan(data_path / split, remark)
+        return _scan(data_path / split)
     if name in ("IMNET-A", "IMNET-R", "FOLDER"):
-        return _scan(data_path / split if (data_path / split).is_dir() else data_path, remark)
+        return _scan(data_path / split if (data_path / split).is_dir() else data_path)
     if name in ("CIFAR", "CIFAR10"):
         return _cifar(name, data_path, split)
     if name in ("INAT", "INAT19"):
@@ -68,10 +68,10 @@ def open_images(
     raise DataError(f"--data-set {data_set} is not known; choose {', '.join(NAMES)}, or a timm name like hfds/NAME")
 
 
-def _scan(folder: Path, remark: Callable[[str], None]) -> Images:
-    images, remarks = scan_folder(folder)
-    for message in remarks:
-        remark(message)
+def _scan(folder: Path) -> Images:
+    images, warnings = scan_folder(folder)
+    for warning in warnings:
+        logger.warning(warning)
     return images
 
 

@@ -1,11 +1,14 @@
 """A data set without a validation set split in two, class by class."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 
 from PIL import Image
 
 from localvit.data.images import DataError, Images
+
+logger = logging.getLogger(__name__)
 
 
 class SomeImages(Images):
@@ -26,9 +29,7 @@ class SomeImages(Images):
         return self.images.name(self.indices[index])
 
 
-def split_images(
-    images: Images, val_fraction: float, seed: int, remark: Callable[[str], None] = lambda message: None
-) -> tuple[Images, Images]:
+def split_images(images: Images, val_fraction: float, seed: int) -> tuple[Images, Images]:
     """The images to train on, and `val_fraction` of those of each class to evaluate on.
 
     An image's side follows from the seed, its class and its name, whatever order the images come in and whatever
@@ -55,7 +56,7 @@ def split_images(
         )
     single = sorted(_class_name(images, label) for label, indices in of_class.items() if len(indices) == 1)
     if single:
-        remark(
+        logger.warning(
             f"{len(single)} classes have one image each, which is trained on and leaves none to evaluate on: "
             f"{', '.join(single[:5])}{', ...' if len(single) > 5 else ''}"
         )
