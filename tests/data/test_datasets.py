@@ -218,7 +218,7 @@ def test_labels_go_by_name():
     ("images", "model_names", "num_classes", "says"),
     [
         (names("ape", "bta"), ["ape", "bat"], 2, r"1 of the data set's 2 classes.*'bta'.*did you mean 'bat'"),
-        (names("cat"), imagenet_synsets(), 1000, "no ImageNet-1k synset"),
+        (names("cat"), imagenet_synsets(), 1000, "not ImageNet-1k synsets"),
         (names("a", "b", "c"), None, 2, "3 classes, the model 2"),
         (names("a", "b", "c", fixed=True), ["x", "y"], 2, "'a', 'b', 'c'"),
     ],

@@ -43,14 +43,14 @@ def test_every_published_model_is_evaluated_alike():
         if name == "localvit_nano_patch4_32":
             continue
         cfg = localvit.create_model(name, device="meta").pretrained_cfg
-        assert Preprocessing.of_cfg(cfg) == Preprocessing.published((224, 224)), name
+        assert Preprocessing.from_pretrained_cfg(cfg) == Preprocessing.published((224, 224)), name
 
 
 def test_timm_agrees_on_a_timm_model():
     """A model of timm's own is evaluated as its configuration says."""
     model = localvit.create_model("vit_tiny_patch16_224")
     theirs = resolve_data_config(model.pretrained_cfg)
-    ours = Preprocessing.of_cfg(model.pretrained_cfg)
+    ours = Preprocessing.from_pretrained_cfg(model.pretrained_cfg)
     assert (ours.crop_pct, ours.mean, ours.std) == (theirs["crop_pct"], theirs["mean"], theirs["std"])
     assert ours.interpolation == theirs["interpolation"]
 

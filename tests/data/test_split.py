@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from localvit.data.folders import scan_folder
 from localvit.data.images import (
     DataError,
     DatasetImages,
     FileImages,
     UnreadableImage,
     load_image,
-    scan_folder,
 )
 from localvit.data.split import split_images
 
@@ -99,7 +99,7 @@ def test_the_only_image_of_a_class_goes_to_train_with_a_warning(caplog):
     assert set(val.labels) == {1}
     (record,) = caplog.records
     assert (record.name, record.levelname) == ("localvit.data.split", "WARNING")
-    assert record.getMessage().startswith("2 classes have one image each")
+    assert record.getMessage().startswith("2 classes have a single image")
     assert record.getMessage().endswith("ape, cat")
     split_images(folder_images(COUNTS), 0.15, 0)
     assert len(caplog.records) == 1

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from localvit.evaluation.evaluate import Evaluation
-from localvit.evaluation.report import write_report
+from localvit.evaluation.report.files import write_report
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -163,7 +163,7 @@ def test_classes_by_hand(tmp_path):
 
 
 def test_a_name_that_the_evaluation_gives_is_refused_in_about(tmp_path):
-    with pytest.raises(ValueError, match="about holds acc1, loss"):
+    with pytest.raises(ValueError, match="about contains acc1, loss"):
         write_report(by_hand(), tmp_path / "new", dataset_root=None, about={"loss": 1, "acc1": 2, "model": "m"})
     assert not (tmp_path / "new").exists()
 
@@ -190,18 +190,18 @@ def test_nothing_evaluated_is_refused(tmp_path):
 INF, NAN = math.inf, math.nan
 EYE = torch.eye(3).mul(3).tolist()
 EDGES = {
-    "one image": (evaluation_of([[1.0, 0, 0]], [0]), ["1 ", "None: every image"]),
-    "one class": (evaluation_of([[1.0], [2.0]], [0, 0]), ["always all with 1 class", "None: every image"]),
-    "two classes": (evaluation_of([[1.0, 0], [2.0, 0]], [0, 1]), ["always all with 2 classes", "Worst mistakes"]),
+    "one image": (evaluation_of([[1.0, 0, 0]], [0]), ["1 ", "None: every image is classified correctly"]),
+    "one class": (evaluation_of([[1.0], [2.0]], [0, 0]), ["always 100 % with 1 class", "None: every image"]),
+    "two classes": (evaluation_of([[1.0, 0], [2.0, 0]], [0, 1]), ["always 100 % with 2 classes", "Worst mistakes"]),
     "all right": (evaluation_of(EYE, [0, 1, 2]), ["100.00 %", "None: every image", "Confusion matrix"]),
-    "all wrong": (evaluation_of(EYE, [1, 2, 0]), ["0.00 %", "3 of 3 images predicted wrong", "Every pair."]),
+    "all wrong": (evaluation_of(EYE, [1, 2, 0]), ["0.00 %", "3 of 3 misclassified images", "All pairs."]),
     "infinite loss": (
         evaluation_of([[1.0, -INF, 0], [0, 5.0, 0]], [1, 1]),
         ["1 image with a non-finite loss", "0.0 %", "Worst mistakes"],
     ),
     "not a number": (
         evaluation_of([[NAN] * 3, [0, 1.0, 5.0]], [1, 1]),
-        ["1 image with a non-finite loss", "no calibration error is given", "not finite"],
+        ["1 image with a non-finite loss", "no calibration error for the whole data set", "not finite"],
     ),
     "nothing finite": (evaluation_of([[NAN] * 3] * 23, [1] * 23), ["No image has a finite confidence", "and 3 more"]),
     "61 classes, all right": (evaluation_of(torch.eye(61) * 9, range(61)), ["The 20 weakest of 61 classes"]),
@@ -247,7 +247,7 @@ def test_many_classes_show_the_most_confused_and_the_rest_in_a_column(tmp_path):
     text = (tmp_path / "report.html").read_text()
     assert table_after(text, "Most confused pairs")[1][:3] == ["class 7", "class 41", "2"]
     assert "Confusion matrix of the 5 most confused classes" in page.text
-    assert "out of 60 with an image" in page.text
+    assert "out of 60 with images" in page.text
     matrix = table_after(text, "Confusion matrix")
     # Rows: the images of class 3, 5, 7, 41, 58; three each but those that the first five labels took away or added.
     assert matrix[0] == ["", "class 3", "class 5", "class 7", "class 41", "class 58"]
@@ -257,8 +257,8 @@ def test_many_classes_show_the_most_confused_and_the_rest_in_a_column(tmp_path):
 
     report(random_evaluation(997, 60), tmp_path)
     matrix = table_after((tmp_path / "report.html").read_text(), "Confusion matrix of the")
-    assert len(matrix[0]) in {17, 18}  # a corner, "any other", and up to 16 classes, which come in pairs
-    assert matrix[0][-1] == "any other class"
+    assert len(matrix[0]) in {17, 18}  # a corner, "other classes", and up to 16 classes, which come in pairs
+    assert matrix[0][-1] == "other classes"
     with (tmp_path / "per_class.csv").open(newline="") as file:
         images = {row["name"]: int(row["images"]) for row in csv.DictReader(file)}
     assert all(sum(int(cell or 0) for cell in row[1:]) == images[row[0]] for row in matrix[1:])
@@ -337,7 +337,7 @@ def test_an_image_that_cannot_be_read_has_a_placeholder(content, said, tmp_path)
     _, _, page = report(evaluation, tmp_path / "out", dataset_root=tmp_path)
     assert said in page.text
     _, _, page = report(evaluation, tmp_path / "out", dataset_root=None)
-    assert "no image: no folder given" in page.text
+    assert "no thumbnail: the data set is not a folder" in page.text
     assert "img" not in page.tags
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from localvit.evaluation.calibration import expected_calibration_error, reliability_bins
+from localvit.evaluation.metrics import expected_calibration_error, reliability_bins
 
 
 @pytest.mark.parametrize(
@@ -48,5 +48,5 @@ def test_a_confidence_that_is_no_probability_is_refused(bad):
 
 
 def test_rows_of_different_length_are_refused():
-    with pytest.raises(ValueError, match=r"\(3,\), correct \(2,\)"):
+    with pytest.raises(ValueError, match=r"\(3,\) and correct \(2,\)"):
         reliability_bins(torch.rand(3), torch.tensor([True, False]))

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from localvit.data.order import ShuffledEpoch
+from localvit.data.training_batches import EpochSampler
 
 
 def order(count, epoch=3, seed=5, **arguments):
-    sampler = ShuffledEpoch(count, seed, **arguments)
+    sampler = EpochSampler(count, seed, **arguments)
     sampler.epoch = epoch
     places = list(sampler)
     assert len(places) == len(sampler)
