@@ -68,10 +68,10 @@ def split_images(images: Images, val_fraction: float, seed: int) -> tuple[Images
             f"{len(single)} classes have a single image, which is used for training, so they are not evaluated: "
             f"{', '.join(single[:5])}{', ...' if len(single) > 5 else ''}"
         )
-    indices = range(len(images))
+    everything = range(len(images))
     return (
-        ImageSubset(images, [index for index in indices if index not in chosen]),
-        ImageSubset(images, [index for index in indices if index in chosen]),
+        ImageSubset(images, [index for index in everything if index not in chosen]),
+        ImageSubset(images, [index for index in everything if index in chosen]),
     )
 
 

@@ -80,7 +80,9 @@ class LoadedModel:
         memory_format = torch.channels_last if options.channels_last else torch.preserve_format
         model: Any = fuse(self.model) if options.fuse else self.model
         model = model.to(options.device).to(memory_format=memory_format)
-        return torch.compile(model) if options.compile else model
+        if options.compile:
+            model = torch.compile(model)
+        return model
 
 
 def is_checkpoint_path(source: str) -> bool:
