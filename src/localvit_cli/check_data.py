@@ -30,14 +30,14 @@ _CLASSES = 20
 
 @dataclass(frozen=True, kw_only=True)
 class CheckData:
-    """Find what would harm training in a folder of images. The exit status is 1 if there are errors."""
+    """Find what would harm training on a folder of images. Exits with 1 on errors."""
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     """Folder that contains train/ and val/ (and optionally test/), or one folder per class."""
     json: bool = False
     """Print JSON with all locations of each finding, instead of tables with the first few."""
-    workers: int | None = None
-    """Number of processes that decode images. 0 decodes in the main process. Default: one per CPU core."""
+    workers: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: one per CPU core)")] = None
+    """Number of processes that decode images. 0 decodes in the main process."""
 
     def run(self) -> int:
         """Check the folder and print the report."""

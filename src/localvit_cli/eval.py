@@ -23,16 +23,21 @@ from localvit_cli.console import progress
 logger = logging.getLogger(__name__)
 
 
+def optional(metavar: str, default: str = "") -> Any:
+    """How the help shows a flag whose default is None or empty: the name of its value, and what the default means."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})" if default else "")
+
+
 @dataclass(frozen=True, kw_only=True)
 class InferenceFlags:
     """Where and how the model runs."""
 
-    device: str | None = None
-    """cuda, mps or cpu. Default: the first of these that is available."""
+    device: Annotated[str | None, optional("NAME", "the first of these that is available")] = None
+    """cuda, mps or cpu."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision. bfloat16 and float16 use autocast."""
-    batch_size: int | None = None
-    """Images per batch and process. Default: 16 on a CPU, else 128."""
+    batch_size: Annotated[int | None, optional("N", "16 on a CPU, else 128")] = None
+    """Images per batch and process."""
     workers: int = 2
     """Number of processes that decode images. 0 decodes in the main process."""
     channels_last: bool = False
@@ -66,30 +71,30 @@ class InferenceFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class Eval:
-    """Evaluate a model on labeled images, each exactly once, with one process or (under torchrun) several."""
+    """Evaluate a model on labeled images, each exactly once; works under torchrun."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A checkpoint file, or a model's name (downloads its released weights, unless --checkpoint is given)."""
-    data_path: Path | None = None
-    """Folder of the data set. Only DIGITS has a default."""
-    data_set: str = "IMNET"
+    data_path: Annotated[Path | None, optional("DIR")] = None
+    """Folder of the data set; required, except for DIGITS."""
+    data_set: Annotated[str, tyro.conf.arg(metavar="NAME")] = "IMNET"
     """IMNET, IMNET-A, IMNET-R, CIFAR (100), CIFAR10, INAT, INAT19, FOLDER, DIGITS, or a timm name such as hfds/NAME."""
-    inat_category: str = "name"
+    inat_category: Annotated[str, tyro.conf.arg(metavar="LEVEL")] = "name"
     """Level of the taxonomy that provides the labels of INAT and INAT19."""
-    checkpoint: Path | None = None
+    checkpoint: Annotated[Path | None, optional("FILE")] = None
     """Weights for the named model."""
     weights: Literal["raw", "ema"] = "raw"
     """Use the raw or the averaged (EMA) weights of a checkpoint."""
-    input_size: tuple[int, ...] = ()
-    """Side of the input, or its height and width, in pixels. Default: the model's own."""
+    input_size: Annotated[tuple[int, ...], optional("PIXELS...", "the model's own")] = ()
+    """Side of the input, or its height and width, in pixels."""
     running: Annotated[InferenceFlags, tyro.conf.arg(name="")] = InferenceFlags()
-    limit: int | None = None
-    """Evaluate only the first LIMIT images."""
+    limit: Annotated[int | None, optional("N")] = None
+    """Evaluate only the first N images."""
     skip_unreadable: bool = False
     """Skip and count unreadable images instead of stopping."""
     real_labels: bool = False
     """Also report accuracy on the reassessed labels of ImageNet-1k val (ImageNet-ReaL, arXiv 2006.07159)."""
-    report: Path | None = None
+    report: Annotated[Path | None, optional("DIR")] = None
     """Folder to write results.json, per_class.csv and report.html to."""
 
     def run(self) -> None:

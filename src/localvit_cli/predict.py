@@ -17,7 +17,7 @@ from localvit.inference.runner import load_model
 from localvit.utils.files import atomic_write
 from localvit_cli import UsageError
 from localvit_cli.console import progress
-from localvit_cli.eval import InferenceFlags, image_size
+from localvit_cli.eval import InferenceFlags, image_size, optional
 from localvit_cli.prediction_formats import WRITERS, printable
 
 logger = logging.getLogger(__name__)
@@ -25,24 +25,24 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Predict:
-    """Predict the top classes of images. If any image is unreadable, it is reported and the exit status is 1."""
+    """Predict the top classes of images. Exits with 1 if an image is unreadable."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A checkpoint file, or a model's name (downloads its released weights, unless --checkpoint is given)."""
-    paths: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH...")]
+    paths: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH...", help_behavior_hint="")]
     """Files, folders (including their subfolders, without hidden ones) and patterns such as 'photos/**/*.jpg'."""
     topk: int = 5
     """Number of classes per image."""
     format: Literal["table", "csv", "json", "jsonl"] = "table"
     """csv has one line per class, json and jsonl one object per image. All include unreadable images."""
-    output: Path | None = None
-    """File to write, atomically. Default: standard output."""
-    checkpoint: Path | None = None
+    output: Annotated[Path | None, optional("FILE", "standard output")] = None
+    """File to write, atomically."""
+    checkpoint: Annotated[Path | None, optional("FILE")] = None
     """Weights for the named model."""
     weights: Literal["raw", "ema"] = "raw"
     """Use the raw or the averaged (EMA) weights of a checkpoint."""
-    input_size: tuple[int, ...] = ()
-    """Side of the input, or its height and width, in pixels. Default: the model's own."""
+    input_size: Annotated[tuple[int, ...], optional("PIXELS...", "the model's own")] = ()
+    """Side of the input, or its height and width, in pixels."""
     running: Annotated[InferenceFlags, tyro.conf.arg(name="")] = field(default_factory=InferenceFlags)
 
     def run(self) -> int:

@@ -69,9 +69,9 @@ def _raise(error: OSError) -> None:
 class PathImages(ImageSequence):
     """Unlabeled images given by files, folders and glob patterns, in the given order.
 
-    A file is included whatever its extension, as often as it is given. A folder stands for the images in it and its
-    subfolders, without hidden ones. A pattern (`*`, `?`, `[abc]`, and `**` for any subfolders) stands for the images
-    it matches and the images in the folders it matches, each once. A path that leads to no image keeps its position as
+    A file is included with any extension, as often as it is given. A folder includes the images in it and in its
+    subfolders, without hidden ones. A pattern (`*`, `?`, `[abc]`, and `**` for any subfolders) includes the images it
+    matches and the images in the folders it matches, each once. A path that leads to no image keeps its position as
     an unreadable image.
     """
 
@@ -97,7 +97,7 @@ class PathImages(ImageSequence):
 
 
 def _expand(path: str) -> list[tuple[str, str | None]]:
-    """The image paths that a path or pattern stands for, or the path itself with what is wrong with it."""
+    """The image paths of a path or pattern, or the path itself and its problem."""
     try:
         if Path(path).is_dir():
             images = find_images(Path(path))

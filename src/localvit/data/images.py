@@ -1,4 +1,4 @@
-"""Sequences of images, whatever they are stored in, and how an image is decoded."""
+"""Indexed images from files and data sets, and how an image is decoded."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -26,7 +26,7 @@ class ImageSequence(ABC):
 
     @abstractmethod
     def load(self, index: int) -> Image.Image:
-        """Decode one image to RGB. Raises UnreadableImage, or whatever the decoder raises."""
+        """Decode one image to RGB. Raises UnreadableImage or the decoder's exceptions."""
 
     @abstractmethod
     def name(self, index: int) -> str:
@@ -101,7 +101,7 @@ class DatasetImages(Images):
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Decode an image file to RGB; of an animation, its first frame. Raises whatever the decoder raises."""
+    """Decode an image file to RGB; of an animation, its first frame. Raises the decoder's exceptions."""
     with Image.open(path) as image:
         return to_rgb(image)
 
@@ -119,7 +119,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def load_image(images: ImageSequence, index: int) -> Image.Image:
-    """Decode one image to RGB. Raises UnreadableImage, with the image's name, for whatever PIL cannot decode."""
+    """Decode one image to RGB. Raises UnreadableImage, with the image's name, if PIL cannot decode it."""
     try:
         return images.load(index)
     except UnreadableImage:

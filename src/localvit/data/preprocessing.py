@@ -31,7 +31,7 @@ class Preprocessing:
         if min(self.input_size) < 1:
             raise ValueError(f"input_size={self.input_size} must be at least 1 x 1")
         if not 0 < self.crop_pct <= 1:
-            raise ValueError(f"crop_pct={self.crop_pct} must lie in (0, 1]")
+            raise ValueError(f"crop_pct={self.crop_pct} must be in (0, 1]")
 
     @classmethod
     def published(cls, input_size: tuple[int, int]) -> "Preprocessing":

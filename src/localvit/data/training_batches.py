@@ -1,6 +1,6 @@
 """Training batches: shuffled and augmented images that do not depend on the number of worker processes.
 
-All random numbers are seeded by where they are used (seed, epoch, image or step), never by what was drawn before. Any
+All random numbers are seeded by where they are used (seed, epoch, image or step), never by earlier random numbers. Any
 number of worker processes therefore gives bit-exact batches, and a run can resume at any step.
 
 Shapes: B batch size, C channels, H and W height and width in pixels.

@@ -15,7 +15,7 @@ Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 @dataclass(frozen=True)
 class Location:
-    """Where something was found: one path, or several that belong together, and a detail about them."""
+    """Where something was found: one path or several related ones, and a detail about them."""
 
     paths: tuple[str, ...]
     """Relative to the checked folder."""

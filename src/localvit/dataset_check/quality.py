@@ -94,7 +94,7 @@ _IMAGE_FINDINGS: dict[str, tuple[Severity, str, str]] = {
     "partly-ignored": (
         "warning",
         "images with contents that training ignores",
-        "Transparent areas show whatever color was saved there, only the first frame of an animation is used, and "
+        "Transparent areas show the color that was saved there, only the first frame of an animation is used, and "
         "12-bit values stored as 16 bits become nearly black. Convert them to what the model should see.",
     ),
     "decoder-warnings": (

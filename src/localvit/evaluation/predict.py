@@ -1,6 +1,6 @@
 """Predict the classes of images, one after another, in bounded memory.
 
-Shapes: B batch size, M classes of the model, K top classes asked for.
+Shapes: B batch size, M classes of the model, K top classes returned.
 """
 
 from collections.abc import Iterable, Iterator

@@ -100,7 +100,7 @@ def load_model(
     """Load a model from a checkpoint file, or by name with its released weights.
 
     Args:
-        source: A checkpoint file, or a name that timm knows.
+        source: A checkpoint file, or the name of a model registered with timm.
         checkpoint: Weights for the model named `source`, instead of the released ones.
         weights: Load the raw or the averaged (EMA) weights of a checkpoint.
         input_size: Height and width to use instead of the model's own, in pixels.

@@ -1,4 +1,4 @@
-"""The values that report.html shows. The templates beside this file hold its words, its layout and its style."""
+"""The values that report.html shows. The templates in this folder contain the text, layout and style."""
 
 import base64
 import io
