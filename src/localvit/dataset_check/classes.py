@@ -86,7 +86,7 @@ def _imbalance(split: str, filled: Mapping[str, int]) -> list[Finding]:
     locations = [
         Location(
             (join_split(split, name),),
-            f"{_images(filled[name])}, {filled[largest] / filled[name]:,.0f} times fewer than the largest class",
+            f"{_images(filled[name])}; the largest class has {filled[largest] / filled[name]:,.0f} times as many",
         )
         for name in sorted(filled, key=filled.__getitem__)
         if filled[name] * IMBALANCE < filled[largest]
