@@ -41,7 +41,10 @@ class Info:
         else:
             localize = None if self.localize is None else named_values("--localize", self.localize)
             model: Any = create_model(self.model, device="meta", localize=localize)
-            facts = {"file": None, "model": _model_facts(model, Preprocessing.from_pretrained_cfg(model.pretrained_cfg))}
+            facts = {
+                "file": None,
+                "model": _model_facts(model, Preprocessing.from_pretrained_cfg(model.pretrained_cfg)),
+            }
         # Metrics in a checkpoint may be NaN, which JSON does not have.
         facts = json.loads(json.dumps(facts), parse_constant=lambda constant: None)
         print(json.dumps(facts, indent=2) if self.json else _text(facts))
