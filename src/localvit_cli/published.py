@@ -178,8 +178,8 @@ class Published:
         if not self.resume:
             raise UsageError("--eval needs --resume FILE, the checkpoint to evaluate")
         from localvit.data.preprocessing import Preprocessing
-        from localvit.inference.runner import ready_model
-        from localvit_cli.eval import Eval, Running, run_evaluation
+        from localvit.inference.runner import load_model
+        from localvit_cli.eval import Eval, InferenceFlags, run_evaluation
 
         asked = Eval(
             model=self.model,
@@ -188,10 +188,10 @@ class Published:
             data_set=self.data_set,
             inat_category=self.inat_category,
             input_size=(self.input_size,),
-            running=Running(device=self.device, batch_size=self.batch_size, workers=self.num_workers),
+            running=InferenceFlags(device=self.device, batch_size=self.batch_size, workers=self.num_workers),
         )
         size = (self.input_size, self.input_size)
-        ready = ready_model(self.model, checkpoint=asked.checkpoint, input_size=size)
+        ready = load_model(self.model, checkpoint=asked.checkpoint, input_size=size)
         run_evaluation(asked, replace(ready, preprocessing=Preprocessing.published(size)), asked.running.options())
         return 0
 

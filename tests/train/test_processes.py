@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+import torch
 import yaml
 from tiny import tiny_config
 
@@ -64,11 +65,11 @@ def test_without_shared_statistics_the_first_process_s_are_everyone_s(tiny_digit
     """Each process evaluates its share of the images: the result is that of the saved model only if all agree."""
     from localvit.data.datasets import open_images
     from localvit.evaluation.evaluate import evaluate
-    from localvit.inference.runner import InferenceOptions, ready_model
+    from localvit.inference.runner import InferenceOptions, load_model
 
     (_, row) = log_of(2, tiny_digits, tmp_path, **STILL, lr=0.5)
-    ready = ready_model(str(tmp_path / "run2" / "last.safetensors"))
-    options = InferenceOptions(batch_size=3, workers=0)
+    ready = load_model(str(tmp_path / "run2" / "last.safetensors"))
+    options = InferenceOptions(batch_size=3, workers=0, device=torch.device("cpu"))
     images = open_images("DIGITS", tiny_digits)
     result = evaluate(ready.model, images, ready.preprocessing, options, class_names=ready.class_names)
     # Another batch size sums float32 products in another order.

@@ -11,9 +11,9 @@ from torchvision import transforms
 
 from localvit.data.datasets import open_images
 from localvit.data.images import DataError, Images
-from localvit.data.order import AugmentedImages, TrainingBatches
 from localvit.data.preprocessing import Preprocessing
 from localvit.data.split import split_images
+from localvit.data.training_batches import AugmentedImages, TrainingBatches
 from localvit.train.config import TrainConfig
 from localvit.utils.distributed import rank, world_size
 
@@ -29,16 +29,13 @@ def open_both(config: TrainConfig, remark: Callable[[str], None]) -> tuple[Image
     A FOLDER of class folders alone is split by the seed; every other data set brings both. Raises DataError.
     """
 
-    def warn(message: str) -> None:
-        remark(f"warning: {message}")
-
     def images_of(split: str) -> Images:
         category = config.inat_category
-        return open_images(config.data_set, config.data_path, split=split, inat_category=category, remark=warn)
+        return open_images(config.data_set, config.data_path, split=split, inat_category=category)
 
     train_images = images_of("train")
     if config.data_set.upper() == "FOLDER" and config.data_path and not (config.data_path / "val").is_dir():
-        parts = split_images(train_images, config.val_fraction, config.seed, warn)
+        parts = split_images(train_images, config.val_fraction, config.seed)
         remark(
             f"{config.data_path} has no val/: {len(parts[1]):,} of its {len(train_images):,} images, drawn by seed "
             f"{config.seed}, are kept to evaluate on"

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from localvit.checkpoints.checkpoint import describe, versions
 from localvit.data.classes import match_classes
 from localvit.data.images import Images
-from localvit.data.order import TrainingBatches
 from localvit.data.preprocessing import Preprocessing
+from localvit.data.training_batches import TrainingBatches
 from localvit.inference.runner import InferenceOptions
 from localvit.train.augmentation import mixing, open_both, training_batches
 from localvit.train.config import TrainConfig

@@ -13,7 +13,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from localvit.data.preprocessing import Preprocessing
-from localvit.inference.runner import names_file, ready_model
+from localvit.inference.runner import is_checkpoint_path, load_model
 from localvit.train.finetune import check_released
 
 
@@ -168,9 +168,9 @@ def build_teacher(
         ValueError: for a name that is not known, or a teacher of other classes.
         RuntimeError: when released weights cannot be downloaded.
     """
-    if checkpoint is None and not names_file(teacher):
+    if checkpoint is None and not is_checkpoint_path(teacher):
         check_released(teacher)
-    ready = ready_model(teacher, checkpoint=checkpoint)
+    ready = load_model(teacher, checkpoint=checkpoint)
     class_order = _class_order(ready.model, teacher, ready.class_names, num_classes, class_names, remark)
     model = ready.model.to(device)
     own, student = ready.preprocessing, preprocessing

@@ -14,7 +14,7 @@ from localvit.checkpoints.checkpoint import Checkpoint, img_size_of, load_weight
 from localvit.checkpoints.fit import describe_mismatch, state_dict_mismatch
 from localvit.data.classes import model_class_names
 from localvit.data.preprocessing import Preprocessing
-from localvit.inference.runner import names_file, ready_model
+from localvit.inference.runner import is_checkpoint_path, load_model
 from localvit.models.positions import positions_like
 from localvit.models.zoo import create_model, published_model
 from localvit.surgery.branch import CHILD
@@ -97,17 +97,17 @@ def _load_source(source: str, model: Any) -> tuple[Any, list[str] | None, Prepro
 
     A file that does not say how its images were prepared is taken to be of the model's released weights' kind.
     """
-    if not names_file(source) and "/" not in source:  # no model's name has one
+    if not is_checkpoint_path(source) and "/" not in source:  # no model's name has one
         check_released(source)
-        ready = ready_model(source)
+        ready = load_model(source)
         return ready.model, ready.class_names, ready.preprocessing
     checkpoint = read_checkpoint(source)
     if "localvit" in checkpoint.about:  # the version that wrote it, so that the file says how its model is made
-        ready = ready_model(source)
+        ready = load_model(source)
         return ready.model, ready.class_names, ready.preprocessing
     _check_distillation(source, checkpoint.raw, model.state_dict())
     held = _rebuild_like(checkpoint, model)
-    return held, model_class_names(held, None), Preprocessing.of_cfg(held.pretrained_cfg)
+    return held, model_class_names(held, None), Preprocessing.from_pretrained_cfg(held.pretrained_cfg)
 
 
 def _rebuild_like(checkpoint: Checkpoint, model: Any) -> Any:

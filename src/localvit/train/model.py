@@ -9,8 +9,8 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from localvit.data.order import Draws, seed_draws
 from localvit.data.preprocessing import Preprocessing
+from localvit.data.training_batches import RandomPurpose, seed_random
 from localvit.models.zoo import create_model
 from localvit.train.config import TrainConfig
 from localvit.train.finetune import load_pretrained
@@ -42,7 +42,7 @@ def build_model(
 
 
 def _create(config: TrainConfig, num_classes: int, size: tuple[int, int] | None) -> Any:
-    seed_draws(config.seed, Draws.WEIGHTS)
+    seed_random(config.seed, RandomPurpose.WEIGHTS)
     made: dict[str, Any] = {"drop_rate": config.drop_rate, "drop_path_rate": config.drop_path_rate} | config.model_args
     made |= {"num_classes": num_classes, "localize": config.localize}
     try:
@@ -50,7 +50,7 @@ def _create(config: TrainConfig, num_classes: int, size: tuple[int, int] | None)
     except TypeError as error:
         if size is None or "img_size" not in str(error):
             raise
-    seed_draws(config.seed, Draws.WEIGHTS)
+    seed_random(config.seed, RandomPurpose.WEIGHTS)
     return create_model(config.model, **made)  # a convolutional network is of no size
 
 

@@ -1,6 +1,6 @@
 """What a run keeps: all that changes while it trains, and the entries of a file from which it goes on.
 
-Random generators are no part of it, since every draw follows from where it is made (`localvit.data.order`).
+Random generators are no part of it, since every draw follows from where it is made (`localvit.data.training_batches`).
 """
 
 from argparse import Namespace
