@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import localvit
 from localvit.inference.last_block import LastBlock
 from localvit.locality import ACTS, LocalityFeedForward
-from localvit.surgery.localize import locality_modules
+from localvit.surgery.localize import locality_modules, localize_with_options
 from localvit.tokens.mlp import FusedMlp
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-11}
@@ -156,9 +156,9 @@ def test_model(name, dtype, tolerance):
     "name",
     ["localvit_tiny", "deit_tiny_distilled_patch16_224", "vit_small_patch14_reg4_dinov2", "pvt_tiny", "tnt_tiny"],
 )
-@pytest.mark.parametrize("options", [{"gate": "se"}, {"preserve": False, "act": "hs+eca"}])
+@pytest.mark.parametrize("options", [{"gate": "se"}, {"method": "replace", "act": "hs+eca"}])
 def test_localized_model(name, options):
-    model = shaken(localvit.localize(small(name, **({"local_blocks": []} if "localvit" in name else {})), **options))
+    model = shaken(localize_with_options(small(name, **({"local_blocks": []} if "localvit" in name else {})), options))
     with torch.no_grad():
         expected = model(images(name))
         fused = localvit.fuse(model)
@@ -288,11 +288,12 @@ def attention_replaced(model):
 
 def attention_localized(model):
     names = ["blocks.1.attn.qkv"]
-    shaken(localvit.localize(model, filter_fn=names, grid="patch_embed.proj", num_prefix_tokens=1))
+    localvit.localize(model, filter_fn=names, grid="patch_embed.proj", num_prefix_tokens=1, inplace=True)
+    shaken(model)
 
 
 def class_token_localized(model):
-    shaken(localvit.localize(model, filter_fn=["blocks.1.mlp.fc2"], grid=(1, 7)))
+    shaken(localvit.localize(model, filter_fn=["blocks.1.mlp.fc2"], grid=(1, 7), inplace=True))
 
 
 def feed_forward_replaced(model):

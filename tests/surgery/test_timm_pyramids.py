@@ -16,10 +16,10 @@ import timm
 import torch
 import torch.nn.functional as F
 from checks import (
-    branches_of,
-    check_branch_matters,
+    adapters_of,
+    check_every_adapter_matters,
     check_function_is_kept,
-    check_gradients_reach_every_branch,
+    check_gradients_reach_every_adapter,
     check_map_is_the_image,
     hidden_maps,
     randomized,
@@ -31,7 +31,8 @@ from timm.models.nest import Nest
 from torch import Tensor, nn
 
 import localvit
-from localvit.surgery.sites import Site, find_sites
+from localvit import Replace
+from localvit.surgery.sites import Site, Unsupported, find_sites
 from localvit.tokens.mlp import LocalityMlp
 
 CLASSES = {"num_classes": 5}
@@ -115,7 +116,7 @@ HOSTS = {
     "coat": Host(
         make=create("coat_tiny", tokens=True, **SMALL_COAT, embed_dims=(16, 24, 24, 24), parallel_depth=2),
         sites=1 + 2 + 1 + 2 + 2,
-        refused="one feed-forward serves three grids",
+        refused="its feed-forward serves three grids",
     ),
     "crossvit": Host(
         make=create("crossvit_9_240", **SMALL_CROSSVIT, img_size=(60, 120)), sites=1 + 2 + 1 + 1, image=(60, 120)
@@ -176,13 +177,13 @@ def test_function_is_kept(host):
 
 
 @each_host
-def test_gradients_reach_every_branch(host):
-    check_gradients_reach_every_branch(host.model(), host.images())
+def test_gradients_reach_every_adapter(host):
+    check_gradients_reach_every_adapter(host.model(), host.images())
 
 
 @each_host
-def test_branch_matters(host):
-    check_branch_matters(host.model(), host.images())
+def test_every_adapter_matters(host):
+    check_every_adapter_matters(host.model(), host.images())
 
 
 @each_host
@@ -304,27 +305,27 @@ SMALL_VIDEO = {
     ("changes", "message"),
     [
         ({"patch_drop_rate": 0.25}, r"drops mask units in training \(patch_drop_rate=0.25\)"),
-        (SMALL_VIDEO, "3 dimensions of tokens: locality is for images"),
+        (SMALL_VIDEO, "3 dimensions of tokens; locality is for images"),
     ],
     ids=["patch_drop_rate", "video"],
 )
 def test_hiera_without_a_map_is_refused(changes, message):
     model = Hiera(**(SMALL_HIERA | changes))
     with pytest.raises(ValueError, match=message):
-        localvit.localize(model)
+        localvit.localize(model, inplace=True)
 
 
-def with_branches_trained(model: nn.Module) -> nn.Module:
+def with_trained_adapters(model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(1)
-    for branch in branches_of(model):
-        nn.init.normal_(branch.conv.weight, std=0.1, generator=generator)
+    for adapter in adapters_of(model):
+        nn.init.normal_(adapter.conv.weight, std=0.1, generator=generator)
     return model
 
 
 @each_host
 def test_copies_compute_the_same(host):
     """A deep copy, a pickled one, and a new model that loads the state dict."""
-    model, images = with_branches_trained(localvit.localize(host.model())), host.images()
+    model, images = with_trained_adapters(localvit.localize(host.model())), host.images()
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     file.seek(0)
@@ -353,7 +354,7 @@ def test_paper_form(name):
         gone = [site.block.mlp, *([site.block.norm2] if site.slot.norm else [])]
         replaced += sum(parameter.numel() for module in gone for parameter in module.parameters())
         added += paper_parameters(site.dim, site.hidden_dim)
-    localvit.localize(model, preserve=False, act="hs")
+    localvit.localize(model, Replace(act="hs"), inplace=True)
     assert sum(parameter.numel() for parameter in model.parameters()) == before - replaced + added
     modules = [module for module in model.modules() if isinstance(module, LocalityMlp)]
     assert len(modules) == host.sites
@@ -368,20 +369,20 @@ def test_paper_form(name):
 def test_paper_form_is_refused_with_the_reason(name):
     model = HOSTS[name].model()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=f"the paper's form cannot replace .*{HOSTS[name].refused}"):
-        localvit.localize(model, preserve=False)
+    with pytest.raises(ValueError, match=f"the paper's module cannot replace .*{HOSTS[name].refused}"):
+        localvit.localize(model, Replace(), inplace=True)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
 def test_paper_form_in_some_blocks_of_a_host():
     """Refused are only those that widen: of MViTv2 without `expand_attn`, the last of each stage but one."""
     model, images = HOSTS["mvitv2_widening"].model(), HOSTS["mvitv2_widening"].images()
-    assert [isinstance(site.slot, str) for site in find_sites(model)] == [True, False, True, True, False, False]
-    localvit.localize(model, preserve=False, blocks=[2, 5, 6])
+    assert [isinstance(site.slot, Unsupported) for site in find_sites(model)] == [True, False, True, True, False, False]
+    localvit.localize(model, Replace(), blocks=[2, 5, 6], inplace=True)
     assert torch.isfinite(model(images)).all()
 
 
 def test_paper_form_needs_a_stochastic_depth_of_its_own():
     model = timm.create_model("coat_lite_tiny", **SMALL_COAT, drop_path_rate=0.1)
-    with pytest.raises(ValueError, match="make the model without drop_path_rate"):
-        localvit.localize(model, preserve=False)
+    with pytest.raises(ValueError, match="create the model without drop_path_rate"):
+        localvit.localize(model, Replace(), inplace=True)

@@ -44,7 +44,7 @@ def test_layout_is_a_permutation(layout, shape):
 def test_layout_says_what_does_not_fit(layout, shape):
     with pytest.raises(ValueError, match="120 image tokens do not fill the 6 x 19 grid of 114"):
         layout(Grid((6, 19))).to_map(torch.zeros(shape))
-    with pytest.raises(ValueError, match="no patch grid was noted for these 120 tokens"):
+    with pytest.raises(ValueError, match="no patch grid is recorded for 120 image tokens"):
         layout(Grid()).to_map(torch.zeros(shape))
 
 

@@ -12,10 +12,10 @@ import timm
 import torch
 import torch.nn.functional as F
 from checks import (
-    branches_of,
-    check_branch_matters,
+    adapters_of,
+    check_every_adapter_matters,
     check_function_is_kept,
-    check_gradients_reach_every_branch,
+    check_gradients_reach_every_adapter,
     check_map_is_the_image,
     hidden_maps,
     output_of,
@@ -24,9 +24,11 @@ from checks import (
 from torch import nn
 
 import localvit
-from localvit.surgery.branch import LocalityBranch
+from localvit import Adapter, Replace
+from localvit.surgery.adapter import LocalityAdapter
+from localvit.surgery.localize import localize_with_options
 from localvit.surgery.sites import Site, find_sites
-from localvit.tokens.ragged import PlacedGrid, PlacedTokens, places_of_coordinates, places_of_shapes
+from localvit.tokens.ragged import Placement, RaggedGrid, RaggedTokens, placement_of_coordinates, placement_of_shapes
 
 SHAPES = ((2, 7), (5, 3), (1, 11), (3, 5), (5, 11))
 """The last fills its canvas, so that nothing empty lies behind it."""
@@ -48,10 +50,10 @@ def coordinates(shapes, *, padding: int = 0, order_seed: int | None = None) -> t
     return coord_BN2, valid_BN
 
 
-def placed_layout(places, num_prefix_tokens: int = 0) -> PlacedTokens:
-    grid = PlacedGrid()
-    grid.size, grid.index_BN = places
-    return PlacedTokens(grid, num_prefix_tokens)
+def ragged_layout(placement: Placement, num_prefix_tokens: int = 0) -> RaggedTokens:
+    grid = RaggedGrid()
+    grid.record(placement)
+    return RaggedTokens(grid, num_prefix_tokens)
 
 
 def noise(*shape: int) -> torch.Tensor:
@@ -63,11 +65,11 @@ def noise(*shape: int) -> torch.Tensor:
 def test_branch_is_a_convolution_over_each_map(options, prefix):
     """Output and gradients against one image at a time; padding is noise and stays."""
     coord_BN2, valid_BN = coordinates(SHAPES, padding=2, order_seed=5)
-    layout = placed_layout(places_of_coordinates(coord_BN2, valid_BN), prefix)
-    branch = LocalityBranch(CHANNELS, layout, **options).double()
-    nn.init.normal_(branch.conv.weight, generator=torch.Generator().manual_seed(1))
+    layout = ragged_layout(placement_of_coordinates(coord_BN2, valid_BN), prefix)
+    adapter = LocalityAdapter(CHANNELS, layout, Adapter(**options)).double()
+    nn.init.normal_(adapter.conv.weight, generator=torch.Generator().manual_seed(1))
     x_BNC = noise(len(SHAPES), prefix + valid_BN.shape[1], CHANNELS).requires_grad_()
-    out_BNC = branch(x_BNC)
+    out_BNC = adapter(x_BNC)
 
     expected_BNC = x_BNC.clone()
     for sample, (height, width) in enumerate(SHAPES):
@@ -76,7 +78,7 @@ def test_branch_is_a_convolution_over_each_map(options, prefix):
         map_CHW = x_BNC.new_zeros(CHANNELS, height, width).index_put(
             (torch.arange(CHANNELS)[:, None], y, x), x_BNC[sample, prefix + tokens].T
         )
-        conv = branch.conv
+        conv = adapter.conv
         added_CHW = F.conv2d(map_CHW, conv.weight, None, 1, conv.padding, conv.dilation, CHANNELS)
         expected_BNC = expected_BNC.index_put(
             (torch.tensor(sample), prefix + tokens), x_BNC[sample, prefix + tokens] + added_CHW[:, y, x].T
@@ -87,7 +89,7 @@ def test_branch_is_a_convolution_over_each_map(options, prefix):
     assert torch.equal(out_BNC[:, prefix:][~valid_BN], x_BNC[:, prefix:][~valid_BN])
 
     weights = noise(*out_BNC.shape)
-    of = (x_BNC, branch.conv.weight)
+    of = (x_BNC, adapter.conv.weight)
     found = torch.autograd.grad((out_BNC * weights).sum(), of)
     expected = torch.autograd.grad((expected_BNC * weights).sum(), of)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
@@ -95,15 +97,15 @@ def test_branch_is_a_convolution_over_each_map(options, prefix):
 
 def test_shapes_place_tokens_row_by_row():
     coord_BN2, valid_BN = coordinates(SHAPES, padding=2)
-    size, index_BN = places_of_shapes(torch.tensor(SHAPES), valid_BN.shape[1])
-    expected_size, expected_BN = places_of_coordinates(coord_BN2, valid_BN)
-    assert size == expected_size == (5, 11)
-    assert torch.equal(index_BN, expected_BN)
+    placement = placement_of_shapes(torch.tensor(SHAPES), valid_BN.shape[1])
+    expected = placement_of_coordinates(coord_BN2, valid_BN)
+    assert placement.size == expected.size == (5, 11)
+    assert torch.equal(placement.index_BN, expected.index_BN)
 
 
 def test_there_and_back():
     coord_BN2, valid_BN = coordinates(SHAPES, padding=2, order_seed=3)
-    layout = placed_layout(places_of_coordinates(coord_BN2, valid_BN), 3)
+    layout = ragged_layout(placement_of_coordinates(coord_BN2, valid_BN), 3)
     x_BNC = noise(len(SHAPES), 3 + valid_BN.shape[1], CHANNELS)
     back_BNC = layout.to_tokens(layout.to_map(x_BNC))
     assert torch.equal(back_BNC[:, 3:][valid_BN], x_BNC[:, 3:][valid_BN])
@@ -117,16 +119,16 @@ def test_coordinates_that_make_no_map():
     twice = coord_BN2.clone()
     twice[0, 1] = twice[0, 4]
     with pytest.raises(ValueError, match="two tokens of an image have the same patch coordinates"):
-        places_of_coordinates(twice, valid_BN)
+        placement_of_coordinates(twice, valid_BN)
     with pytest.raises(ValueError, match=r"start at \(-1, 0\), below 0: mark padding"):
-        places_of_coordinates(coord_BN2 - torch.tensor([1, 0]), valid_BN)
+        placement_of_coordinates(coord_BN2 - torch.tensor([1, 0]), valid_BN)
     valid_BN[0, 1] = False
-    assert places_of_coordinates(twice, valid_BN)[0] == (2, 3)
+    assert placement_of_coordinates(twice, valid_BN).size == (2, 3)
 
 
 def test_number_of_tokens_is_checked():
-    layout = placed_layout(places_of_coordinates(*coordinates(((2, 3), (3, 1)))), 1)
-    with pytest.raises(ValueError, match=r"4 image tokens \(1 prefix .* each of 2 samples, but places for 6 in 2"):
+    layout = ragged_layout(placement_of_coordinates(*coordinates(((2, 3), (3, 1)))), 1)
+    with pytest.raises(ValueError, match=r"4 image tokens \(1 prefix .* each of 2 samples, but positions for 6 in 2"):
         layout.to_map(noise(2, 5, CHANNELS))
 
 
@@ -189,8 +191,8 @@ def naflex_batch(*images: torch.Tensor, padding: int = 2) -> tuple[torch.Tensor,
 
 
 def perturb(model: nn.Module) -> nn.Module:
-    for branch in branches_of(model):
-        nn.init.normal_(branch.conv.weight, generator=torch.Generator().manual_seed(2))
+    for adapter in adapters_of(model):
+        nn.init.normal_(adapter.conv.weight, generator=torch.Generator().manual_seed(2))
     return model
 
 
@@ -211,8 +213,8 @@ def test_function_is_kept(host, inputs):
     model = make(host)
     assert len(find_sites(model)) == 2
     check_function_is_kept(model, *inputs)
-    check_gradients_reach_every_branch(model, *inputs)
-    check_branch_matters(model, *inputs)
+    check_gradients_reach_every_adapter(model, *inputs)
+    check_every_adapter_matters(model, *inputs)
 
 
 @every_host
@@ -245,7 +247,7 @@ def test_images_make_one_graph(host):
 @every_host
 def test_placed_tokens_get_what_images_get_alone(host):
     """The same images, one by one as images, and together as patches with coordinates."""
-    model = perturb(localvit.localize(make(host).double().eval(), kernel_size=5))
+    model = perturb(localvit.localize(make(host).double().eval(), Adapter(kernel_size=5)))
     with torch.no_grad():
         together = output_of(model, *naflex_batch(*MIXED))
         for sample, alone in enumerate(MIXED):
@@ -269,7 +271,7 @@ def test_order_of_placed_tokens_is_free():
 
 
 def test_clamps_act_behind_the_branch():
-    """What Gemma 4's projection clamps is what the branch returns."""
+    """What Gemma 4's projection clamps is what the adapter returns."""
     model = perturb(localvit.localize(make("gemma4").double().eval()))
     site = model.encoder.blocks[0].mlp.down_proj
     site.input_min.fill_(-0.01)
@@ -300,24 +302,24 @@ def test_delocalize_leaves_no_hook(host):
 
 @pytest.mark.parametrize("options", [{"gate": "se"}, {"gate": "ecah"}, {"norm": "batchnorm"}], ids=str)
 def test_means_over_maps_are_refused_for_placed_tokens_alone(options):
-    model = localvit.localize(make("naflexvit").double().eval(), **options)
+    model = localize_with_options(make("naflexvit").double().eval(), options)
     output_of(model, image())
-    with pytest.raises(ValueError, match="takes means over whole maps, but images of several shapes"):
+    with pytest.raises(ValueError, match="takes means over whole maps, but this batch holds images of several shapes"):
         output_of(model, *naflex_batch(*MIXED))
 
 
 def test_paper_form_takes_images_alone():
-    model = localvit.localize(make("naflexvit prefix").double().eval(), preserve=False)
+    model = localvit.localize(make("naflexvit prefix").double().eval(), Replace())
     assert torch.isfinite(output_of(model, image())).all()
-    with pytest.raises(ValueError, match="the paper's form takes means over whole maps"):
+    with pytest.raises(ValueError, match="the paper's module takes means over whole maps"):
         output_of(model, *naflex_batch(*MIXED))
-    with pytest.raises(ValueError, match="Gemma4Block norms what the feed-forward returns"):
-        localvit.localize(make("gemma4"), preserve=False)
+    with pytest.raises(ValueError, match="Gemma4Block has a norm after the feed-forward"):
+        localvit.localize(make("gemma4"), Replace(), inplace=True)
 
 
 def test_patch_dropout_is_refused():
     with pytest.raises(ValueError, match="NaFlexVit drops patches in training"):
-        localvit.localize(make("naflexvit", patch_drop_rate=0.5))
+        localvit.localize(make("naflexvit", patch_drop_rate=0.5), inplace=True)
 
 
 def test_gradient_checkpointing_changes_nothing():
@@ -329,6 +331,6 @@ def test_gradient_checkpointing_changes_nothing():
         model.zero_grad()
         x_BNC = model.forward_features(patches, coord_BN2, valid_BN)["patches"]
         (x_BNC[:, 3:][valid_BN] ** 3).sum().backward()
-        gradients.append([branch.conv.weight.grad.clone() for branch in branches_of(model)])
+        gradients.append([adapter.conv.weight.grad.clone() for adapter in adapters_of(model)])
     assert all(gradient.any() for gradient in gradients[0])
     torch.testing.assert_close(gradients[0], gradients[1])
