@@ -3,8 +3,8 @@
     python benchmarks/localize_support.py [--doc docs/localize.md]
 
 Each model has random weights (large ones two blocks only). It is run in float64 on a random image, localized, and run
-again; then its feed-forwards are replaced by the paper's module. Nothing is downloaded. Without `--doc` the table goes to
-the standard output.
+again; then its feed-forwards are replaced by the paper's module. Nothing is downloaded. Without `--doc` the table goes
+to the standard output.
 """
 
 import argparse

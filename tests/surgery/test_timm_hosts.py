@@ -92,7 +92,7 @@ MIXED = [row for row in ROWS if row.reach is None and row.family.startswith("vis
 
 @pytest.mark.parametrize("row", MIXED, ids=str)
 def test_map_is_that_of_timms_intermediates(row):
-    """Where a spot spreads: timm's own maps of the blocks' outputs, whose tokens lie like the hidden ones."""
+    """Where a change spreads over the map: against timm's maps of the blocks' outputs, whose layout is the same."""
     model = localvit.localize(make(row)).eval().model
     [layout, *_] = [adapter.layout for adapter in adapters_of(model)]
     maps = []
@@ -109,7 +109,7 @@ def assert_output_is_what_was_read_and_made(site, out, read, made, layout):
     """`out`, of the block, is the sum of `read` and `made` by its feed-forward, as tokens or as a map."""
     tokens = made if isinstance(site.block, nn.Sequential) else read + made  # ParallelThingsBlock adds outside.
     if isinstance(site.block, SwinTransformerV2CrBlock):
-        tokens = site.block.norm3(tokens)  # Of the sum, in the last block: it is no part of the feed-forward.
+        tokens = site.block.norm3(tokens)  # It norms the sum in the last block and is not part of the feed-forward.
     if out.shape != tokens.shape:
         tokens = layout.to_map(tokens)
     if out.shape != tokens.shape:
@@ -119,9 +119,9 @@ def assert_output_is_what_was_read_and_made(site, out, read, made, layout):
 
 @every_row
 def test_replace(row):
-    """In training too a block returns what its feed-forward reads and makes: no norm, scale, stochastic depth.
+    """In training too a block returns the sum of its feed-forward's input and output: no norm, scale, stochastic depth.
 
-    The tokens, brought to map by the layout, are the block's own map. Prefix tokens pass, gradients reach everything.
+    The layout's map of the tokens is the block's own map. Prefix tokens pass unchanged; gradients reach all weights.
     """
     model = make(row, drop_path_rate=0.0 if row.shared_drop_path else 0.5).train()
     if row.refused:
@@ -212,7 +212,7 @@ CSATV2 = [
 
 @pytest.mark.parametrize(("kind", "kwargs", "channels"), CSATV2)
 def test_csatv2s_tokens_are_its_map(kind, kwargs, channels):
-    """Also after pooling: what its feed-forward reads and makes, brought to map, is what the block returns."""
+    """The block returns the map of its feed-forward's input plus output, also after pooling."""
     csatv2 = pytest.importorskip("timm.models.csatv2", reason=f"timm {timm.__version__} has no csatv2")
     torch.manual_seed(0)
     block = getattr(csatv2, kind)(**kwargs).eval()

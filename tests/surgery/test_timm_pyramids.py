@@ -1,4 +1,4 @@
-"""Locality in timm's pyramids and odd orders of tokens: every family, small, beside the host's own maps.
+"""Locality in timm's hierarchical models and in other orders of tokens, compared with the host's own maps.
 
 Shapes: B batch, N tokens, C channels, E hidden channels, H and W the grid.
 """
@@ -39,7 +39,7 @@ CLASSES = {"num_classes": 5}
 
 
 class Tokens(nn.Module):
-    """A host that classifies by class tokens alone, which locality in the last block cannot reach: all its tokens."""
+    """Returns all tokens of a host: its head reads class tokens only, which no patch of the last block affects."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -59,24 +59,24 @@ def silence_levit(site: Site) -> None:
 
 
 def silence_mobilevit_v2(site: Site) -> None:
-    """The norm goes too: it takes its statistics from the whole map."""
+    """Also removes the norm, whose statistics are those of the whole map."""
     without_attention(site)
     site.block.norm2 = nn.Identity()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Host:
-    """A model of a family, made small."""
+    """A small model of a family."""
 
     make: Callable[..., nn.Module]
     sites: int
-    """How many feed-forwards: by the depths that `make` is given."""
+    """Number of feed-forwards, which follows from the depths."""
     image: tuple[int, int] = (64, 96)
     reach: int = 0
-    """Patches that a pixel reaches through the convolutions before the first site."""
+    """How many patches away a change of a pixel reaches through the convolutions before the first site."""
     silence: Callable[[Site], None] = without_attention
     refused: str = ""
-    """Why the paper's form is refused."""
+    """Part of the reason why `Replace` is refused; empty if it is not."""
     more: dict[str, Any] = field(default_factory=dict)
 
     def model(self) -> nn.Module:
@@ -88,7 +88,7 @@ class Host:
 
 
 def mvitv2(**config: Any) -> Callable[..., nn.Module]:
-    """Made for square images, it takes flatter ones too."""
+    """Created for square images; it takes others too."""
     config = {"depths": (1, 2, 1, 2), "embed_dim": 16} | config
     return lambda **kwargs: MultiScaleVit(MultiScaleVitCfg(**config), img_size=96, **kwargs)
 
@@ -200,7 +200,7 @@ def test_every_feed_forward_is_a_site(host):
 
 
 def outputs_as_maps(model: nn.Module, images_BCHW: Tensor) -> list[Tensor]:
-    """What each block returns, (B, C, H, W), as the layout of its site shows it, in order."""
+    """The outputs of all blocks as maps (B, C, H, W), made by the layouts of their sites."""
     maps = []
 
     def show(block: nn.Module, args: tuple, output: Any, layout: Any) -> None:
@@ -219,7 +219,7 @@ def outputs_as_maps(model: nn.Module, images_BCHW: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("name", [name for name in HOSTS if "mobilevit" not in name and name != "coat"])
 def test_blocks_return_the_hosts_own_maps(name):
-    """The host's `forward_intermediates` makes maps by code of its own. Equal, since nothing is computed."""
+    """Against `forward_intermediates`, whose code is timm's. Exactly equal, since values are only moved."""
     host = HOSTS[name]
     model = localvit.localize(host.model())
     timm_model = model.model if isinstance(model, Tokens) else model
@@ -236,7 +236,7 @@ def test_blocks_return_the_hosts_own_maps(name):
 @pytest.mark.parametrize("name", ["mobilevit", "mobilevit_v2"])
 @pytest.mark.parametrize("image", [(64, 128), (72, 104)], ids=["whole patches", "interpolated"])
 def test_mobilevit_blocks_return_what_the_host_folds(name, image):
-    """Behind the transformer the host folds its tokens into a map, and interpolates it (the first version) back."""
+    """Against the map that the host folds after the transformer, which the first version interpolates back."""
     model = localvit.localize(HOSTS[name].model())
     blocks = [module for module in model.modules() if hasattr(module, "conv_proj")]
     theirs = []
@@ -255,8 +255,8 @@ def test_mobilevit_blocks_return_what_the_host_folds(name, image):
         assert torch.equal(map_BCHW, their_BCHW)
 
 
-def test_a_model_cut_up_for_its_features():
-    """Its class is timm's FeatureListNet, which holds the stages."""
+def test_features_only_model():
+    """Its class is timm's FeatureListNet, which contains the stages."""
     host = HOSTS["levit_conv"]
     model = randomized(host.make(features_only=True)).eval()
     assert len(find_sites(model)) == host.sites
@@ -265,22 +265,22 @@ def test_a_model_cut_up_for_its_features():
         torch.testing.assert_close(localvit.localize(model)(host.images()), before, rtol=0, atol=0)
 
 
-def test_coat_shares_a_feed_forward_among_three_grids():
+def test_coat_uses_a_feed_forward_on_three_grids():
     host = HOSTS["coat"]
     maps = hidden_maps(localvit.localize(host.model()), host.images())
     serial = [(16, 24), (8, 12), (8, 12), (4, 6), (2, 3), (2, 3)]
     assert [tuple(map_BEHW.shape[2:]) for map_BEHW in maps] == serial + 2 * [(8, 12), (4, 6), (2, 3)]
 
 
-def test_coat_says_which_grids_its_tokens_do_not_fill():
+def test_coat_names_the_grids_that_tokens_do_not_fill():
     host = HOSTS["coat"]
     block = localvit.localize(host.model()).model.parallel_blocks[0]
     with pytest.raises(ValueError, match=r"95 image tokens .* the grids 8 x 12 of 96, 4 x 6 of 24, 2 x 3 of 6"):
         block.mlp2(torch.zeros(1, 96, 24))
 
 
-def test_masked_hiera_says_both_numbers():
-    """Two of the six mask units of 8 x 8 are dropped; none dropped is the whole image."""
+def test_masked_hiera_raises_with_both_numbers():
+    """Two of the six mask units of 8 x 8 are dropped. A mask that drops none is allowed."""
     host = HOSTS["hiera"]
     model, images = localvit.localize(host.model()), host.images()
     mask = torch.tensor([[True, False, True, True, False, True]] * 2)
@@ -309,7 +309,7 @@ SMALL_VIDEO = {
     ],
     ids=["patch_drop_rate", "video"],
 )
-def test_hiera_without_a_map_is_refused(changes, message):
+def test_hiera_is_refused_if_its_tokens_do_not_form_a_map(changes, message):
     model = Hiera(**(SMALL_HIERA | changes))
     with pytest.raises(ValueError, match=message):
         localvit.localize(model, inplace=True)
@@ -345,8 +345,8 @@ def paper_parameters(dim: int, hidden_dim: int) -> int:
 
 
 @pytest.mark.parametrize("name", [name for name, host in HOSTS.items() if not host.refused])
-def test_paper_form(name):
-    """It has the parameters that the paper's figure 3 counts, learns everywhere, and leaves nothing but itself."""
+def test_replace(name):
+    """The model has the parameters of the paper's figure 3 in place of the old ones, and all of them get a gradient."""
     host = HOSTS[name]
     model, images = host.model().train(), host.images()
     before, replaced, added = sum(parameter.numel() for parameter in model.parameters()), 0, 0
@@ -366,7 +366,7 @@ def test_paper_form(name):
 
 
 @pytest.mark.parametrize("name", [name for name, host in HOSTS.items() if host.refused])
-def test_paper_form_is_refused_with_the_reason(name):
+def test_replace_is_refused_with_the_reason(name):
     model = HOSTS[name].model()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=f"the paper's module cannot replace .*{HOSTS[name].refused}"):
@@ -374,15 +374,15 @@ def test_paper_form_is_refused_with_the_reason(name):
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
-def test_paper_form_in_some_blocks_of_a_host():
-    """Refused are only those that widen: of MViTv2 without `expand_attn`, the last of each stage but one."""
+def test_replace_in_some_blocks_of_a_host():
+    """Blocks that widen are refused: in MViTv2 without `expand_attn` the last of each stage except the last."""
     model, images = HOSTS["mvitv2_widening"].model(), HOSTS["mvitv2_widening"].images()
     assert [isinstance(site.slot, Unsupported) for site in find_sites(model)] == [True, False, True, True, False, False]
     localvit.localize(model, Replace(), blocks=[2, 5, 6], inplace=True)
     assert torch.isfinite(model(images)).all()
 
 
-def test_paper_form_needs_a_stochastic_depth_of_its_own():
+def test_replace_needs_a_stochastic_depth_of_the_feed_forward():
     model = timm.create_model("coat_lite_tiny", **SMALL_COAT, drop_path_rate=0.1)
     with pytest.raises(ValueError, match="create the model without drop_path_rate"):
         localvit.localize(model, Replace(), inplace=True)

@@ -47,18 +47,18 @@ class Interpolating(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A tower, or a variant of one with other parts, on images whose grid is not square."""
+    """A small tower, or a variant with other parts, on images whose grid is not square."""
 
     id: str
     model: str
     config: str
     kwargs: dict[str, Any] = field(default_factory=dict)
     prefix: int
-    """Tokens that are no patches."""
+    """Number of tokens that are not patches."""
     sites: int = 2
     grid: tuple[int, int] = (7, 3)
     interpolating: bool = False
-    """Whether the tower has to be told that the image is not square."""
+    """Whether the tower needs `interpolate_pos_encoding=True` for images of another size."""
 
     @property
     def image(self) -> torch.Tensor:
@@ -168,7 +168,7 @@ def image(height: int = 35, width: int = 15) -> torch.Tensor:
 
 
 def without_attention(site: Site) -> None:
-    """All versions of the library call a layer's attention `attention` or `self_attn`, but not what is in it."""
+    """Zero the attention of a site's layer. Its name is `attention` or `self_attn` in all versions of the library."""
     for name, module in site.block.named_modules():
         if name.startswith(("attention.", "self_attn.")) and isinstance(module, nn.Linear):
             nn.init.zeros_(module.weight)
@@ -205,8 +205,8 @@ def test_map_is_the_image(row):
 
 
 @every_row
-def test_first_branch_convolves_the_patches_and_leaves_the_rest(row):
-    """Against a convolution over the hidden tokens as this file lays them out."""
+def test_the_first_adapter_convolves_the_patches_only(row):
+    """Against a convolution over the map that this test makes of the hidden tokens."""
     model = perturb(localvit.localize(row.make().double().eval()))
     adapter = adapters_of(model)[0]
     seen = []
@@ -223,8 +223,8 @@ def test_first_branch_convolves_the_patches_and_leaves_the_rest(row):
 
 
 @every_row
-def test_paper_form(row):
-    """A layer without its attention is the paper's module with its shortcut, and prefix tokens pass it untouched."""
+def test_replace(row):
+    """A layer without its attention is the paper's module with its shortcut; prefix tokens pass unchanged."""
     model = row.make().double().eval()
     sites = find_sites(model)
     layer = sites[0].block
@@ -256,7 +256,7 @@ def test_paper_form(row):
         ("swin", {"hidden_dropout_prob": 0.1}, "hidden_dropout_prob=0"),
     ],
 )
-def test_paper_form_is_refused_where_something_random_serves_attention_too(name, changes, why):
+def test_replace_is_refused_where_dropout_serves_attention_too(name, changes, why):
     model = ROW[name].make(**changes)
     if not hasattr(find_sites(model)[0].block, "mlp"):
         why = "two parts"
@@ -267,7 +267,7 @@ def test_paper_form_is_refused_where_something_random_serves_attention_too(name,
     localvit.localize(model, inplace=True)
 
 
-def test_stochastic_depth_of_swin_serves_its_attention_alone():
+def test_swin_keeps_the_stochastic_depth_of_its_attention():
     model = ROW["swin"].make(drop_path_rate=0.5)
     if hasattr(find_sites(model)[0].block, "mlp"):
         blocks = [site.block for site in find_sites(model)]
@@ -277,7 +277,7 @@ def test_stochastic_depth_of_swin_serves_its_attention_alone():
         assert all(block.drop_path is before for block, before in zip(blocks, dropped, strict=True))
 
 
-def test_classifiers_and_backbones_hold_towers():
+def test_classifiers_and_backbones_contain_towers():
     classifier = transformers.ViTForImageClassification(transformers.ViTConfig(**ROW["vit"].kwargs))
     localvit.localize(classifier, blocks="2", inplace=True)
     [adapter] = adapters_of(classifier)
@@ -294,7 +294,7 @@ def test_classifiers_and_backbones_hold_towers():
 
 
 @pytest.mark.parametrize("family", ["CLIP", "Siglip"])
-def test_text_towers_are_left_alone(family):
+def test_text_towers_do_not_change(family):
     vision = getattr(transformers, f"{family}VisionConfig")(**SMALL, **MLP, **PATCH, image_size=25)
     tokens = {"vocab_size": 31, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     text = getattr(transformers, f"{family}TextConfig")(**SMALL, **MLP, **tokens, max_position_embeddings=7)
@@ -310,8 +310,8 @@ def test_text_towers_are_left_alone(family):
     assert not torch.allclose(after.image_embeds, before.image_embeds)
 
 
-def test_images_may_change_their_size():
-    """A adapter that shifts the map by one row does so on either grid."""
+def test_images_of_several_sizes():
+    """An adapter that shifts the map by one row does so on either grid."""
     row = ROW["vit"]
     tower = row.make(image_size=25)
     model = localvit.localize(Interpolating(tower).double().eval(), blocks="1")
@@ -340,7 +340,7 @@ def test_masked_patches_stay_on_the_grid():
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", ["vit", "swin"])
 def test_gradient_checkpointing_changes_nothing(name):
-    """Layers run again in the backward pass, Swin's on grids that have changed since."""
+    """Layers run again in the backward pass, after Swin's grid has changed."""
     model = perturb(localvit.localize(ROW[name].make(hidden_dropout_prob=0.0).double().train()))
     gradients = []
     for checkpointing in (False, True):
@@ -354,8 +354,8 @@ def test_gradient_checkpointing_changes_nothing(name):
         torch.testing.assert_close(again, grad)
 
 
-def test_files_of_the_library_hold_the_original(tmp_path):
-    """What `save_pretrained` writes of a localized model loads as the model before surgery."""
+def test_save_pretrained_stores_a_loadable_original(tmp_path):
+    """The file of a localized model loads as the model before `localize`."""
     model = ROW["vit"].make().eval()
     original = copy.deepcopy(model)
     localvit.localize(model, inplace=True)
@@ -368,7 +368,7 @@ def test_files_of_the_library_hold_the_original(tmp_path):
         assert torch.equal(output_of(localvit.localize(loaded), image().float()), expected)
 
 
-def test_layers_under_an_unknown_name():
+def test_unknown_names_of_layers_raise():
     model = ROW["clip"].make()
     for module in model.modules():
         if isinstance(getattr(module, "encoder", None), nn.Module):
@@ -402,13 +402,13 @@ SHAPES = ((2, 7), (5, 3), (3, 5), (1, 11))
 
 def test_siglip2_keeps_its_function():
     model, inputs = siglip2(), patches_of_shapes(*SHAPES, padding=2)
-    assert len(find_sites(model)) == 2  # The pooling head is none.
+    assert len(find_sites(model)) == 2  # The pooling head is not a site.
     check_function_is_kept(model, *inputs)
     check_gradients_reach_every_adapter(model, *inputs)
     check_every_adapter_matters(model, *inputs)
 
 
-def test_siglip2_gives_each_image_what_it_gets_alone():
+def test_siglip2_computes_the_same_for_an_image_in_any_batch():
     model = perturb(localvit.localize(siglip2().double().eval(), Adapter(kernel_size=5)))
     patches, mask, shapes = patches_of_shapes(*SHAPES, padding=2)
     with torch.no_grad():
@@ -421,7 +421,7 @@ def test_siglip2_gives_each_image_what_it_gets_alone():
             torch.testing.assert_close(together.pooler_output[sample], alone.pooler_output[0])
 
 
-def test_siglip2_branch_convolves_each_map():
+def test_siglip2_adapter_convolves_each_map():
     """Against a convolution over each image's own map, of a prime size."""
     model = perturb(localvit.localize(siglip2().double().eval()))
     adapter = adapters_of(model)[0]
@@ -440,7 +440,7 @@ def test_siglip2_branch_convolves_each_map():
 
 @pytest.mark.filterwarnings("ignore:The tensor attribute .* was assigned during export:UserWarning")
 def test_siglip2_exports_for_any_shapes():
-    """Traced with some shapes, run with others; padding to 17 tokens stays."""
+    """Traced with some shapes and run with others; the number of tokens stays 17."""
     pytest.importorskip("transformers", minversion="5.9", reason="older versions cannot export SigLIP 2 at all")
     model = perturb(localvit.localize(siglip2().double().eval()))
     program = torch.export.export(model, patches_of_shapes(*SHAPES, padding=2)).module()
@@ -469,7 +469,7 @@ def test_siglip2_refuses_means_over_maps(options, why):
 
 
 def test_siglip2_takes_layer_norm():
-    """It is zero where there is no token, so that images still get what they get alone."""
+    """It is zero where there is no token, so an image gets the same in any batch."""
     model = perturb(localvit.localize(siglip2().double().eval(), Adapter(norm="layernorm")))
     patches, mask, shapes = patches_of_shapes((2, 7), (5, 3))
     with torch.no_grad():
@@ -478,7 +478,7 @@ def test_siglip2_takes_layer_norm():
     torch.testing.assert_close(together[0, :14], alone[0])
 
 
-def test_siglip2_text_tower_is_left_alone():
+def test_siglip2_text_tower_does_not_change():
     vision = transformers.Siglip2VisionConfig(**SMALL, **MLP, patch_size=2, num_patches=25)
     text = transformers.Siglip2TextConfig(**SMALL, **MLP, vocab_size=31)
     config = transformers.Siglip2Config(text_config=text.to_dict(), vision_config=vision.to_dict())
