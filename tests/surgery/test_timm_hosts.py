@@ -131,7 +131,10 @@ def test_replace(row):
     localvit.localize(model, Replace(reduction=2), inplace=True)
     slots = [module for module in model.modules() if isinstance(module, LocalityMlp)]
     assert len(slots) == row.sites
-    seen = {}
+    seen, sizes = {}, {}
+    for slot in slots:
+        if hasattr(slot.layout, "grid"):  # A block that knows its grid itself forgets it after its call.
+            slot.register_forward_hook(lambda slot, args, out: sizes.update({slot: slot.layout.grid.size}))
     for module in [*(site.block for site in sites), *slots]:
         module.register_forward_hook(lambda module, args, out: seen.update({module: (args[0], out)}))
     model(images(row.size)).square().sum().backward()
@@ -139,6 +142,8 @@ def test_replace(row):
         assert slot is site.block.get_submodule(site.slot.mlp)
         read, made = seen[slot]
         _, out = seen[site.block]
+        if slot in sizes:
+            slot.layout.grid.record(sizes[slot])
         assert_output_is_what_was_read_and_made(
             site, out[-1] if isinstance(out, tuple) else out, read, made, slot.layout
         )

@@ -201,12 +201,19 @@ def test_every_feed_forward_is_a_site(host):
 
 def outputs_as_maps(model: nn.Module, images_BCHW: Tensor) -> list[Tensor]:
     """The outputs of all blocks as maps (B, C, H, W), made by the layouts of their sites."""
-    maps = []
+    maps, sizes = [], {}
+
+    def keep_size(adapter: Any, args: tuple) -> None:
+        if hasattr(adapter.layout, "grid"):
+            sizes[adapter.layout] = adapter.layout.grid.size
 
     def show(block: nn.Module, args: tuple, output: Any, layout: Any) -> None:
+        if layout in sizes:  # A block that knows its grid itself has forgotten it after its call.
+            layout.grid.record(sizes[layout])
         maps.append(layout.to_map(output[0] if isinstance(output, tuple) else output))
 
-    handles = [
+    handles = [adapter.register_forward_pre_hook(keep_size) for adapter in adapters_of(model)]
+    handles += [
         site.block.register_forward_hook(partial(show, layout=site.projection.locality.layout))
         for site in find_sites(model)
     ]

@@ -286,8 +286,9 @@ def test_classifiers_and_backbones_contain_towers():
     backbone = randomized(transformers.Dinov2WithRegistersBackbone(config)).double().eval()
     with torch.no_grad():
         [expected] = backbone(image()).feature_maps
-        [after] = localvit.localize(backbone)(image()).feature_maps
-        [other] = perturb(backbone)(image()).feature_maps
+        localized = localvit.localize(backbone)
+        [after] = localized(image()).feature_maps
+        [other] = perturb(localized)(image()).feature_maps
     assert expected.shape[2:] == (7, 3)
     assert torch.equal(after, expected)
     assert not torch.allclose(other, expected)

@@ -91,7 +91,7 @@ ROWS = [
         any_size=True,
         sites=3,  # The first stage has none.
         reach=2,  # 3x3 convolutions at strides 4 and 8.
-        refused="adds the feed-forward's output to its own input",
+        refused="adds the feed-forward's output to the block's input",
     ),
     Row(family="eva", name="eva02_tiny_patch14_224", kwargs=PLAIN, size=(42, 70), sites=2),
     Row(

@@ -158,7 +158,7 @@ def _end(grid: Grid, module: nn.Module, args: tuple, result: Any) -> None:
 
 
 def _remember_input(grid: Grid, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    if not torch.compiler.is_compiling():
+    if not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled()):
         x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         if x is not None:
             grid.remember_input(x)
