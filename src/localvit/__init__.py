@@ -10,14 +10,18 @@ from localvit.checkpoints.checkpoint import load_checkpoint, model_from_checkpoi
 from localvit.inference.cost import locality_report
 from localvit.inference.fusion import fuse
 from localvit.locality import LocalityFeedForward
+from localvit.surgery.adapter import Adapter
 from localvit.surgery.localize import delocalize, localize
+from localvit.surgery.replace import Replace
 from localvit.surgery.weights import load_locality, save_locality
 from localvit.models.zoo import create_model, list_models
 
 __version__ = version("localvit")
 
 __all__ = [
+    "Adapter",
     "LocalityFeedForward",
+    "Replace",
     "create_model",
     "delocalize",
     "fuse",

@@ -243,10 +243,15 @@ def test_tokens_that_do_not_fill_the_grid_raise_with_both_numbers(name):
     slots = [module for module in model.modules() if isinstance(module, LocalityMlp)]
     assert slots
     for slot in slots:
-        height, width = slot.layout.grid.size
-        tokens = torch.zeros(1, slot.layout.num_prefix_tokens + height * width + 1, slot.conv[0].in_channels)
-        with pytest.raises(ValueError, match=rf"{height * width + 1} image tokens .* grid of {height * width}"):
-            slot(tokens)
+        sizes = []
+        handle = slot.register_forward_pre_hook(lambda slot, args, sizes=sizes: sizes.append(slot.layout.grid.size))
+        model(images(name))
+        handle.remove()
+        [(height, width)] = sizes
+        handle = slot.register_forward_pre_hook(lambda slot, args: torch.cat((args[0], args[0][:, :1]), dim=1))
+        with pytest.raises(ValueError, match=rf"{height * width + 1} image tokens .*grid of {height * width}"):
+            model(images(name))
+        handle.remove()
 
 
 @pytest.mark.parametrize("name", MODELS)

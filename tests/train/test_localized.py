@@ -52,7 +52,7 @@ def test_fine_tuning_begins_with_what_the_base_computes(base, tmp_path):
 
 def test_the_papers_form_keeps_all_but_the_feed_forwards(base, tmp_path):
     plain, _ = localvit.model_from_checkpoint(base)
-    model, _ = built(base, tmp_path, localize={"preserve": False, "reduction": 8})
+    model, _ = built(base, tmp_path, localize={"method": "replace", "reduction": 8})
     held, wanted = plain.state_dict(), model.state_dict()
     gone = {name for name in held if ".mlp." in name or ".norm2." in name}
     assert held.keys() - wanted.keys() == gone

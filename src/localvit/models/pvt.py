@@ -27,7 +27,7 @@ from localvit.models.positions import PositionGrids, move_positions, patch_grid
 from localvit.models.pvt_stage import Block, Size, Stage
 from localvit.models.registry import also_known_as, build, released_cfg
 from localvit.surgery.blocks import BlockSelection
-from localvit.surgery.paper_form import Locality, replace_feed_forwards
+from localvit.surgery.replace import Replace, replace_feed_forwards
 from localvit.surgery.sites import Site, local_sites
 from localvit.tokens.layouts import tokens_to_map
 
@@ -48,7 +48,7 @@ class LocalPVT(nn.Module):
         drop_rate, pos_drop_rate, proj_drop_rate, attn_drop_rate: dropout before the head, after the positions, in
             feed-forwards and after attentions, and on attention weights.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
-        act, reduction, expand_ratio, depthwise, depthwise_first: see `localvit.surgery.paper_form.Locality`;
+        act, reduction, expand_ratio, depthwise, depthwise_first: see `localvit.Replace`;
             `reduction` is each stage's width and `expand_ratio` its entry of `mlp_ratios` unless given.
         local_blocks: as for `LocalViT`, counted through all stages; none of them is PVT.
 
@@ -127,8 +127,8 @@ class LocalPVT(nn.Module):
             self.stages.append(stage)
             self.feature_info.append({"module": f"stages.{i}", "num_chs": dim, "reduction": stride * patch_size})
 
-        def locality_of(site: Site) -> Locality:
-            return Locality(
+        def locality_of(site: Site) -> Replace:
+            return Replace(
                 act=act,
                 reduction=site.dim if reduction is None else reduction,
                 expand_ratio=site.expand_ratio if expand_ratio is None else expand_ratio,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from localvit.models.positions import resample_positions
 from localvit.surgery.hosts.timm_plain import in_order
 from localvit.surgery.sites import Site, host
-from localvit.tokens.grid import patch_map
+from localvit.tokens.sources import OutputMap
 
 Size = tuple[int, int]
 
@@ -101,4 +101,6 @@ class Stage(nn.Module):
 
 @host(f"{__name__}.Stage")
 def _sites(stage: Stage) -> Iterator[Site]:
-    return in_order(stage, "blocks", patch_map(stage.patch_embed.proj, stage.patch_embed), stage.num_prefix_tokens)
+    return in_order(
+        stage, "blocks", OutputMap(stage.patch_embed.proj, within=stage.patch_embed), stage.num_prefix_tokens
+    )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from localvit.models.registry import also_known_as, build, released_cfg
 from localvit.surgery.blocks import BlockSelection
-from localvit.surgery.paper_form import Locality, replace_feed_forwards
+from localvit.surgery.replace import Replace, replace_feed_forwards
 from localvit.surgery.sites import Site, local_sites
 
 
@@ -56,8 +56,8 @@ class LocalSwin(SwinTransformer):
         factory = {"device": device, "dtype": dtype}
         super().__init__(*args, mlp_ratio=mlp_ratio, strict_img_size=False, **factory, **kwargs)  # type: ignore[misc]
 
-        def locality_of(site: Site) -> Locality:
-            return Locality(
+        def locality_of(site: Site) -> Replace:
+            return Replace(
                 act=act,
                 reduction=site.dim // 4 if reduction is None else reduction,
                 expand_ratio=mlp_ratio if expand_ratio is None else expand_ratio,

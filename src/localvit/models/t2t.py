@@ -22,10 +22,11 @@ from localvit.models.registry import also_known_as, build, released_cfg
 from localvit.models.vit import LocalViT
 from localvit.surgery.blocks import BlockSelection, select_blocks
 from localvit.surgery.hosts.timm_plain import in_order
-from localvit.surgery.paper_form import Locality
+from localvit.surgery.replace import Replace
 from localvit.surgery.sites import Site, host
-from localvit.tokens.grid import Grid, GridSource
+from localvit.tokens.grid import Grid
 from localvit.tokens.layouts import TokenSequence
+from localvit.tokens.sources import InputMap, OutputMap, enclose_calls
 
 
 @register_notrace_function  # It asks for dtype and device type, which a graph tracer does not know.
@@ -62,7 +63,7 @@ class TokenPerformer(nn.Module):
         locality: for the feed-forward; None for the ordinary one behind a norm.
     """
 
-    def __init__(self, in_dim: int, dim: int, locality: Locality | None, *, device=None, dtype=None) -> None:
+    def __init__(self, in_dim: int, dim: int, locality: Replace | None, *, device=None, dtype=None) -> None:
         super().__init__()
         factory = {"device": device, "dtype": dtype}
         self.local = locality is not None
@@ -77,7 +78,8 @@ class TokenPerformer(nn.Module):
             self.mlp = nn.Sequential(nn.Linear(dim, dim, **factory), nn.GELU(), nn.Linear(dim, dim, **factory))
         else:
             grid = Grid()
-            grid.follow_input(self)
+            InputMap(self).connect(grid)
+            enclose_calls(self, grid)
             self.mlp = locality.feed_forward(dim, TokenSequence(grid), **factory)
 
     def init_weights(self) -> None:
@@ -117,7 +119,7 @@ class TokensToToken(PatchEmbed):
         in_chans: int,
         embed_dim: int,
         *,
-        locality: Locality | None,
+        locality: Replace | None,
         device=None,
         dtype=None,
         **kwargs: Any,
@@ -177,7 +179,7 @@ class LocalT2T(LocalViT):
     ) -> None:
         ablation = {"depthwise": depthwise, "depthwise_first": depthwise_first}
         local = bool(select_blocks(local_blocks, depth))
-        locality = Locality(act="hs", expand_ratio=1.0, **ablation) if local else None
+        locality = Replace(act="hs", expand_ratio=1.0, **ablation) if local else None
         super().__init__(
             *args,
             depth=depth,
@@ -206,7 +208,7 @@ class LocalT2T(LocalViT):
 @host(f"{__name__}.LocalT2T")
 def _sites(model: LocalT2T) -> Iterator[Site]:
     """Those of the blocks; the tokenizer's transformers are its own."""
-    return in_order(model, "blocks", GridSource(model.patch_embed), model.num_prefix_tokens)
+    return in_order(model, "blocks", OutputMap(model.patch_embed, height_dim=1), model.num_prefix_tokens)
 
 
 default_cfgs = generate_default_cfgs(

@@ -17,7 +17,7 @@ from localvit.inference.last_block import PREFIX_READERS
 from localvit.models.positions import PositionGrids, move_positions, patch_grid, resample_positions
 from localvit.models.registry import also_known_as, build, released_cfg
 from localvit.surgery.blocks import BlockSelection, select_blocks
-from localvit.surgery.paper_form import Locality, replace_feed_forwards
+from localvit.surgery.replace import Replace, replace_feed_forwards
 from localvit.surgery.sites import local_sites
 
 # These branch on shapes, which a graph tracer cannot follow; timm registers its own for the files of its own models.
@@ -67,7 +67,7 @@ class LocalTNT(TNT):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(img_size, patch_size, mlp_ratio=mlp_ratio, legacy=True, **factory, **kwargs)
         patch_grid(self.pixel_embed.img_size, self.pixel_embed.patch_size)
-        locality = Locality(
+        locality = Replace(
             act=act,
             reduction=self.embed_dim if reduction is None else reduction,
             expand_ratio=mlp_ratio if expand_ratio is None else expand_ratio,

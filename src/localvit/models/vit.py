@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from localvit.models.positions import PositionGrids
 from localvit.models.registry import also_known_as, build, released_cfg
 from localvit.surgery.blocks import BlockSelection
-from localvit.surgery.paper_form import Locality, replace_feed_forwards
+from localvit.surgery.replace import Replace, replace_feed_forwards
 from localvit.surgery.sites import local_sites
 
 
@@ -24,7 +24,7 @@ class LocalViT(VisionTransformer):
     grid. Arguments are timm's and:
 
     Args:
-        act, reduction, expand_ratio, depthwise, depthwise_first: see `localvit.surgery.paper_form.Locality`;
+        act, reduction, expand_ratio, depthwise, depthwise_first: see `localvit.Replace`;
             `expand_ratio` is `mlp_ratio` unless given.
         local_blocks: which blocks, from 1: None for all, "1-4", "9-12", any list; none of them is the plain ViT.
 
@@ -50,7 +50,7 @@ class LocalViT(VisionTransformer):
     ) -> None:
         factory = {"device": device, "dtype": dtype}
         super().__init__(*args, mlp_ratio=mlp_ratio, dynamic_img_size=True, **factory, **kwargs)  # type: ignore[misc]
-        locality = Locality(
+        locality = Replace(
             act=act,
             reduction=reduction,
             expand_ratio=mlp_ratio if expand_ratio is None else expand_ratio,

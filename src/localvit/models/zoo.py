@@ -9,7 +9,7 @@ import timm
 from torch import nn
 
 from localvit.models.registry import RELEASE
-from localvit.surgery.localize import localize as put_locality
+from localvit.surgery.localize import localize_with_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,4 +151,4 @@ def create_model(
         raise ValueError(f"no model is called {name!r}{hint}")
     model: Any = timm.create_model(name, pretrained=pretrained, **kwargs)
     model.made_from = {"name": name, "args": {key: value for key, value in kwargs.items() if value is not None}}
-    return model if localize is None else put_locality(model, **localize)
+    return model if localize is None else localize_with_options(model, localize, inplace=True)

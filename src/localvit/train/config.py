@@ -21,7 +21,7 @@ class TrainConfig:
     model_args: dict[str, Any] = field(default_factory=dict)
     """More arguments of the model, such as depthwise=false or local_blocks=1-4."""
     localize: dict[str, Any] | None = None
-    """Put locality into the model by localvit.localize, with these arguments, such as kernel_size=5 or preserve=false;
+    """Put locality into the model by localvit.localize, with these arguments, such as kernel_size=5 or method=replace;
     without any, its defaults."""
     finetune: str | None = None
     """Weights to begin with: a checkpoint file, or a model's name for its released ones."""

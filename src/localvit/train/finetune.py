@@ -17,8 +17,8 @@ from localvit.data.preprocessing import Preprocessing
 from localvit.inference.runner import is_checkpoint_path, load_model
 from localvit.models.positions import positions_like
 from localvit.models.zoo import create_model, published_model
-from localvit.surgery.branch import CHILD
-from localvit.surgery.localize import locality_modules, localize
+from localvit.surgery.adapter import CHILD
+from localvit.surgery.localize import locality_modules, localize_with_options
 from localvit.utils.weight_files import CheckpointError
 
 
@@ -55,7 +55,9 @@ def load_pretrained(
         raise ValueError(f"{len(class_names)} class names for a model of {model.num_classes} classes")
     held, held_classes, preprocessing = _load_source(source, model)
     if hasattr(model, "localized") and not locality_modules(held):
-        localize(held, **model.localized.options)  # what its weights do not have begins as it does here
+        localize_with_options(
+            held, model.localized.options, inplace=True
+        )  # what its weights do not have begins as it does here
         remark(f"{source}: has no locality; it is put into {len(locality_modules(held))} feed-forwards")
     heads = _head_entries(model) | _head_entries(held)
     state_dict, wanted = held.state_dict(), model.state_dict()
