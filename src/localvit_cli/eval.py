@@ -100,7 +100,7 @@ def run_evaluation(asked: Eval, ready, options) -> None:
     import time
     from dataclasses import replace
 
-    from localvit.checkpoints.checkpoint import versions
+    from localvit.checkpoints import versions
     from localvit.data.classes import IMAGENET_SUBSETS, subset_classes
     from localvit.data.datasets import open_images
     from localvit.evaluation.evaluate import evaluate

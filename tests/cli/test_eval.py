@@ -142,7 +142,7 @@ def test_flags_that_make_no_sense_are_status_2(workplace, arguments, says, capsy
     ("arguments", "says"),
     [
         (["@/nowhere.pth"], "no checkpoint at"),
-        (["@/cut.safetensors"], "cut off"),
+        (["@/cut.safetensors"], "truncated"),
         (["localvit_tiyn"], "did you mean localvit_tiny"),
         (["@/good.safetensors", "--data-path", "@/nowhere"], "no such folder"),
         (["@/good.safetensors", "--data-path", "@/good"], "no val/ folder"),

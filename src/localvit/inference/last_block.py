@@ -19,6 +19,9 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from localvit.models.pvt import LocalPVT
+from localvit.models.pvt_stage import Block as PyramidBlock
+from localvit.models.tnt import LocalTNT
 from localvit.ops.stages import is_untouched
 from localvit.surgery.branch import LocalityBranch, detach, has_branch
 from localvit.tokens.mlp import FusedMlp
@@ -144,8 +147,12 @@ PREFIX_READERS: dict[type[nn.Module], PrefixReader] = {
     VisionTransformer: PrefixReader(block=Block),
     VisionTransformerDistilled: PrefixReader(block=Block),
     tnt.TNT: PrefixReader(block=tnt.Block, shortened=LastOuterBlock),
+    LocalTNT: PrefixReader(block=tnt.Block, shortened=LastOuterBlock),
+    LocalPVT: PrefixReader(
+        block=PyramidBlock, shortened=LastPyramidBlock, blocks=lambda model: model.stages[-1].blocks
+    ),
 }
-"""Families add their own. A row holds for subclasses too, as long as they leave all of `FORWARDS` alone."""
+"""A row holds for subclasses too, as long as they leave all of `FORWARDS` alone."""
 FORWARDS = ("forward", "forward_features", "forward_head", "pool")
 """The methods that a model goes through from its images to its logits."""
 
