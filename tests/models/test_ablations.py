@@ -129,18 +129,9 @@ def test_every_family_runs_with_every_activation(name, act):
     assert torch.isfinite(model(images(name).float())).all()
 
 
-WIDTHS = {  # of the first block of the small models
-    "localvit_nano_patch4_32": 48,
-    "localvit_swin_tiny_patch4_window7_224": 24,
-    "localvit_tnt_t_patch16_224": 48,
-    "localvit_pvt_tiny": 8,
-    "localvit_T2t_conv7": 48,
-}
-
-
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_expand_ratio_reduction_and_depthwise_change_the_module(name):
-    width = WIDTHS[name]
+    width = blocks_of(small_model(name, local_blocks=[]))[0].mlp.fc1.in_features
     conv = blocks_of(small_model(name, expand_ratio=3.0, reduction=2))[0].mlp.conv
     assert [tuple(conv[i].weight.shape) for i in (0, 3)] == [(3 * width, width, 1, 1), (3 * width, 1, 3, 3)]
     assert conv[6].fc[0].weight.shape == (3 * width // 2, 3 * width)

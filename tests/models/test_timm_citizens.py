@@ -48,14 +48,14 @@ def randomized(model):
 def is_unused(model, name):
     """Whether the logits do not depend on the parameter.
 
-    The head of every family but Swin reads only the class token, and locality in the last block changes only the image
+    A head that pools by token reads only the class token, and locality in the last block changes only the image
     tokens. T2T's second norm exists only for published state dicts.
     """
     published = published_key(model, name)
     if published.startswith("tokens_to_token"):
         return ".norm2." in published and any(".conv." in published_key(model, key) for key in model.state_dict())
     slots = [key for key, module in model.named_modules() if isinstance(module, LocalityMlp)]
-    return "Swin" not in type(model).__name__ and bool(slots) and name.startswith(f"{slots[-1]}.")
+    return model.global_pool == "token" and bool(slots) and name.startswith(f"{slots[-1]}.")
 
 
 @pytest.mark.parametrize(("alias", "published"), ALIASES.items())
@@ -252,6 +252,13 @@ def test_tokens_that_do_not_fill_the_grid_raise_with_both_numbers(name):
 def test_unknown_arguments_raise(name):
     with pytest.raises(TypeError, match="localty"):
         small_model(name, localty=True)
+
+
+def test_only_the_plain_transformer_can_be_distilled():
+    for name in ONE_OF_EACH:
+        if family(name) is not LocalViT:
+            with pytest.raises(TypeError, match="distilled"):
+                small_model(name, distilled=True)
 
 
 @pytest.mark.parametrize("name", LOCAL)

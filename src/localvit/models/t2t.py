@@ -194,8 +194,9 @@ class LocalT2T(LocalViT):
 
     def init_weights(self, *args: Any, **kwargs: Any) -> None:
         super().init_weights(*args, **kwargs)
+        _, num_tokens, dim = self.pos_embed.shape
         with torch.no_grad():
-            self.pos_embed.copy_(sinusoid(*self.pos_embed.shape[1:], device=self.pos_embed.device))
+            self.pos_embed.copy_(sinusoid(num_tokens, dim, self.pos_embed.device))
         self.pos_embed.requires_grad_(False)
 
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:

@@ -37,6 +37,8 @@ class LocalViT(Family, VisionTransformer):
     @classmethod
     def create(cls, distilled: bool = False, **kwargs: Any) -> "LocalViT":
         """The model, with DeiT's distillation token if `distilled`."""
+        if distilled and cls is not LocalViT:
+            raise TypeError(f"{cls.__name__} has no argument distilled")
         return (LocalViTDistilled if distilled else cls)(**kwargs)
 
     def __init__(
