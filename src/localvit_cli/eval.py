@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from localvit.checkpoints.checkpoint import versions
+from localvit.checkpoints import versions
 from localvit.data.classes import IMAGENET_SUBSETS, readable_class_names, subset_classes
 from localvit.data.datasets import open_images
 from localvit.evaluation.evaluate import Evaluation, evaluate

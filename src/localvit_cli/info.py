@@ -9,11 +9,12 @@ from typing import Annotated, Any
 
 import tyro
 
-from localvit.checkpoints.checkpoint import Checkpoint, read_checkpoint, versions
+from localvit.checkpoints import Checkpoint, read_checkpoint, versions
 from localvit.data.preprocessing import Preprocessing
 from localvit.inference.cost import count_multiply_adds, count_parameters, locality_report, summarize_blocks
 from localvit.inference.runner import is_checkpoint_path, load_model
-from localvit.models.zoo import create_model, published_model
+from localvit.models.factory import create_model
+from localvit.models.registry import find_model
 from localvit.utils.tables import format_table
 from localvit_cli import UsageError
 from localvit_cli.named_values import named_values
@@ -86,14 +87,15 @@ def _contents(checkpoint: Checkpoint, class_names: list[str] | None) -> dict[str
 
 def _model_facts(model: Any, preprocessing: Preprocessing) -> dict[str, Any]:
     name = model.made_from["name"]
-    published = published_model(name)
+    registered = find_model(name)
+    published = registered if registered and registered.paper_name else None
     cfg = model.pretrained_cfg
     in_chans = model.made_from["args"].get("in_chans", cfg["input_size"][0])
     input_size = (in_chans, *preprocessing.input_size)
     return {
         "name": name,
         "published_name": published.name if published else None,
-        "friendly_name": published.friendly if published else None,
+        "friendly_name": published.alias if published else None,
         "paper_name": published.paper_name if published else None,
         "architecture": type(model).__name__,
         "num_classes": model.num_classes,

@@ -13,8 +13,8 @@ from localvit.bench.measure import LATENCY_CALLS, measure, number_of_rounds
 from localvit.bench.prepare import BenchModel, BenchOptions, prepare, saved_bytes
 from localvit.bench.result import Latency, Quartiles
 from localvit.bench.tables import as_text, as_values
-from localvit.checkpoints.checkpoint import save_checkpoint
-from localvit.models.zoo import create_model
+from localvit.checkpoints import save_checkpoint
+from localvit.models.factory import create_model
 
 NANO = "localvit_nano_patch4_32"
 CPU = torch.device("cpu")

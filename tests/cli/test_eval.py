@@ -142,7 +142,7 @@ def test_invalid_flag_values_exit_with_2(workplace, arguments, message, capsys):
     ("arguments", "message"),
     [
         (["@/nowhere.pth"], "no checkpoint at"),
-        (["@/cut.safetensors"], "cut off"),
+        (["@/cut.safetensors"], "truncated"),
         (["localvit_tiyn"], "did you mean localvit_tiny"),
         (["@/good.safetensors", "--data-path", "@/nowhere"], "no such folder"),
         (["@/good.safetensors", "--data-path", "@/good"], "no val/ folder"),

@@ -7,7 +7,7 @@ import torch
 from tiny import STILL, tiny_config
 from torch import nn
 
-from localvit.checkpoints.checkpoint import read_checkpoint
+from localvit.checkpoints import read_checkpoint
 from localvit.data.datasets import open_images
 from localvit.data.images import UnreadableImage
 from localvit.evaluation.evaluate import evaluate

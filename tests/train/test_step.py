@@ -109,7 +109,7 @@ def test_early_stopping_ends_after_so_many_epochs_without_a_better_one(tiny_digi
 def test_a_teacher_is_learned_from(tiny_digits, tmp_path):
     """The teacher's weight in the loss reaches the distillation head alone, and the files stay those of a student."""
     import localvit
-    from localvit.checkpoints.checkpoint import read_checkpoint, save_checkpoint
+    from localvit.checkpoints import read_checkpoint, save_checkpoint
 
     teacher = localvit.create_model("localvit_nano_patch4_32", num_classes=3)
     save_checkpoint(teacher, tmp_path / "teacher.safetensors", class_names=["0", "1", "2"])

@@ -17,7 +17,8 @@ from localvit.data.preprocessing import Preprocessing
 from localvit.inference.cost import count_multiply_adds, count_parameters
 from localvit.inference.fusion import fuse
 from localvit.inference.runner import is_checkpoint_path, load_model
-from localvit.models.zoo import create_model, published_model
+from localvit.models.factory import create_model
+from localvit.models.registry import find_model
 
 Call = Callable[[], Any]
 _SAVED_AT = (2, 4)  # batch sizes between which the growth per image is taken
@@ -154,7 +155,7 @@ def prepare(source: str, options: BenchOptions, input_size: tuple[int, int] | No
         size_args: dict[str, Any] = {"img_size": input_size} if input_size else {}
         model = create_model(source, **size_args).eval()
         preprocessing = Preprocessing.from_pretrained_cfg(model.pretrained_cfg, input_size)
-        published = published_model(source)
+        published = find_model(source)
         if published is not None and preprocessing.input_size == tuple(model.pretrained_cfg["input_size"][1:]):
             acc1 = published.acc1
     channels = model.made_from["args"].get("in_chans", model.pretrained_cfg["input_size"][0])

@@ -20,6 +20,9 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from localvit.models.pvt import LocalPVT
+from localvit.models.pvt_stage import Block as PyramidBlock
+from localvit.models.tnt import LocalTNT
 from localvit.ops.stages import is_untouched
 from localvit.surgery.adapter import LocalityAdapter, detach, has_adapter
 from localvit.surgery.override import override_forward
@@ -145,8 +148,12 @@ PREFIX_READERS: dict[type[nn.Module], PrefixReader] = {
     VisionTransformer: PrefixReader(block=Block),
     VisionTransformerDistilled: PrefixReader(block=Block),
     tnt.TNT: PrefixReader(block=tnt.Block, shortened=LastOuterBlock),
+    LocalTNT: PrefixReader(block=tnt.Block, shortened=LastOuterBlock),
+    LocalPVT: PrefixReader(
+        block=PyramidBlock, shortened=LastPyramidBlock, blocks=lambda model: model.stages[-1].blocks
+    ),
 }
-"""Model files add their own classes. Subclasses are included as long as they override none of `FORWARDS`."""
+"""Subclasses are included as long as they override none of `FORWARDS`."""
 FORWARDS = ("forward", "forward_features", "forward_head", "pool")
 """The methods that a model calls from its images to its logits."""
 

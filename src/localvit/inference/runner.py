@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from localvit.checkpoints.checkpoint import Checkpoint, model_from_checkpoint
+from localvit.checkpoints import Checkpoint, model_from_checkpoint
 from localvit.data.classes import model_class_names
 from localvit.data.images import ImageSequence, PreparedImages
 from localvit.data.preprocessing import Preprocessing
 from localvit.data.workers import init_worker, iterate_batches
 from localvit.inference.fusion import fuse
-from localvit.models.zoo import create_model
+from localvit.models.factory import create_model
 from localvit.utils.devices import choose_device
 
 CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar")

@@ -15,7 +15,7 @@ def override_forward(module: nn.Module, forward: Callable[..., Any], *bound: Any
     """
     module.forward = partial(forward, module, *bound)  # type: ignore[method-assign]
     # A replica takes over all attributes, and with them the forward that is bound to the original.
-    module._replicate_for_data_parallel = partial(_replicate, module, forward, *bound)
+    module._replicate_for_data_parallel = partial(_replicate, module, forward, *bound)  # type: ignore[method-assign]
 
 
 def restore_forward(module: nn.Module) -> None:

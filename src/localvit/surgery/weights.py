@@ -4,14 +4,13 @@ import json
 from pathlib import Path
 from typing import TypeVar
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from localvit.surgery.localize import Localized, locality_modules, localize_with_options
 from localvit.utils.files import atomic_write
-from localvit.utils.weight_files import CheckpointError, read_weight_file
+from localvit.utils.weight_files import CheckpointError, check_plain_arguments, read_header, read_weight_file
 
 HEADER = "localvit_locality"
 
@@ -72,12 +71,15 @@ def load_locality(model: Model, path: str | Path) -> Model:
     """
     path = Path(path)
     tensors = read_weight_file(path)
-    with safetensors.safe_open(path, framework="pt") as file:
-        header = (file.metadata() or {}).get(HEADER)
+    header = read_header(path, HEADER)
     if header is None:
         raise CheckpointError(f"{path} was not written by save_locality: it has no options of localize")
+    check_plain_arguments(path, header)
     if not locality_modules(model):
-        localize_with_options(model, json.loads(header), inplace=True)
+        try:
+            localize_with_options(model, header, inplace=True)
+        except TypeError as error:
+            raise CheckpointError(f"{path} has a damaged header: {error}") from error
     own = locality_state(model)
     wrong = sorted(
         key

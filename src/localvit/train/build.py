@@ -10,7 +10,7 @@ import torch
 from timm.data import Mixup
 from torch import Tensor, nn
 
-from localvit.checkpoints.checkpoint import describe, versions
+from localvit.checkpoints import make_header, versions
 from localvit.data.classes import match_classes
 from localvit.data.images import Images
 from localvit.data.preprocessing import Preprocessing
@@ -78,7 +78,7 @@ class Training:
     def describe(self) -> dict[str, Any]:
         """What checkpoints say of the model and of the run."""
         about = {"config": self.config.to_dict(), "images_per_step": self.images_per_step}
-        return describe(self.state.model, self.class_names, self.preprocessing.to_dict(), about)
+        return make_header(self.state.model, self.class_names, self.preprocessing.to_dict(), about)
 
 
 def build(config: TrainConfig, remark: Remark = lambda message: None, resume: str | None = None) -> Training:

@@ -7,16 +7,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import timm
 from torch import Tensor, nn
 
-from localvit.checkpoints.checkpoint import Checkpoint, img_size_of, load_weights, read_checkpoint, weights_for
-from localvit.checkpoints.fit import describe_mismatch, state_dict_mismatch
+from localvit.checkpoints import (
+    Checkpoint,
+    describe_mismatch,
+    img_size_of,
+    load_weights,
+    read_checkpoint,
+    state_dict_mismatch,
+    weights_for,
+)
 from localvit.data.classes import model_class_names
 from localvit.data.preprocessing import Preprocessing
 from localvit.inference.runner import is_checkpoint_path, load_model
+from localvit.models.factory import create_model, is_model, pretrained_cfg
+from localvit.models.family import Family
 from localvit.models.positions import positions_like
-from localvit.models.zoo import create_model, published_model
+from localvit.models.registry import find_model
 from localvit.surgery.adapter import CHILD
 from localvit.surgery.localize import locality_modules, localize_with_options
 from localvit.utils.weight_files import CheckpointError
@@ -87,9 +95,9 @@ def load_pretrained(
 
 def check_released(name: str) -> None:
     """Raise CheckpointError if no weights of the model called `name` were released, ValueError if there is none."""
-    if not timm.is_model(name):
+    if not is_model(name):
         create_model(name)  # raises, saying which names are close
-    cfg = timm.get_pretrained_cfg(name)
+    cfg = pretrained_cfg(name)
     if cfg is None or not cfg.has_weights:
         raise CheckpointError(f"no weights of {name} were released: give a checkpoint file of it")
 
@@ -129,11 +137,11 @@ def _rebuild_like(checkpoint: Checkpoint, model: Any) -> Any:
         size = {"img_size": img_size} if img_size else {}
         with contextlib.suppress(ValueError):  # patches that do not divide the released models' images
             candidates.append(create_model(model.made_from["name"], **arguments | size))
-    if not hasattr(model, "PUBLISHED_KEYS"):
+    if not isinstance(model, Family):
         checkpoint = replace(checkpoint, raw=_timm_names(checkpoint.raw, candidates[0]))
     fitting = (held for held in candidates if not state_dict_mismatch(weights_for(held, checkpoint), held.state_dict()))
     held = next(fitting, candidates[0])
-    load_weights(held, replace(checkpoint, img_size=img_size_of(held)))
+    load_weights(held, checkpoint, checkpoint_img_size=img_size_of(held))
     return held
 
 
@@ -191,7 +199,7 @@ def _differences(held: Mapping[str, Any], model: Mapping[str, Any]) -> str:
     """What two models were made with that differs and may change what the same weights do."""
     said: dict[str, list[str]] = {}
     for made_from in (held, model):
-        published = published_model(made_from["name"])
+        published = find_model(made_from["name"])
         said.setdefault("model", []).append(published.name if published else made_from["name"])
     free = ("num_classes", "img_size", "dtype", "device", "localize")
     for key in sorted(held["args"].keys() | model["args"].keys()):

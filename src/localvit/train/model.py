@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from localvit.data.preprocessing import Preprocessing
 from localvit.data.training_batches import RandomPurpose, seed_random
-from localvit.models.zoo import create_model
+from localvit.models.factory import create_model
 from localvit.train.config import TrainConfig
 from localvit.train.finetune import load_pretrained
 from localvit.train.optimization import freeze
