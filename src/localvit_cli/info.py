@@ -16,7 +16,7 @@ from localvit.inference.runner import names_file, ready_model
 from localvit.models.zoo import create_model, published_model
 from localvit.utils.tables import format_table
 from localvit_cli import UsageError
-from localvit_cli.named_values import named_values
+from localvit_cli.tyro_rules import named_values
 
 _SHOWN_CLASSES = 5
 
@@ -39,7 +39,7 @@ class Info:
                 raise UsageError(f"--localize needs the name of a model; {self.model} is a checkpoint file")
             facts = _file_facts(Path(self.model))
         else:
-            localize = None if self.localize is None else named_values("--localize", self.localize)
+            localize = None if self.localize is None else named_values(self.localize)
             model: Any = create_model(self.model, device="meta", localize=localize)
             facts = {"file": None, "model": _model_facts(model, Preprocessing.of_cfg(model.pretrained_cfg))}
         # Metrics in a checkpoint may be NaN, which JSON does not have.
