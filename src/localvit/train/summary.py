@@ -114,7 +114,7 @@ def write_summary(config: TrainConfig, result: RunResult, device: torch.device) 
     parts = [
         f"# {config.model} on {config.data_set}",
         _table(("", ""), summary_rows(config, result, device)),
-        "Epochs count from 1 here and in curves.png, and from 0 in log.txt and metrics.csv. Losses are in nats.",
+        "Epochs count from 1 here, and from 0 in log.txt and metrics.csv. Losses are in nats.",
     ]
     if (config.output_dir / CURVES).exists():
         parts.append(f"![Loss and accuracy by epoch]({CURVES})")
