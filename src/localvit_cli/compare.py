@@ -117,9 +117,7 @@ def _as_text(runs: list[Run], groups: list[Group]) -> str:
         "The loss is the validation loss after the last epoch, in nats.",
         "Time (h:mm:ss) is the duration of the training steps, without evaluation.",
         "?: unknown, because the folder has no config.yaml." if any(run.settings is None for run in runs) else "",
-        "Means are given with the sample standard deviation over n runs that differ only in their seed."
-        if groups
-        else "",
+        "Means are over n runs, with their sample standard deviation." if groups else "",
         f"Not included in the means: {', '.join(left_out)}." if left_out else "",
     )
     return "\n\n".join([*parts, "\n".join(filter(None, notes))])

@@ -129,7 +129,7 @@ def _check_names(settings: Mapping[str, Any]) -> None:
     TrainConfig(**{name: value for name, value in settings.items() if name not in TrainConfig.model_fields})
 
 
-def _grouped(settings: Mapping[str, Any]) -> dict[str, SettingsGroup]:
+def _grouped(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The groups of `Train` with these settings, by the group's name."""
     return {
         group.name: group.type(**{name: settings[name] for name in group.type.model_fields if name in settings})
