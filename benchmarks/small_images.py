@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> None:
                 flags = ["--recipe", "small_images_32", "--data-path", str(options.data_path), *arguments]
                 flags += ["--epochs", str(epochs), "--seed", str(seed), "--output-dir", str(folder), "--resume", "auto"]
                 subprocess.run(
-                    [sys.executable, "-m", "localvit_cli", "train", *flags],
+                    [sys.executable, "-m", "localvit", "train", *flags],
                     env={"OMP_NUM_THREADS": "1"} | os.environ,  # results then do not depend on the number of cores
                     check=True,
                 )

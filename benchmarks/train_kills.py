@@ -32,7 +32,7 @@ def start(folder: Path, workers: int, epochs: int, *more: str) -> subprocess.Pop
     """Start a training process."""
     flags = [*SETTINGS, "--epochs", str(epochs), "--workers", str(workers), "--output-dir", str(folder), *more]
     return subprocess.Popen(
-        [sys.executable, "-m", "localvit_cli", "train", *flags],
+        [sys.executable, "-m", "localvit", "train", *flags],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
