@@ -211,7 +211,7 @@ def digits(tmp_path_factory):
     return write_some_digits(tmp_path_factory.mktemp("digits"), classes=3, train=13, val=3)
 
 
-@pytest.fixture(scope="module", params=[([], 12), (LAUNCH, 6)], ids=["alone", "launched"])
+@pytest.fixture(scope="module", params=[([], 12), (LAUNCH, 6)], ids=["one process", "two processes"])
 def trained(request, digits, tmp_path_factory):
     """A run by the published command, in one process or two: what it said, its folder and its batch size."""
     launcher, batch_size = request.param
@@ -263,7 +263,7 @@ def address(trained, monkeypatch, tmp_path):
     server.server_close()
 
 
-@pytest.mark.parametrize("trained", [([], 12)], ids=["alone"], indirect=True)
+@pytest.mark.parametrize("trained", [([], 12)], ids=["one process"], indirect=True)
 def test_resuming_from_an_address_uses_the_epoch_of_the_checkpoint(trained, digits, address, tmp_path, capsys):
     output_dir = tmp_path / "further"
     flags = [*TRAIN, "--batch-size", "12", "--data-path", str(digits), "--device", "cpu", "--epochs", "4"]

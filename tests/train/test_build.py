@@ -10,14 +10,16 @@ import torch
 from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.transforms import RandomResizedCropAndInterpolation
-from tiny import tiny_config
+from tiny import STILL, tiny_config
 
 import localvit
+import localvit.train
 from localvit.data.images import DataError
 from localvit.data.preprocessing import Preprocessing
 from localvit.train.augmentation import augmentation, build_mixup
 from localvit.train.builder import build
 from localvit.train.config import TrainConfig
+from localvit.train.loop import fit
 from localvit.train.optimization import build_optimizer, build_scheduler, set_learning_rate
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -86,7 +88,7 @@ def test_small_images_are_padded_and_cropped():
         ]
         assert len(places) == 1
         seen |= set(places)
-    assert len(seen) > 20  # of 81 places; 40 even draws hit 32 on average
+    assert len(seen) > 20  # of 81 places; 40 uniform samples hit 32 different ones on average
 
 
 def test_images_of_another_size_are_first_resized():
@@ -191,3 +193,33 @@ def test_fine_tuning_uses_the_normalization_of_the_weights(tiny_digits, tmp_path
     assert (tuned.preprocessing.mean, tuned.preprocessing.std) == ((0.5,) * 3, (0.5,) * 3)
     transform = tuned.batches.images.repeated.transform
     assert [step.mean.tolist() for step in transform.transforms if hasattr(step, "mean")] == [[0.5] * 3]
+
+
+def test_a_custom_loss_is_minimized(tiny_digits, tmp_path):
+    """The first loss is that of torch's margin loss in float64, on the same batch with the same weights."""
+    settings = {"epochs": 1, "warmup_epochs": 0, "batch_size": 20, "drop_path_rate": 0.0, **STILL}
+    training = build(tiny_config(tiny_digits, tmp_path / "run", **settings), criterion=torch.nn.MultiMarginLoss())
+    fit(training)
+    fresh = build(tiny_config(tiny_digits, tmp_path / "fresh", **settings))
+    ((images_BCHW, labels_B),) = fresh.batches.epoch(0)
+    logits_BM = fresh.state.model.double().train()(images_BCHW.double())
+    expected = torch.nn.functional.multi_margin_loss(logits_BM, labels_B).item()
+    # float32 training against float64
+    assert training.state.rows[0]["train_loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_run_in_python_prints_what_it_is_and_its_result(tiny_digits, tmp_path):
+    training = localvit.train.build(tiny_config(tiny_digits, tmp_path, epochs=2))
+    assert str(training).splitlines() == [
+        "localvit_nano_patch4_32: 730,783 trained parameters, images of 32 x 32 pixels",
+        "DIGITS: 39 training images, 9 validation images",
+        "2 epochs of 2 steps with 14 images, on cpu in float32",
+    ]
+    result = localvit.train.fit(training)
+    rows = training.state.rows
+    assert (result.num_epochs, result.last) == (2, result.last | rows[1])
+    lines = dict(line.split("  ", 1) for line in str(result).splitlines() if line[:1].strip())
+    best = 1 + (rows[1]["test_acc1"] > rows[0]["test_acc1"])
+    assert lines["best epoch"].strip().startswith(f"{best}: Acc@1 {rows[best - 1]['test_acc1']:.3f} %")
+    assert lines["last epoch"].strip().startswith("2: ")
+    assert lines["speed"].endswith("images/s")

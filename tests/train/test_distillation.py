@@ -220,12 +220,12 @@ def test_images_of_another_size(name, resized, message, tmp_path, caplog):
     assert "has no class names" in caplog.messages[0]
     assert message in caplog.messages[1]
     values = torch.rand(2, 3, 48, 32)
-    shown = normalized(values, model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
+    resized_images = normalized(values, model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
     if resized:
-        shown = F.interpolate(shown, (224, 224), mode="bicubic", antialias=True)
+        resized_images = F.interpolate(resized_images, (224, 224), mode="bicubic", antialias=True)
     ours = teacher(normalized(values, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
     # Normalized before and after resizing; float32
-    torch.testing.assert_close(ours, model(shown).detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours, model(resized_images).detach(), rtol=1e-4, atol=1e-4)
 
 
 def test_released_weights_of_a_name(tmp_path, monkeypatch):

@@ -52,10 +52,10 @@ def test_fine_tuning_starts_with_the_function_of_the_base(base, tmp_path, caplog
 def test_replacing_keeps_all_weights_but_those_of_the_feed_forwards(base, tmp_path):
     plain, _ = localvit.model_from_checkpoint(base)
     model = built(base, tmp_path, localize={"preserve": False, "reduction": 8})
-    held, wanted = plain.state_dict(), model.state_dict()
-    gone = {name for name in held if ".mlp." in name or ".norm2." in name}
-    assert held.keys() - wanted.keys() == gone
-    assert all(torch.equal(wanted[name], held[name]) for name in held.keys() - gone)
+    before, after = plain.state_dict(), model.state_dict()
+    gone = {name for name in before if ".mlp." in name or ".norm2." in name}
+    assert before.keys() - after.keys() == gone
+    assert all(torch.equal(after[name], before[name]) for name in before.keys() - gone)
 
 
 def test_a_head_for_other_classes_is_trained_with_frozen_features(base, tmp_path):

@@ -132,7 +132,7 @@ def build(config: TrainConfig, *, criterion: Loss | None = None, resume: str | N
     if config.warmup_epochs >= config.epochs:
         logger.warning(
             f"the learning rate never reaches its peak: the run has {config.epochs} epochs, and the warm-up takes "
-            f"{config.warmup_epochs}"
+            f"{config.warmup_epochs:g}"
         )
     train_images, val_images = run_on_all_ranks(lambda: open_train_and_val(config))
     check_same_on_all_ranks({"the images": {"train": _fingerprint(train_images), "val": _fingerprint(val_images)}})

@@ -288,9 +288,3 @@ class TrainConfig(
 
     def __str__(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
-
-
-GROUPS: tuple[type[SettingsGroup], ...] = tuple(
-    base for base in reversed(TrainConfig.__bases__) if issubclass(base, SettingsGroup)
-)
-"""The groups of settings, in the order in which they are shown."""

@@ -81,7 +81,7 @@ def draw_comparison(runs: Mapping[str, Sequence[Sequence[Row]]], image: Path) ->
         ValueError: if there is no run, or there are more names than line styles.
     """
     if not runs:
-        raise ValueError("there is no finished epoch to draw")
+        raise ValueError("there is no finished epoch to plot")
     if len(runs) > len(_STYLES):
         raise ValueError(f"one plot shows at most {len(_STYLES)} lines, not {len(runs)}; name fewer runs")
     ends = {name: [rows[-1]["test_acc1"] for rows in logs] for name, logs in runs.items()}
