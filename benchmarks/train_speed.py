@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from localvit.train.build import Training, build
+from localvit.train.builder import Training, build
 from timm.data import create_dataset, create_loader
 from torch import nn
 

@@ -98,7 +98,7 @@ def test_a_plot_shows_runs_with_a_finished_epoch(folders, capsys, tmp_path):
         ([], 2, "no run given"),
         (["here", "nowhere"], 1, "nowhere: no such folder"),
         (["here", "--plot", "runs.gif"], 2, "runs.gif must end in .png, .svg, .pdf"),
-        (["empty", "--plot", "runs.png"], 1, "no finished epoch to draw"),
+        (["empty", "--plot", "runs.png"], 1, "no finished epoch to plot"),
     ],
 )
 def test_errors(tmp_path, monkeypatch, capsys, arguments, status, words):

@@ -393,7 +393,7 @@ def _distilled(kind, tmp_path):
         ),
         (_other_depth, CheckpointError, [NANO[0], "surplus (blocks.2."]),
         (_missing_and_surplus, CheckpointError, ["1 missing (norm.bias)", "1 surplus (extra.weight)"]),
-        (_released_otherwise, CheckpointError, ["it contains a localvit_swin_tiny_patch4_window7_224"]),
+        (_released_otherwise, CheckpointError, ["it is a localvit_swin_tiny_patch4_window7_224"]),
         (_positions_of_no_known_size, CheckpointError, ["1 of another shape (pos_embed)"]),
         (partial(_distilled, "ours"), CheckpointError, ["has a distillation token", "distilled=true"]),
         (partial(_distilled, "plain"), CheckpointError, ["has a distillation token", "distilled=true"]),
@@ -417,7 +417,7 @@ def test_errors_are_one_line_and_the_model_is_unchanged(source, error, parts, tm
 @pytest.mark.parametrize("kind", ["ours", "plain"])
 def test_a_distilled_model_needs_a_distilled_source(kind, tmp_path):
     path = saved(make(*NANO), tmp_path / "source", kind)
-    with pytest.raises(CheckpointError, match=r"the model has a distillation token and .* has none"):
+    with pytest.raises(CheckpointError, match=r"the model has a distillation token, and .* has neither"):
         load_pretrained(make(NANO[0], NANO[1] | {"distilled": True}), path)
 
 
