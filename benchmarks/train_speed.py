@@ -16,10 +16,10 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from localvit.train.builder import Training, build
 from timm.data import create_dataset, create_loader
 from torch import nn
 
+from localvit.train.builder import Training, build
 from localvit.train.config import TrainConfig
 from localvit.train.step import train_step
 
