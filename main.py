@@ -1,4 +1,4 @@
-"""The published command line, kept: `python main.py --model NAME --eval --resume FILE --data-path DIR`."""
+"""The published program's command line: `python main.py --model NAME --eval --resume FILE --data-path DIR`."""
 
 import sys
 

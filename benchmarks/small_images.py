@@ -1,12 +1,12 @@
-"""Does locality help where there are few and small images, and does it still when training is longer?
+"""Compare LocalViT with a plain transformer on small images, for several lengths of training.
 
     python benchmarks/small_images.py run --data-path cifar10 --epochs 1 3 --seeds 0 1 2 --output-dir runs/small
     python benchmarks/small_images.py report --output-dir runs/small --figure docs/figures/small_images.png
 
-`run` trains three arms of the recipe `small_images_32` that differ in nothing else: LocalViT; the control, its
-feed-forward without the depth-wise convolution (same norms, activations and gate, no neighbors); and the plain
-transformer. Runs that are finished are left alone, those that were interrupted go on. `report` prints the accuracies as
-a Markdown table and draws them. cifar10/ holds train/<class>/ and val/<class>/.
+`run` trains three models with the recipe `small_images_32`, with no other difference: LocalViT; the control, whose
+feed-forward lacks the depth-wise convolution (same norms, activations and gate, but no exchange between neighbors); and
+the plain transformer. Finished runs are skipped, interrupted ones are resumed. `report` prints the accuracies as a
+Markdown table and plots them. cifar10/ contains train/<class>/ and val/<class>/.
 """
 
 import argparse
@@ -17,6 +17,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
 from localvit.train.run_folder import LOG, read_log
 
 ARMS = {
@@ -26,23 +29,23 @@ ARMS = {
 }
 
 
-def run(asked: argparse.Namespace) -> None:
-    """Train what is not yet trained, short schedules first."""
-    for epochs in sorted(asked.epochs):
-        for seed in asked.seeds:
-            for arm, (_, flags, _) in ARMS.items():
-                folder = asked.output_dir / f"{arm}-e{epochs}-s{seed}"
-                told = ["--recipe", "small_images_32", "--data-path", str(asked.data_path), *flags]
-                told += ["--epochs", str(epochs), "--seed", str(seed), "--output-dir", str(folder), "--resume", "auto"]
+def run(options: argparse.Namespace) -> None:
+    """Train all runs that are not finished, short schedules first."""
+    for epochs in sorted(options.epochs):
+        for seed in options.seeds:
+            for arm, (_, arguments, _) in ARMS.items():
+                folder = options.output_dir / f"{arm}-e{epochs}-s{seed}"
+                flags = ["--recipe", "small_images_32", "--data-path", str(options.data_path), *arguments]
+                flags += ["--epochs", str(epochs), "--seed", str(seed), "--output-dir", str(folder), "--resume", "auto"]
                 subprocess.run(
-                    [sys.executable, "-m", "localvit", "train", *told],
-                    env={"OMP_NUM_THREADS": "1"} | os.environ,  # so that a seed gives the same bits on any machine
+                    [sys.executable, "-m", "localvit", "train", *flags],
+                    env={"OMP_NUM_THREADS": "1"} | os.environ,  # results then do not depend on the number of cores
                     check=True,
                 )
 
 
-def finished(directory: Path) -> Iterator[tuple[int, int, str, list[float]]]:
-    """Epochs, seed, arm, and Acc@1 after each epoch, of every finished run."""
+def finished_runs(directory: Path) -> Iterator[tuple[int, int, str, list[float]]]:
+    """Epochs, seed, arm, and Acc@1 after each epoch, for every finished run."""
     for folder in sorted(directory.glob("*-e*-s*")):
         arm, epochs, seed = folder.name.split("-")
         if (folder / LOG).exists():
@@ -51,16 +54,16 @@ def finished(directory: Path) -> Iterator[tuple[int, int, str, list[float]]]:
                 yield int(epochs[1:]), int(seed[1:]), arm, acc1
 
 
-def spread(values: list[float]) -> str:
+def mean_std(values: list[float]) -> str:
     """Mean and sample standard deviation."""
     deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.2f}{deviation}"
 
 
-def report(asked: argparse.Namespace) -> None:
-    """Print the table, and draw the figure."""
+def report(options: argparse.Namespace) -> None:
+    """Print the table, and plot the figure."""
     curves: dict[int, dict[str, dict[int, list[float]]]] = {}
-    for epochs, seed, arm, acc1 in finished(asked.output_dir):
+    for epochs, seed, arm, acc1 in finished_runs(options.output_dir):
         curves.setdefault(epochs, {name: {} for name in ARMS})[arm][seed] = acc1
     print(f"| epochs | seeds | {' | '.join(title for title, _, _ in ARMS.values())} | LocalViT - plain | - control |")
     print(f"|---|---|{'---|' * (len(ARMS) + 2)}")
@@ -70,20 +73,17 @@ def report(asked: argparse.Namespace) -> None:
             continue
         last = {arm: [runs[seed][-1] for seed in seeds] for arm, runs in arms.items()}
         gains = [
-            spread([local - other for local, other in zip(last["local"], last[arm], strict=True)])
+            mean_std([local - other for local, other in zip(last["local"], last[arm], strict=True)])
             for arm in ("plain", "control")
         ]
-        cells = [str(epochs), ", ".join(map(str, seeds)), *(spread(last[arm]) for arm in ARMS), *gains]
+        cells = [str(epochs), ", ".join(map(str, seeds)), *(mean_std(last[arm]) for arm in ARMS), *gains]
         print(f"| {' | '.join(cells)} |")
-    if asked.figure:
-        draw(curves, asked.figure)
+    if options.figure:
+        draw(curves, options.figure)
 
 
 def draw(curves: dict[int, dict[str, dict[int, list[float]]]], image: Path) -> None:
-    """Accuracy by epoch of the longest schedule, and at the end of each."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
+    """Plot the accuracy by epoch of the longest schedule, and at the end of each schedule."""
     figure = Figure(figsize=(9, 3.6), dpi=110, layout="constrained")
     by_epoch, by_length = figure.subplots(1, 2, sharey=True)
     longest = max(curves)
@@ -97,8 +97,8 @@ def draw(curves: dict[int, dict[str, dict[int, list[float]]]], image: Path) -> N
         by_length.plot(list(ends), [statistics.mean(values) for values in ends.values()], color=color)
         for epochs, values in ends.items():
             by_length.scatter([epochs] * len(values), values, color=color, s=14)
-    by_epoch.set(title=f"schedule of {longest} epochs, a line a seed", xlabel="epochs trained", ylabel="Acc@1 (%)")
-    by_length.set(title="end of each schedule, a dot a seed", xlabel="epochs of the schedule")
+    by_epoch.set(title=f"schedule of {longest} epochs, one line per seed", xlabel="epoch", ylabel="Acc@1 (%)")
+    by_length.set(title="end of each schedule, one dot per seed", xlabel="epochs of the schedule")
     by_epoch.legend(frameon=False)
     for axes in (by_epoch, by_length):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -110,16 +110,16 @@ def draw(curves: dict[int, dict[str, dict[int, list[float]]]], image: Path) -> N
 
 
 def main() -> None:
-    """Run or report, as asked."""
+    """Run or report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["run", "report"])
+    parser.add_argument("action", choices=["run", "report"])
     parser.add_argument("--data-path", type=Path)
     parser.add_argument("--epochs", type=int, nargs="+", default=[1, 3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output-dir", type=Path, default=Path("runs/small"))
     parser.add_argument("--figure", type=Path)
-    asked = parser.parse_args()
-    {"run": run, "report": report}[asked.what](asked)
+    options = parser.parse_args()
+    {"run": run, "report": report}[options.action](options)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""What does the training loop cost, beside the model and the images?
+"""Measure the cost of the training loop and of loading images, compared with the bare model.
 
     python benchmarks/train_speed.py loop|loader|memory --data-path FOLDER [--model localvit_tiny] [--rounds 5]
 
-`loop` compares the CPU time of whole steps of `localvit train` with that of the bare forward, backward and update of
-the same model on the same batches, in interleaved rounds. `loader` reads the images with `localvit train`'s batches
-and with timm's own loader: the same transforms, batch size and workers, in interleaved rounds. `memory` trains 1,000
-steps and prints what the process holds every 100. FOLDER holds train/<class>/ and val/<class>/, or class folders.
+`loop` compares the CPU time of full steps of `localvit train` with that of only forward, backward and update of the
+same model on the same batches, in interleaved rounds. `loader` reads images with `localvit train`'s batches and with
+timm's loader, with the same transforms, batch size and workers, in interleaved rounds. `memory` trains 1,000 steps and
+prints the memory of the process every 100. FOLDER contains train/<class>/ and val/<class>/, or class folders.
 """
 
 import argparse
@@ -19,19 +19,19 @@ import torch
 from timm.data import create_dataset, create_loader
 from torch import nn
 
-from localvit.train.build import Training, build
+from localvit.train.builder import Training, build
 from localvit.train.config import TrainConfig
 from localvit.train.step import train_step
 
 
-def build_run(asked: argparse.Namespace, **changes) -> Training:
-    """A run of the published settings on the asked images."""
+def build_run(options: argparse.Namespace, **changes) -> Training:
+    """A run with the published settings on the given images."""
     settings = {
-        "model": asked.model,
+        "model": options.model,
         "data_set": "FOLDER",
-        "data_path": asked.data_path,
-        "batch_size": asked.batch_size,
-        "workers": asked.workers,
+        "data_path": options.data_path,
+        "batch_size": options.batch_size,
+        "workers": options.workers,
         "output_dir": Path("runs/speed"),
         "repeated_aug": False,
         "ema_decay": None,
@@ -41,7 +41,7 @@ def build_run(asked: argparse.Namespace, **changes) -> Training:
 
 
 def bare_step(model: nn.Module, optimizer: torch.optim.Optimizer, images_BCHW, targets) -> float:
-    """Forward, backward and update, and no more."""
+    """Only forward, backward and update."""
     model.train()
     optimizer.zero_grad()
     loss = nn.functional.cross_entropy(model(images_BCHW), targets)
@@ -50,13 +50,13 @@ def bare_step(model: nn.Module, optimizer: torch.optim.Optimizer, images_BCHW, t
     return loss.item()
 
 
-def loop(asked: argparse.Namespace) -> None:
-    """CPU seconds a step, bare and whole, on batches that lie ready; one thread, so that neighbors matter less."""
+def loop(options: argparse.Namespace) -> None:
+    """CPU seconds per step, bare and full, on batches in memory, with one thread to reduce noise."""
     torch.set_num_threads(1)
-    run = build_run(asked, mixup=0.0, cutmix=0.0, label_smoothing=0.0, workers=0)
-    ready = list(islice(run.batches.epoch(0), asked.steps))
-    seconds: dict[str, list[float]] = {"bare": [], "whole": []}
-    for number in range(asked.rounds + 1):
+    run = build_run(options, mixup=0.0, cutmix=0.0, label_smoothing=0.0, workers=0)
+    ready = list(islice(run.batches.epoch(0), options.steps))
+    seconds: dict[str, list[float]] = {"bare": [], "full": []}
+    for number in range(options.rounds + 1):
         for name in seconds:
             batches = iter(ready)
             started = time.process_time()
@@ -67,38 +67,38 @@ def loop(asked: argparse.Namespace) -> None:
                     train_step(run, batches, stop=False)
             if number:  # the first round warms up
                 seconds[name].append((time.process_time() - started) / len(ready))
-    ratios = [whole / bare - 1 for bare, whole in zip(*seconds.values(), strict=True)]
-    bare, whole = (statistics.median(part) for part in seconds.values())
+    ratios = [full / bare - 1 for bare, full in zip(*seconds.values(), strict=True)]
+    bare, full = (statistics.median(part) for part in seconds.values())
     rounds = ", ".join(f"{ratio:+.2%}" for ratio in ratios)
     print(
-        f"{asked.model}, batch {asked.batch_size}: bare {bare:.4f} CPU s a step, whole {whole:.4f}; "
+        f"{options.model}, batch {options.batch_size}: bare {bare:.4f} CPU s per step, full {full:.4f}; "
         f"the loop costs {statistics.median(ratios):+.2%} (rounds {rounds})"
     )
 
 
-def loader(asked: argparse.Namespace) -> None:
-    """Images a second of both loaders."""
-    run = build_run(asked)
+def loader(options: argparse.Namespace) -> None:
+    """Images per second of both loaders."""
+    run = build_run(options)
     images = run.batches.images.images
-    folder = asked.data_path / "train" if (asked.data_path / "train").is_dir() else asked.data_path
+    folder = options.data_path / "train" if (options.data_path / "train").is_dir() else options.data_path
     transform = run.batches.images.repeated.transform
     dataset = create_dataset("", root=str(folder), split="train")
-    theirs = create_loader(
+    timm_loader = create_loader(
         dataset,
         input_size=(3, *run.preprocessing.input_size),
-        batch_size=asked.batch_size,
+        batch_size=options.batch_size,
         is_training=True,
         use_prefetcher=False,
-        num_workers=asked.workers,
+        num_workers=options.workers,
         persistent_workers=True,
         device=torch.device("cpu"),
     )
-    dataset.transform = transform  # the very same one
+    dataset.transform = transform
     rates: dict[str, list[float]] = {"ours": [], "timm's": []}
-    list(islice(run.batches.epoch(0), 2)), list(islice(theirs, 2))  # start the workers
-    for number in range(asked.rounds):
+    list(islice(run.batches.epoch(0), 2)), list(islice(timm_loader, 2))  # start the workers
+    for number in range(options.rounds):
         for name in rates:
-            batches = run.batches.epoch(number) if name == "ours" else theirs
+            batches = run.batches.epoch(number) if name == "ours" else timm_loader
             started, count = time.perf_counter(), 0
             for images_BCHW, _ in batches:
                 count += len(images_BCHW)
@@ -107,14 +107,14 @@ def loader(asked: argparse.Namespace) -> None:
     ours, other = (statistics.median(part) for part in rates.values())
     rounds = ", ".join(f"{ratio:.3f}" for ratio in ratios)
     print(
-        f"{len(images)} images, batch {asked.batch_size}, {asked.workers} workers: ours {ours:.0f} images/s, "
+        f"{len(images)} images, batch {options.batch_size}, {options.workers} workers: ours {ours:.0f} images/s, "
         f"timm's {other:.0f}; ratio {statistics.median(ratios):.3f} (rounds {rounds})"
     )
 
 
-def memory(asked: argparse.Namespace) -> None:
-    """What the process holds every 100 of 1,000 steps, in MB."""
-    run = build_run(asked, epochs=1000, ema_decay=0.99)
+def memory(options: argparse.Namespace) -> None:
+    """Memory of the process in MB, every 100 of 1,000 steps."""
+    run = build_run(options, epochs=1000, ema_decay=0.99)
     page, taken = os.sysconf("SC_PAGE_SIZE"), 0
     for epoch in range(1000):
         run.state.epoch = epoch
@@ -131,17 +131,17 @@ def memory(asked: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Measure what is asked for."""
+    """Run one measurement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("question", choices=["loop", "loader", "memory"])
+    parser.add_argument("measurement", choices=["loop", "loader", "memory"])
     parser.add_argument("--data-path", type=Path, required=True)
     parser.add_argument("--model", default="localvit_tiny")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=8, help="of a round of `loop`")
+    parser.add_argument("--steps", type=int, default=8, help="steps per round of `loop`")
     parser.add_argument("--rounds", type=int, default=5)
-    asked = parser.parse_args()
-    {"loop": loop, "loader": loader, "memory": memory}[asked.question](asked)
+    options = parser.parse_args()
+    {"loop": loop, "loader": loader, "memory": memory}[options.measurement](options)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Folders as runs leave them, written by hand."""
+"""Output folders of runs, written by hand."""
 
 import csv
 import json
@@ -12,15 +12,15 @@ SETTINGS = {"model": "localvit_nano_patch4_32", "data_set": "DIGITS", "warmup_ep
 
 
 def log_row(epoch: int, acc1: float, loss: float = 1.25) -> dict:
-    """A row of the published keys."""
+    """A row of the log, with the published keys."""
     values = {"train_lr": 1e-3, "train_loss": loss + 0.5, "test_loss": loss, "test_acc1": acc1, "test_acc5": 97.0}
     return values | {"epoch": epoch, "n_parameters": 731_074}
 
 
 def write_run(folder: Path, accuracies: list[float], *, metrics: dict | None = None, **settings) -> Path:
-    """A run with an epoch for each accuracy; `metrics` are measured in each epoch."""
+    """Write the folder of a run with one epoch per accuracy; `metrics` are the measurements of every epoch."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = TrainConfig.of(SETTINGS | {"output_dir": str(folder)} | settings)
+    config = TrainConfig(**(SETTINGS | {"output_dir": str(folder)} | settings))
     (folder / "config.yaml").write_text("# torch: 2\n" + yaml.safe_dump(config.to_dict()))
     rows = [log_row(epoch, acc1, loss=2.0 - acc1 / 100) for epoch, acc1 in enumerate(accuracies)]
     if rows:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from PIL import Image
 
-from localvit_cli.published import Published, to_config
-from localvit_cli.train import Train
+from localvit_cli.published import parse as parse_published
+from localvit_cli.published import to_config
+from localvit_cli.train import parse
 from published import published_state
 
 ROOT = Path(__file__).parents[1]
@@ -60,10 +60,10 @@ def run_commands(block: str, folder: Path) -> None:
 
 def check_flags(words: list[str]) -> None:
     if words[0] == "main.py":
-        config = to_config(tyro.cli(Published, args=words[1:]))
+        config = to_config(parse_published(words[1:]))
     else:
         assert words[1] == "train"
-        config = tyro.cli(Train, args=words[2:]).to_config()
+        config = parse(words[2:]).to_config()
     assert (config.batch_size, config.epochs) == (128, 300)
 
 

@@ -51,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def parse_and_run() -> int | None:
         module = importlib.import_module(f"localvit_cli.{name.replace('-', '_')}")
+        if name == "train":  # its defaults depend on the recipe among its arguments
+            return module.parse(arguments[1:]).run()
         command: Any = getattr(module, name.title().replace("-", ""))
         return tyro.cli(command, prog=f"localvit {name}", args=arguments[1:]).run()
 

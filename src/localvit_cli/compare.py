@@ -1,61 +1,68 @@
-"""`localvit compare`: training runs side by side."""
+"""`localvit compare`: compare training runs."""
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 
+from localvit.train.compare import (
+    Group,
+    MeanStd,
+    Run,
+    differing_settings,
+    group_by_settings,
+    groups,
+    read_runs,
+    shared_name,
+)
+from localvit.train.summary import setting_text
+from localvit.utils.tables import format_table
 from localvit_cli import UsageError
 
-if TYPE_CHECKING:
-    from localvit.train.compare import Group, Run, Spread
+logger = logging.getLogger(__name__)
 
 _HEADINGS = ("run", "state", "epochs", "best Acc@1", "epoch", "last Acc@1", "loss", "time", "images/s", "parameters")
-_RESULTS_ON_THE_RIGHT = range(2, len(_HEADINGS))
-_GROUP_HEADINGS = ("runs alike but for the seed", "n", "best Acc@1", "last Acc@1", "loss")
+_RIGHT_ALIGNED = range(2, len(_HEADINGS))
+_GROUP_HEADINGS = ("runs with the same settings", "n", "best Acc@1", "last Acc@1", "loss")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compare:
-    """Put training runs side by side: results, the settings in which they differ, and means over seeds."""
+    """Compare training runs: results, the settings in which they differ, and means over seeds."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")]
-    """Folders of runs (--output-dir of each). Of runs that differ in the seed alone, mean and spread are told too."""
+    """Folders of runs (their --output-dir). Runs that differ only in their seed are also averaged."""
     json: bool = False
-    """JSON instead of tables."""
+    """Print JSON instead of tables."""
     plot: Path | None = None
-    """Image of accuracy and training loss to draw: PNG, SVG or PDF by its ending."""
+    """Plot accuracy and training loss to this file, as PNG, SVG or PDF depending on its suffix."""
 
     def run(self) -> None:
-        """Print the comparison, and draw it if asked."""
+        """Print the comparison, and plot it if requested."""
         if not self.runs:
-            raise UsageError("no run is named; give the folders of one or more, such as runs/*/")
-        from localvit.train.compare import groups, read_runs
-
+            raise UsageError("no run given; give the folders of one or more runs, such as runs/*/")
         runs = read_runs(self.runs)
         if self.plot:
-            _draw(runs, self.plot)
+            _plot(runs, self.plot)
         print(_as_json(runs, groups(runs)) if self.json else _as_text(runs, groups(runs)), flush=True)
 
 
-def _draw(runs: "list[Run]", image: Path) -> None:
-    from localvit.train.compare import alike, shared_name
-    from localvit.train.curves import FORMATS, draw_comparison
-    from localvit_cli.console import say
+def _plot(runs: list[Run], image: Path) -> None:
+    from localvit.train.curves import FORMATS, draw_comparison  # needs matplotlib, an extra
 
     if image.suffix.lower() not in FORMATS:
         raise UsageError(f"--plot {image} must end in {', '.join(FORMATS)}")
-    lots = alike([run for run in runs if run.rows])
-    draw_comparison({shared_name(lot, runs): [run.rows for run in lot] for lot in lots}, image)
-    say(f"plot: {image}")
+    grouped = group_by_settings([run for run in runs if run.rows])
+    draw_comparison({shared_name(same, runs): [run.rows for run in same] for same in grouped}, image)
+    logger.info(f"plot: {image}")
 
 
-def _as_json(runs: "list[Run]", groups: "list[Group]") -> str:
-    from localvit.train.compare import differing_settings
-
+def _as_json(runs: list[Run], groups: list[Group]) -> str:
     differing = differing_settings(runs)
     facts = {
         "runs": [
@@ -65,7 +72,7 @@ def _as_json(runs: "list[Run]", groups: "list[Group]") -> str:
                 "state": run.state,
                 "epochs": len(run.rows),
                 "epochs_to_train": run.settings["epochs"] if run.settings else None,
-                **(asdict(run.numbers) if run.numbers else {}),
+                **_result_facts(run),
                 "settings": {name: run.settings[name] for name in differing if name in run.settings}
                 if run.settings
                 else None,
@@ -85,66 +92,66 @@ def _as_json(runs: "list[Run]", groups: "list[Group]") -> str:
             for group in groups
         ],
     }
-    # Losses of a run that went wrong may be NaN, which JSON does not have.
+    # JSON has no NaN, which losses of a failed run may be.
     return json.dumps(json.loads(json.dumps(facts, default=str), parse_constant=lambda constant: None), indent=2)
 
 
-def _as_text(runs: "list[Run]", groups: "list[Group]") -> str:
-    from localvit.train.compare import differing_settings
-    from localvit.utils.tables import format_table
+def _result_facts(run: Run) -> dict[str, object]:
+    if run.result is None:
+        return {}
+    facts = asdict(run.result)
+    del facts["num_epochs"]  # is already there as "epochs"
+    return facts
 
-    parts = [format_table([*map(_result, runs)], headings=_HEADINGS, right=_RESULTS_ON_THE_RIGHT)]
+
+def _as_text(runs: list[Run], groups: list[Group]) -> str:
+    parts = [format_table([*map(_result, runs)], headings=_HEADINGS, right=_RIGHT_ALIGNED)]
     if differing := differing_settings(runs):
         parts.append(format_table([_settings(run, differing) for run in runs], headings=("run", *differing)))
     if groups:
-        parts.append(
-            format_table([*map(_group, groups)], headings=_GROUP_HEADINGS, right=range(1, len(_GROUP_HEADINGS)))
-        )
+        right = range(1, len(_GROUP_HEADINGS))
+        parts.append(format_table([*map(_group, groups)], headings=_GROUP_HEADINGS, right=right))
     left_out = [f"{name} ({why})" for group in groups for name, why in group.left_out.items()]
     notes = (
-        "Acc@1 is in percent; epochs count from 0, as in log.txt.",
-        "The loss is the last epoch's on the validation images, in nats.",
-        "Time (h:mm:ss) is that of the training steps, without evaluation.",
-        "?: the folder has no config.yaml that would say." if any(run.settings is None for run in runs) else "",
-        "Means are told with the sample standard deviation over n runs." if groups else "",
-        f"Not in the means: {', '.join(left_out)}." if left_out else "",
+        "Acc@1 is in percent. Epochs count from 1 here, and from 0 in log.txt.",
+        "The loss is the validation loss after the last epoch, in nats.",
+        "Time (h:mm:ss) is the duration of the training steps, without evaluation.",
+        "?: unknown, because the folder has no config.yaml." if any(run.settings is None for run in runs) else "",
+        "Means are over n runs, with their sample standard deviation." if groups else "",
+        f"Not included in the means: {', '.join(left_out)}." if left_out else "",
     )
     return "\n\n".join([*parts, "\n".join(filter(None, notes))])
 
 
-def _result(run: "Run") -> tuple[str, ...]:
-    from datetime import timedelta
-
-    numbers = run.numbers
+def _result(run: Run) -> tuple[str, ...]:
+    result = run.result
     epochs = f"{len(run.rows)}/{run.settings['epochs'] if run.settings else '?'}"
-    if numbers is None:
+    if result is None:
         return (run.name, run.state, epochs, *["-"] * 7)
     return (
         run.name,
         run.state,
         epochs,
-        f"{numbers.best['test_acc1']:.3f}",
-        f"{numbers.best['epoch']:.0f}",
-        f"{numbers.last['test_acc1']:.3f}",
-        f"{numbers.last['test_loss']:.4f}",
-        "-" if numbers.seconds is None else str(timedelta(seconds=round(numbers.seconds))),
-        "-" if numbers.images_per_second is None else f"{numbers.images_per_second:,.1f}",
-        f"{numbers.last['n_parameters']:,.0f}",
+        f"{result.best['test_acc1']:.3f}",
+        f"{result.best['epoch'] + 1:.0f}",
+        f"{result.last['test_acc1']:.3f}",
+        f"{result.last['test_loss']:.4f}",
+        "-" if result.seconds is None else str(timedelta(seconds=round(result.seconds))),
+        "-" if result.images_per_second is None else f"{result.images_per_second:,.1f}",
+        f"{result.last['n_parameters']:,.0f}",
     )
 
 
-def _settings(run: "Run", names: Sequence[str]) -> tuple[str, ...]:
-    from localvit.train.summary import setting_text
-
-    told = run.settings
-    if told is None:
+def _settings(run: Run, names: Sequence[str]) -> tuple[str, ...]:
+    settings = run.settings
+    if settings is None:
         return (run.name, *["?"] * len(names))
-    return (run.name, *(setting_text(told[name]) if name in told else "-" for name in names))
+    return (run.name, *(setting_text(settings[name]) if name in settings else "-" for name in names))
 
 
-def _group(group: "Group") -> tuple[str, ...]:
-    def text(spread: "Spread", digits: int) -> str:
-        return f"{spread.mean:.{digits}f} ± {spread.std:.{digits}f}"
+def _group(group: Group) -> tuple[str, ...]:
+    def text(value: MeanStd, digits: int) -> str:
+        return f"{value.mean:.{digits}f} ± {value.std:.{digits}f}"
 
-    spreads = (text(group.best_acc1, 3), text(group.last_acc1, 3), text(group.last_loss, 4))
-    return (group.name, str(len(group.runs)), *spreads)
+    values = (text(group.best_acc1, 3), text(group.last_acc1, 3), text(group.last_loss, 4))
+    return (group.name, str(len(group.runs)), *values)

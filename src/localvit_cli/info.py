@@ -17,7 +17,7 @@ from localvit.models.factory import create_model
 from localvit.models.registry import find_model
 from localvit.utils.tables import format_table
 from localvit_cli import UsageError
-from localvit_cli.named_values import named_values
+from localvit_cli.tyro_rules import named_values
 
 _SHOWN_CLASSES = 5
 
@@ -40,7 +40,7 @@ class Info:
                 raise UsageError(f"--localize needs the name of a model; {self.model} is a checkpoint file")
             facts = _file_facts(Path(self.model))
         else:
-            localize = None if self.localize is None else named_values("--localize", self.localize)
+            localize = None if self.localize is None else named_values(self.localize)
             model: Any = create_model(self.model, device="meta", localize=localize)
             facts = {
                 "file": None,

@@ -1,137 +1,181 @@
-"""`localvit train`: train a model by a recipe, a file of settings, and flags."""
+"""`localvit train`: train a model with settings from a recipe, a YAML file and flags."""
 
-import ast
-import inspect
+import argparse
+import logging
 import os
-from dataclasses import dataclass, fields
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any
 
 import tyro
+from pydantic import ValidationError
 
-from localvit.train.config import TrainConfig
-from localvit.train.run_folder import CONFIG
-from localvit.train.settings import read_recipe, read_settings
+from localvit.train.builder import build
+from localvit.train.config import (
+    AugmentationSettings,
+    AverageSettings,
+    DataSettings,
+    LossSettings,
+    MixingSettings,
+    ModelSettings,
+    OptimizationSettings,
+    RunSettings,
+    ScheduleSettings,
+    SettingsGroup,
+    TrainConfig,
+)
+from localvit.train.dry_run import dry_run
+from localvit.train.loop import Stopped, fit
+from localvit.train.recipe import describe_errors, read_recipe, read_settings, recipe_names
+from localvit.train.run_folder import CONFIG, LAST
+from localvit.train.summary import summary_rows, write_summary
+from localvit.utils.devices import choose_device
+from localvit.utils.distributed import is_main, process_group
+from localvit.utils.tables import format_table
 from localvit_cli import UsageError
-from localvit_cli.named_values import named_values
+from localvit_cli.console import progress
+from localvit_cli.tyro_rules import REGISTRY
 
-_NAMED_VALUES = ("model_args", "localize")
+logger = logging.getLogger(__name__)
 
-
-def _flags() -> Any:
-    """A flag for each field of `TrainConfig`, with its type and docstring; those not given stay out of the dict.
-
-    Only a dict tells what was given from what was left at its default, which a recipe may change.
-    """
-    (class_body,) = (node.body for node in ast.parse(inspect.getsource(TrainConfig)).body)  # type: ignore[attr-defined]
-    help_of = {
-        named.target.id: text.value.value.replace("`", "")
-        for named, text in pairwise(class_body)
-        if isinstance(named, ast.AnnAssign) and isinstance(named.target, ast.Name)
-    }
-    flags: dict[str, Any] = {
-        field.name: Annotated[
-            field.type, tyro.conf.arg(help=help_of[field.name], help_behavior_hint=f"(default: {field.default})")
-        ]
-        for field in fields(TrainConfig)
-        if field.name not in _NAMED_VALUES
-    }
-    for name in _NAMED_VALUES:
-        flags[name] = Annotated[tuple[str, ...], tyro.conf.arg(help=help_of[name], metavar="NAME=VALUE ...")]
-    return TypedDict("Flags", flags, total=False)  # type: ignore[operator]
+_RECIPE_HELP = f"Recipe that comes with the package: {', '.join(recipe_names())}."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """Train a model. Flags go before the settings of --config, and those before the recipe's."""
+    """Train a model. Flags override --config, and --config overrides --recipe.
 
-    recipe: str | None = None
-    """A recipe that comes with the package, like digits."""
+    The defaults shown are those of the given --recipe and --config.
+    """
+
+    recipe: Annotated[str | None, tyro.conf.arg(help=_RECIPE_HELP)] = None
     config: Path | None = None
-    """A YAML file of settings, named like the flags with `_` for `-`."""
+    """YAML file of settings, named like the flags but with _ instead of -."""
     resume: str | None = None
-    """auto goes on with the run in the output folder, under its settings, or begins one; a file goes on from it."""
+    """auto resumes the run in --output-dir with its own settings, or starts a new one. A file resumes from that
+    checkpoint."""
     dry_run: bool = False
-    """Build everything, take two steps, evaluate a batch, and say what the run would be."""
-    flags: Annotated[_flags(), tyro.conf.arg(name="")]  # type: ignore[valid-type]
+    """Run two training steps, evaluate one batch, print the size and duration of the run, and write nothing."""
+    data: DataSettings
+    model: ModelSettings
+    optimization: OptimizationSettings
+    schedule: ScheduleSettings
+    average: AverageSettings
+    augmentation: AugmentationSettings
+    mixing: MixingSettings
+    loss: LossSettings
+    run_and_output: RunSettings
 
     def to_config(self) -> TrainConfig:
-        """The recipe's settings, the file's, and the flags', later ones first. Raises UsageError for a bad one."""
+        """The settings of all groups. Raises UsageError if they are not valid."""
+        groups = (getattr(self, each.name) for each in fields(self))
+        settings = {name: value for group in groups if isinstance(group, SettingsGroup) for name, value in group}
         try:
-            merged = read_recipe(self.recipe) if self.recipe else {}
-            if config := self.config or self._config_to_resume():
-                merged |= read_settings(config)
-            named = {
-                name: (merged.get(name) or {}) | named_values(f"--{name.replace('_', '-')}", self.flags[name])
-                for name in _NAMED_VALUES
-                if name in self.flags
-            }
-            return TrainConfig.of(merged | self.flags | named)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
-
-    def _config_to_resume(self) -> Path | None:
-        """What the run in the output folder was told, where nothing else is said."""
-        written = Path(self.flags.get("output_dir", TrainConfig.output_dir)) / CONFIG
-        return written if self.resume == "auto" and not self.recipe and written.exists() else None
+            return TrainConfig(**settings)
+        except ValidationError as error:
+            raise UsageError(describe_errors(error)) from error
 
     def run(self) -> int:
-        """Train, and say where the checkpoints are."""
-        config = self.to_config()
-        return run_training(config, self.resume, dry_run=self.dry_run)
+        """Train, and print the final accuracy and the checkpoint's path. Returns the exit status."""
+        return run_training(self.to_config(), self.resume, is_dry_run=self.dry_run)
 
 
-def run_training(config: TrainConfig, resume: str | None = None, *, dry_run: bool = False) -> int:
-    """Train as told with a live account of it, and print the last epoch's accuracy and where its checkpoint is.
+def parse(arguments: Sequence[str]) -> Train:
+    """The command that `arguments` describe, with defaults from the --recipe and --config among them.
 
-    Returns the exit status: 0, or what stands for the signal that stopped the run. A process that torchrun started
-    again goes on by itself. A dry run says what the run would be, and leaves nothing.
+    Raises UsageError for a recipe or file that cannot be used, and SystemExit for --help or flags that cannot be read.
     """
-    from localvit.utils.devices import choose_device
-    from localvit.utils.distributed import process_group
+    loaded = _defaults(arguments)
+    command = tyro.cli(
+        Train,
+        prog="localvit train",
+        args=list(arguments),
+        default=loaded,
+        config=(tyro.conf.OmitArgPrefixes,),
+        registry=REGISTRY,
+    )
+    # Arguments of the model given as flags are added to those of the recipe.
+    merged = {"model_args": loaded.model.model_args | command.model.model_args}
+    if command.model.localize is not None:
+        merged["localize"] = (loaded.model.localize or {}) | command.model.localize
+    return replace(command, model=command.model.model_copy(update=merged))
 
+
+def _defaults(arguments: Sequence[str]) -> Train:
+    """The command without other flags than those that name where settings come from."""
+    sources = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flags in (("--recipe",), ("--config",), ("--resume",), ("--output-dir", "--output_dir")):
+        sources.add_argument(*flags, nargs="?")
+    given, _ = sources.parse_known_args(list(arguments))
+    config = Path(given.config) if given.config else None
+    if config is None and given.resume == "auto" and not given.recipe:
+        resumed = Path(given.output_dir or TrainConfig.model_fields["output_dir"].default) / CONFIG
+        config = resumed if resumed.exists() else None
+    try:
+        settings = read_recipe(given.recipe) if given.recipe else {}
+        settings |= read_settings(config) if config else {}
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    try:
+        _check_names(settings)
+        return Train(recipe=given.recipe, **_grouped(settings))
+    except ValidationError as error:
+        raise UsageError(f"{config or given.recipe}: {describe_errors(error)}") from error
+
+
+def _check_names(settings: Mapping[str, Any]) -> None:
+    """Raise ValidationError for names that are not settings."""
+    TrainConfig(**{name: value for name, value in settings.items() if name not in TrainConfig.model_fields})
+
+
+def _grouped(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The groups of `Train` with these settings, by the group's name."""
+    return {
+        group.name: group.type(**{name: settings[name] for name in group.type.model_fields if name in settings})
+        for group in fields(Train)
+        if isinstance(group.type, type) and issubclass(group.type, SettingsGroup)
+    }
+
+
+def run_training(config: TrainConfig, resume: str | None = None, *, is_dry_run: bool = False) -> int:
+    """Train with progress and log messages on standard error; print the final accuracy and the checkpoint's path.
+
+    A process restarted by torchrun resumes automatically. A dry run prints what the run would be and writes nothing.
+
+    Args:
+        config: the settings.
+        resume: as for `localvit.train.build`.
+        is_dry_run: whether to run only a few steps.
+
+    Returns:
+        The exit status: 0, or 128 plus the number of the signal that stopped the run.
+    """
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
         resume = "auto"
     with process_group(choose_device(config.device)[0]):
-        return _rehearse(config, resume) if dry_run else _train(config, resume)
+        return _dry_run(config, resume) if is_dry_run else _train(config, resume)
 
 
-def _rehearse(config: TrainConfig, resume: str | None) -> int:
-    from localvit.train.build import build
-    from localvit.train.dry_run import rehearse
-    from localvit.utils.distributed import is_main
-    from localvit.utils.tables import format_table
-    from localvit_cli.console import say
-
-    told = rehearse(build(config, say, resume))
+def _dry_run(config: TrainConfig, resume: str | None) -> int:
+    facts = dry_run(build(config, resume=resume))
     if is_main():
-        print(format_table(list(told.items())), flush=True)
+        print(format_table(list(facts.items())), flush=True)
     return 0
 
 
 def _train(config: TrainConfig, resume: str | None) -> int:
-    from localvit.train.build import build
-    from localvit.train.loop import fit
-    from localvit.train.run_folder import LAST
-    from localvit.train.stopping import Stopped
-    from localvit.train.summary import summary_rows, write_summary
-    from localvit.utils.distributed import is_main
-    from localvit.utils.tables import format_table
-    from localvit_cli.console import progress, say
-
-    run = build(config, say, resume)
-    train_images = len(run.batches.images.images)
-    say(f"model: {config.model}, {train_images:,} images to train on, {len(run.val_images):,} to evaluate on")
+    training = build(config, resume=resume)
+    logger.info(str(training))
     try:
-        with progress("train", run.images_left) as advance:
-            rows = fit(run, advance, say)
+        with progress("train", training.images_left) as advance:
+            result = fit(training, progress=advance)
     except Stopped as stopped:
-        say(f"localvit: {stopped}")
+        logger.info(f"localvit: {stopped}")
         return stopped.exit_status
-    if rows and is_main():
-        told = (config, run.state.metrics, run.options.device)
-        say(format_table(summary_rows(*told)))
-        say(f"report: {write_summary(*told)}")
-        print(f"Acc@1 {rows[-1]['test_acc1']:.3f} {config.output_dir / LAST}", flush=True)
+    if is_main():
+        device = training.options.device
+        logger.info(format_table(summary_rows(config, result, device)))
+        logger.info(f"report: {write_summary(config, result, device)}")
+        print(f"Acc@1 {result.last['test_acc1']:.3f} {config.output_dir / LAST}", flush=True)
     return 0

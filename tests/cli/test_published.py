@@ -1,21 +1,19 @@
-"""The published command line: every flag's name, default and effect on a training run, and what is refused."""
+"""The published command line: name, default and effect of every flag, training, evaluation, and errors."""
 
 import json
 import os
 import subprocess
 import sys
 import threading
-from dataclasses import asdict, replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-import tyro
 
 from localvit.checkpoints import read_checkpoint
 from localvit.train.config import TrainConfig
-from localvit_cli.published import Published, main, to_config
+from localvit_cli.published import Published, main, parse, to_config
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "train"))
@@ -29,7 +27,7 @@ DEFAULT = {
     "workers": 10,
     "output_dir": Path("runs/localvit_tiny_mlp4_act3_r192"),
 }
-"""Where a run by the published command line is told something else than a run of ours by default."""
+"""Where the defaults of the published command line differ from those of the settings."""
 
 PUBLISHED_RECIPE = {
     "opt": "adamw",
@@ -61,7 +59,7 @@ PUBLISHED_RECIPE = {
     "distillation": "none",
     "dtype": None,  # mixed precision where the device has it
 }
-"""The published training, as the paper (arXiv 2104.05707, section 4.1) and the published program have it."""
+"""The published settings, from the paper (arXiv 2104.05707, section 4.1) and the published program."""
 
 FLAGS = [
     # flag, values, published field, value read, published default, what changes of the run
@@ -124,7 +122,7 @@ FLAGS = [
     ("--distillation-type", ["hard"], "distillation_type", "hard", "none", {"distillation": "hard"}),
     ("--distillation-alpha", ["0.1"], "distillation_alpha", 0.1, 0.5, {"distillation_alpha": 0.1}),
     ("--distillation-tau", ["3"], "distillation_tau", 3.0, 1.0, {"distillation_tau": 3.0}),
-    ("--finetune", ["f.pth"], "finetune", "f.pth", "", {"finetune": "f.pth"}),
+    ("--finetune", ["f.pth"], "finetune", "f.pth", None, {"finetune": "f.pth"}),
     ("--data-path", ["d"], "data_path", Path("d"), None, {"data_path": Path("d")}),
     ("--data-set", ["CIFAR"], "data_set", "CIFAR", "IMNET", {"data_set": "CIFAR"}),
     ("--inat-category", ["order"], "inat_category", "order", "name", {"inat_category": "order"}),
@@ -133,7 +131,7 @@ FLAGS = [
     ("--device", ["cpu"], "device", "cpu", "cuda", {"device": "cpu"}),
     ("--seed", ["3"], "seed", 3, 0, {"seed": 3}),
     ("--num_workers", ["3"], "num_workers", 3, 10, {"workers": 3}),
-    # What says where a run begins, or how processes meet, is no setting of it.
+    # Flags that are not settings.
     ("--resume", ["r.pth"], "resume", "r.pth", "", {}),
     ("--start_epoch", ["3"], "start_epoch", 3, 0, {}),
     ("--eval", [], "eval", True, False, {}),
@@ -151,27 +149,27 @@ FLAGS = [
     ("flag", "values", "field", "read", "default", "changes"), FLAGS, ids=[" ".join([row[0], *row[1]]) for row in FLAGS]
 )
 def test_flag(flag, values, field, read, default, changes):
-    published = tyro.cli(Published, args=[flag, *values])
+    published = parse([flag, *values])
     assert getattr(published, field) == read
     assert getattr(Published(), field) == default
-    assert asdict(to_config(published)) == asdict(TrainConfig(**DEFAULT | changes))
+    assert to_config(published) == TrainConfig(**(DEFAULT | changes))
 
 
-def test_every_flag_is_tried():
-    assert {row[2] for row in FLAGS} == set(asdict(Published()))
+def test_every_flag_is_tested():
+    assert {row[2] for row in FLAGS} == set(Published.model_fields)
 
 
 def test_defaults_are_the_published_recipe():
-    settings = asdict(to_config(Published()))
+    settings = to_config(Published()).model_dump()
     assert {name: settings[name] for name in PUBLISHED_RECIPE} == PUBLISHED_RECIPE
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status", "says"),
+    ("arguments", "status", "parts"),
     [
-        (["--drop-path", "1"], 2, ["--drop-path", "in [0, 1)"]),
-        (["--recount", "0"], 2, ["--recount", "at least 1"]),
-        (["--sched", "linear"], 2, ["--sched", "one of cosine"]),
+        (["--drop-path", "1"], 2, ["--drop-path", "less than 1"]),
+        (["--recount", "0"], 2, ["--recount", "greater than or equal to 1"]),
+        (["--sched", "linear"], 2, ["--sched", "cosine"]),
         (["--batch-size", "7"], 2, ["--batch-size", "even"]),
         (["--start_epoch", "3"], 2, ["--start_epoch 3", "--resume"]),
         (["--eval", "--data-path", "."], 2, ["--resume"]),
@@ -182,20 +180,20 @@ def test_defaults_are_the_published_recipe():
         (["--data-set", "MNIST"], 2, ["--data-set"]),
     ],
 )
-def test_refused_by_name(arguments, status, says, capsys, tmp_path, monkeypatch):
+def test_errors_name_the_flag(arguments, status, parts, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     try:
         returned = main(arguments)
-    except SystemExit as stop:  # what no flag can hold is refused while reading the flags
+    except SystemExit as stop:  # values that cannot be read
         returned = stop.code
     assert returned == status
-    told = "".join(capsys.readouterr())
-    for part in says:
-        assert part in told
+    printed = "".join(capsys.readouterr())
+    for part in parts:
+        assert part in printed
     assert list(tmp_path.iterdir()) == []
 
 
-def test_debug_shows_where():
+def test_debug_raises_the_error():
     with pytest.raises(ValueError, match="--resume"):
         main(["--eval", "--debug"])
 
@@ -213,7 +211,7 @@ def digits(tmp_path_factory):
     return write_some_digits(tmp_path_factory.mktemp("digits"), classes=3, train=13, val=3)
 
 
-@pytest.fixture(scope="module", params=[([], 12), (LAUNCH, 6)], ids=["alone", "launched"])
+@pytest.fixture(scope="module", params=[([], 12), (LAUNCH, 6)], ids=["one process", "two processes"])
 def trained(request, digits, tmp_path_factory):
     """A run by the published command, in one process or two: what it said, its folder and its batch size."""
     launcher, batch_size = request.param
@@ -235,27 +233,27 @@ def rows_of(output_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (output_dir / "log.txt").read_text().splitlines()]
 
 
-def test_it_trains(trained, digits):
+def test_training(trained, digits):
     done, output_dir, batch_size = trained
     assert done.stdout.startswith("Acc@1 ")
-    assert done.stdout.count("\n") == 1, "the first process alone says the result"
+    assert done.stdout.count("\n") == 1, "only the first process prints the result"
     assert "no CUDA device on this machine; running on" in done.stderr
 
     rows = rows_of(output_dir)
     assert [row["epoch"] for row in rows] == [0, 1, 2]
-    # The first two epochs at the warm-up's first rate, then the cosine's epoch 1 of 3, for 12 images a step.
+    # Two epochs at the first rate of the warm-up, then epoch 1 of 3 of the cosine, for 12 images per step.
     assert [row["train_lr"] for row in rows] == [1e-3, 1e-3, pytest.approx(0.75 * 0.02 * 12 / 512, rel=1e-12)]
     checkpoint = read_checkpoint(output_dir / "last.safetensors")
     assert checkpoint.class_names == ["0", "1", "2"]
     assert checkpoint.ema is not None
-    published = tyro.cli(Published, args=[*TRAIN, "--batch-size", str(batch_size)])
-    asked = replace(to_config(published), data_path=digits, output_dir=output_dir)
-    assert TrainConfig.of(checkpoint.about["config"]) == asked
+    config = to_config(parse([*TRAIN, "--batch-size", str(batch_size)]))
+    expected = config.model_copy(update={"data_path": digits, "output_dir": output_dir})
+    assert TrainConfig(**checkpoint.about["config"]) == expected
 
 
 @pytest.fixture
 def address(trained, monkeypatch, tmp_path):
-    """Where the run's folder is served on this machine; what is downloaded goes into a cache of its own."""
+    """The address of a local server with the run's folder; downloads go to a separate cache."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *arguments: None)
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=trained[1]))
@@ -265,14 +263,14 @@ def address(trained, monkeypatch, tmp_path):
     server.server_close()
 
 
-@pytest.mark.parametrize("trained", [([], 12)], ids=["alone"], indirect=True)
-def test_it_resumes_from_an_address_at_the_checkpoints_epoch(trained, digits, address, tmp_path, capsys):
+@pytest.mark.parametrize("trained", [([], 12)], ids=["one process"], indirect=True)
+def test_resuming_from_an_address_uses_the_epoch_of_the_checkpoint(trained, digits, address, tmp_path, capsys):
     output_dir = tmp_path / "further"
-    told = [*TRAIN, "--batch-size", "12", "--data-path", str(digits), "--device", "cpu", "--epochs", "4"]
-    told += ["--output_dir", str(output_dir), "--start_epoch", "1", "--resume"]
-    assert main([*told, f"{address}/none.pth"]) == 1
+    flags = [*TRAIN, "--batch-size", "12", "--data-path", str(digits), "--device", "cpu", "--epochs", "4"]
+    flags += ["--output_dir", str(output_dir), "--start_epoch", "1", "--resume"]
+    assert main([*flags, f"{address}/none.pth"]) == 1
     assert f"could not download {address}/none.pth" in capsys.readouterr().err
-    assert main([*told, f"{address}/checkpoint.pth"]) == 0
+    assert main([*flags, f"{address}/checkpoint.pth"]) == 0
     assert "--start_epoch 1 has no effect" in capsys.readouterr().err
     before, after = rows_of(trained[1]), rows_of(output_dir)
     assert [row["epoch"] for row in after] == [0, 1, 2, 3]
@@ -280,7 +278,7 @@ def test_it_resumes_from_an_address_at_the_checkpoints_epoch(trained, digits, ad
 
 
 @pytest.mark.parametrize(("environment", "rank"), [(None, "1"), ("3", "3")])
-def test_the_launchers_rank_counts_where_the_environment_says_none(environment, rank, monkeypatch):
+def test_the_rank_flag_is_used_without_the_environment_variable(environment, rank, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", environment or "")  # so that what the program sets is undone
     if environment is None:
         monkeypatch.delenv("LOCAL_RANK")

@@ -1,4 +1,4 @@
-"""`localvit train` as a person meets it: a rehearsal, an interruption, going on, and what is refused."""
+"""`localvit train`: a dry run, an interruption and a resume, and errors."""
 
 import json
 import os
@@ -25,25 +25,25 @@ def settings(folder, data, **changes):
     return str(path)
 
 
-def test_a_dry_run_says_what_a_run_would_be_and_leaves_nothing(digits, tmp_path, capsys):
-    told = settings(tmp_path, digits, batch_size=6, grad_accum=2, epochs=7, lr=0.1)
-    assert main(["train", "--config", told, "--dry-run"]) == 0
-    shown = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
-    shown = {name: value.strip() for name, value in shown.items()}
-    assert shown["images"].startswith("39 to train on, 9")
-    assert shown["images a step"].startswith("12 ")
-    assert shown["steps"].startswith("21 ")  # 39 images are 3 steps of 12
-    assert float(shown["learning rate"].split()[0]) == pytest.approx(0.1 * 12 / 512, rel=1e-2)
-    assert shown["model"].startswith("localvit_nano_patch4_32, 730,")
-    assert {"time a step", "time in all", "memory", "runs on"} <= shown.keys()
+def test_a_dry_run_describes_the_run_and_writes_nothing(digits, tmp_path, capsys):
+    config = settings(tmp_path, digits, batch_size=6, grad_accum=2, epochs=7, lr=0.1)
+    assert main(["train", "--config", config, "--dry-run"]) == 0
+    rows = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    rows = {name: value.strip() for name, value in rows.items()}
+    assert rows["images"].startswith("39 for training, 9")
+    assert rows["images per step"].startswith("12 ")
+    assert rows["steps"].startswith("21 ")  # 39 images are 3 steps of 12
+    assert float(rows["peak learning rate"]) == pytest.approx(0.1 * 12 / 512, rel=1e-2)
+    assert rows["model"].startswith("localvit_nano_patch4_32, 730,")
+    assert {"time per step", "total time", "peak memory", "device"} <= rows.keys()
     assert [path.name for path in tmp_path.iterdir()] == ["settings.yaml"]
 
 
-def test_interrupted_it_leaves_and_goes_on_under_its_own_settings(digits, tmp_path, capsys):
-    """The folder alone is enough to go on."""
-    told = settings(tmp_path, digits, epochs=40)
+def test_an_interrupted_run_resumes_with_its_own_settings(digits, tmp_path, capsys):
+    """The command to resume names only the folder."""
+    config = settings(tmp_path, digits, epochs=40)
     run = subprocess.Popen(
-        [sys.executable, "-m", "localvit", "train", "--config", told],
+        [sys.executable, "-m", "localvit", "train", "--config", config],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -60,9 +60,9 @@ def test_interrupted_it_leaves_and_goes_on_under_its_own_settings(digits, tmp_pa
     done = len(log.read_text().splitlines())
 
     assert main(["train", "--resume", "auto", "--output-dir", str(tmp_path / "run"), "--epochs", str(done + 1)]) == 0
-    told = capsys.readouterr()
-    assert f"epochs={done + 1}, where the run began with 40" in told.err
-    assert told.out.startswith("Acc@1 ")
+    printed = capsys.readouterr()
+    assert f"epochs={done + 1}; the run started with 40" in printed.err
+    assert printed.out.startswith("Acc@1 ")
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     assert [row["epoch"] for row in rows] == list(range(done + 1))
     assert (tmp_path / "run" / "summary.md").exists()
@@ -71,11 +71,9 @@ def test_interrupted_it_leaves_and_goes_on_under_its_own_settings(digits, tmp_pa
 @pytest.mark.parametrize(
     ("flags", "status", "words"),
     [
-        (["--lr", "0"], 2, "lr=0.0 must be above 0"),
-        (["--recipe", "nothing"], 2, "no recipe is called 'nothing'"),
-        (["--model-args", "depth"], 2, "NAME=VALUE"),
+        (["--lr", "0"], 2, "lr=0.0 must be greater than 0"),
+        (["--recipe", "nothing"], 2, "there is no recipe 'nothing'"),
         (["--model-args", "depth_wise=false"], 1, "depth_wise"),
-        (["--localize", "kernel_size"], 2, "--localize kernel_size must be NAME=VALUE"),
         (["--localize", "trainable=locality"], 2, "finetune must name"),
         (["--localize"], 1, "has locality already"),
         (["--resume", "nowhere.pth"], 1, "no checkpoint at nowhere.pth"),
@@ -86,13 +84,29 @@ def test_interrupted_it_leaves_and_goes_on_under_its_own_settings(digits, tmp_pa
         (["--batch-size", "40"], 1, "batch_size=40 is more than the 39 images"),
     ],
 )
-def test_refused_in_a_line(digits, tmp_path, monkeypatch, capsys, flags, status, words):
-    told = settings(tmp_path, digits)
+def test_errors_are_one_line(digits, tmp_path, monkeypatch, capsys, flags, status, words):
+    config = settings(tmp_path, digits)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "wandb", None)
-    assert main(["train", "--config", told, *flags]) == status
+    assert main(["train", "--config", config, *flags]) == status
     err = capsys.readouterr().err
     assert words in err.splitlines()[-1]
     assert "Traceback" not in err
-    # Nothing in the folder stands in the way of trying again.
-    assert main(["train", "--config", told, "--epochs", "1"]) == 0
+    # The folder can be used for another try.
+    assert main(["train", "--config", config, "--epochs", "1"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--model-args", "depth"], "depth must be NAME=VALUE"),
+        (["--localize", "kernel_size"], "kernel_size must be NAME=VALUE"),
+        (["--lr", "high"], "--lr"),
+        (["--learning-rate", "1"], "--learning-rate"),
+    ],
+)
+def test_flags_that_cannot_be_read(capsys, flags, words):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", *flags])
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err

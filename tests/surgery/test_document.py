@@ -5,12 +5,11 @@ import shlex
 from pathlib import Path
 
 import torch
-import tyro
 
 from localvit.surgery.localize import locality_modules
 from localvit.tokens.mlp import LocalityMlp
 from localvit_cli import main
-from localvit_cli.train import Train
+from localvit_cli.train import parse
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "localize.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", DOCUMENT, flags=re.MULTILINE | re.DOTALL)
@@ -28,7 +27,7 @@ def test_every_block_runs_in_order(tmp_path, monkeypatch, capsys):
                 continue
             assert program == "localvit"
             if words[0] == "train":
-                assert tyro.cli(Train, args=words[1:]).to_config().localize == {"gate": "se"}
+                assert parse(words[1:]).to_config().localize == {"gate": "se"}
             else:
                 assert main(words) == 0
     assert [kind for kind, _ in BLOCKS].count("python") == 5

@@ -1,6 +1,7 @@
-"""What a config builds, against the published facts."""
+"""Building a run: optimizer, schedule and augmentation against the published ones, weights, and errors."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +10,16 @@ import torch
 from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.transforms import RandomResizedCropAndInterpolation
-from tiny import tiny_config
+from tiny import STILL, tiny_config
 
 import localvit
+import localvit.train
 from localvit.data.images import DataError
 from localvit.data.preprocessing import Preprocessing
-from localvit.train.augmentation import augmentation, mixing
-from localvit.train.build import build
+from localvit.train.augmentation import augmentation, build_mixup
+from localvit.train.builder import build
 from localvit.train.config import TrainConfig
+from localvit.train.loop import fit
 from localvit.train.optimization import build_optimizer, build_scheduler, set_learning_rate
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -34,7 +37,7 @@ PLAIN = {"hflip": 0.0, "auto_augment": None, "color_jitter": 0.0, "random_erasin
         ("localvit_swin_tiny", set()),
     ],
 )
-def test_what_has_no_weight_decay(name, own):
+def test_parameters_without_weight_decay(name, own):
     model = localvit.create_model(name, device="meta")
     optimizer = build_optimizer(TrainConfig(weight_decay=0.07), model, 512)
     decay_of = {parameter: group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]}
@@ -56,7 +59,7 @@ def learning_rates(config, epochs):
         yield optimizer.param_groups[0]["lr"]
 
 
-def test_learning_rate_is_the_published_one_in_every_epoch():
+def test_learning_rate_is_as_published_in_every_epoch():
     published = json.loads((GOLDEN / "schedule.json").read_text())["learning_rate_by_epoch"]
     config = TrainConfig()
     # Equal formulas in float64, in another order of operations at most.
@@ -64,7 +67,7 @@ def test_learning_rate_is_the_published_one_in_every_epoch():
     assert list(learning_rates(config, [211])) == pytest.approx(published[211:212], rel=1e-12, abs=0)
 
 
-def test_a_small_image_is_cropped_from_its_padded_self():
+def test_small_images_are_padded_and_cropped():
     height, width = 28, 31
     pixels = np.random.default_rng(5).integers(0, 256, (height, width, 3), dtype=np.uint8)
     transform = augmentation(TrainConfig(**PLAIN), Preprocessing.published((height, width)), 0.0)
@@ -85,24 +88,24 @@ def test_a_small_image_is_cropped_from_its_padded_self():
         ]
         assert len(places) == 1
         seen |= set(places)
-    assert len(seen) > 20  # of 81 places; 40 even draws hit 32 on average
+    assert len(seen) > 20  # of 81 places; 40 uniform samples hit 32 different ones on average
 
 
-def test_an_image_of_another_size_is_first_resized_as_for_evaluation():
+def test_images_of_another_size_are_first_resized():
     preprocessing = Preprocessing.published((32, 32))
     image = Image.fromarray(np.random.default_rng(7).integers(0, 256, (53, 71, 3), dtype=np.uint8))
     assert augmentation(TrainConfig(**PLAIN), preprocessing, 0.0)(image).shape == (3, 32, 32)
 
 
-def test_a_larger_image_is_cropped_and_resized():
+def test_larger_images_are_cropped_and_resized():
     transform = augmentation(TrainConfig(), Preprocessing.published((48, 64)), 0.25)
     image = Image.fromarray(np.random.default_rng(7).integers(0, 256, (53, 71, 3), dtype=np.uint8))
     assert isinstance(transform.transforms[0], RandomResizedCropAndInterpolation)
     assert transform(image).shape == (3, 48, 64)
 
 
-def test_posterizing_to_no_bits_is_black():
-    """As Pillow did it before 13, which refuses; the published policy draws it now and then."""
+def test_posterizing_to_0_bits_is_black():
+    """As in Pillow before version 13, which raises an error. The published policy uses it now and then."""
     transform = augmentation(
         TrainConfig(auto_augment="rand-m10-n9-mstd0-inc1", hflip=0.0), Preprocessing.published((48, 64)), 0.0
     )
@@ -111,17 +114,17 @@ def test_posterizing_to_no_bits_is_black():
     image = Image.fromarray(np.random.default_rng(7).integers(0, 256, (53, 71, 3), dtype=np.uint8))
     for level, kept in ((0.0, 4), (5.0, 2), (10.0, 0)):
         posterize.prob, posterize.magnitude = 1.0, level
-        wanted = np.asarray(image) & ~np.uint8(2 ** (8 - kept) - 1)
-        assert np.array_equal(np.asarray(posterize(image)), wanted)
+        expected = np.asarray(image) & ~np.uint8(2 ** (8 - kept) - 1)
+        assert np.array_equal(np.asarray(posterize(image)), expected)
 
 
 def test_mixed_labels_are_smoothed_probabilities():
-    mixup = mixing(TrainConfig(label_smoothing=0.1), num_classes=5)
+    mixup = build_mixup(TrainConfig(label_smoothing=0.1), num_classes=5)
     _, targets_BM = mixup(torch.randn(6, 3, 16, 16), torch.arange(6) % 5)
     # Rows sum to 1; smoothing spreads 0.1 over 5 classes, so nothing is below 0.02. float32 rounding of the two.
     torch.testing.assert_close(targets_BM.sum(1), torch.ones(6), rtol=0, atol=1e-6)
     assert targets_BM.min().item() == pytest.approx(0.02, abs=1e-6)
-    assert mixing(TrainConfig(mixup=0.0, cutmix=0.0), num_classes=5) is None
+    assert build_mixup(TrainConfig(mixup=0.0, cutmix=0.0), num_classes=5) is None
 
 
 def test_weights_follow_from_the_seed(tiny_digits, tmp_path):
@@ -137,24 +140,23 @@ def test_weights_follow_from_the_seed(tiny_digits, tmp_path):
     ("changes", "error", "words"),
     [
         ({"batch_size": 40}, ValueError, "batch_size=40 is more than the 39 images"),
-        ({"model": "localvit_nan"}, ValueError, "no model is called 'localvit_nan'"),
+        ({"model": "localvit_nan"}, ValueError, "localvit_nan"),
         ({"opt": "adamx"}, ValueError, "adamx"),
         ({"device": "gpu"}, ValueError, "torch does not know this device"),
-        ({"data_set": "IMNET-A", "below": "train"}, DataError, "trained and evaluated on alike"),
+        ({"data_set": "IMNET-A", "below": "train"}, DataError, "used for both training and evaluation"),
         ({"data_set": "IMNET", "below": "nowhere"}, DataError, "no such folder"),
     ],
 )
-def test_what_cannot_be_built_says_so(tiny_digits, tmp_path, changes, error, words):
+def test_errors_name_the_cause_and_create_no_folder(tiny_digits, tmp_path, changes, error, words):
     settings = {name: value for name, value in changes.items() if name != "below"}
     with pytest.raises(error, match=words):
         build(tiny_config(tiny_digits / changes.get("below", ""), tmp_path / "run", **settings))
     assert not (tmp_path / "run").exists()
 
 
-def test_a_warm_up_longer_than_the_run_is_remarked_on(tiny_digits, tmp_path):
-    told = []
-    build(tiny_config(tiny_digits, tmp_path, epochs=2, warmup_epochs=2), told.append)
-    assert any("2 epochs end inside the 2 of warm-up" in line for line in told)
+def test_a_warm_up_that_takes_the_whole_run_is_a_warning(tiny_digits, tmp_path, caplog):
+    build(tiny_config(tiny_digits, tmp_path, epochs=2, warmup_epochs=2))
+    assert any("the run has 2 epochs, and the warm-up takes 2" in line for line in caplog.messages)
 
 
 def test_a_convolutional_network_takes_any_size(tiny_digits, tmp_path):
@@ -163,29 +165,26 @@ def test_a_convolutional_network_takes_any_size(tiny_digits, tmp_path):
     assert "img_size" not in training.state.model.made_from["args"]
 
 
-def test_another_run_is_not_written_over(tiny_digits, tmp_path):
+def test_another_run_is_not_overwritten(tiny_digits, tmp_path):
     (tmp_path / "log.txt").write_text("{}\n")
-    with pytest.raises(FileExistsError, match="holds another run"):
+    with pytest.raises(FileExistsError, match="contains another run"):
         build(tiny_config(tiny_digits, tmp_path))
 
 
 @pytest.mark.parametrize("below", ["", "train"])
-def test_a_folder_without_val_is_split(tiny_digits, tmp_path, below):
-    import shutil
-
+def test_a_folder_without_val_is_split(tiny_digits, tmp_path, caplog, below):
     shutil.copytree(tiny_digits / "train", tmp_path / "digits" / below, dirs_exist_ok=True)
-    told = []
     config = tiny_config(tmp_path / "digits", tmp_path / "run", data_set="FOLDER", seed=5)
-    training = build(config, told.append)
-    shown, kept = training.batches.images.images, training.val_images
-    names = [[images.name(index) for index in range(len(images))] for images in (shown, kept)]
-    assert [kept.labels.count(label) for label in range(3)] == [2, 2, 2]  # 15 % of 13, rounded
+    training = build(config)
+    train_images, val_images = training.batches.images.images, training.val_images
+    names = [[images.name(index) for index in range(len(images))] for images in (train_images, val_images)]
+    assert [val_images.labels.count(label) for label in range(3)] == [2, 2, 2]  # 15 % of 13, rounded
     assert len(set(names[0]) | set(names[1])) == 39 == len(names[0]) + len(names[1])
-    assert any("6 of its 39 images, drawn by seed 5" in line for line in told)
+    assert any("6 of its 39 images, selected with seed 5" in line for line in caplog.messages)
 
 
-def test_fine_tuning_normalizes_as_the_weights_were_trained(tiny_digits, tmp_path):
-    """timm's ViT-Ti was trained with mean and deviation 0.5; from nothing it gets ImageNet's, as published."""
+def test_fine_tuning_uses_the_normalization_of_the_weights(tiny_digits, tmp_path):
+    """timm's ViT-Ti was trained with mean and deviation 0.5; from scratch it uses ImageNet's, as published."""
     own = {"model": "vit_tiny_patch16_224", "input_size": (32,)}
     localvit.save_checkpoint(localvit.create_model(own["model"], num_classes=5), tmp_path / "five.safetensors")
     fresh = build(tiny_config(tiny_digits, tmp_path / "run", **own)).preprocessing
@@ -194,3 +193,34 @@ def test_fine_tuning_normalizes_as_the_weights_were_trained(tiny_digits, tmp_pat
     assert (tuned.preprocessing.mean, tuned.preprocessing.std) == ((0.5,) * 3, (0.5,) * 3)
     transform = tuned.batches.images.repeated.transform
     assert [step.mean.tolist() for step in transform.transforms if hasattr(step, "mean")] == [[0.5] * 3]
+
+
+def test_a_custom_loss_is_minimized(tiny_digits, tmp_path):
+    """The first loss is that of torch's margin loss in float64, on the same batch with the same weights."""
+    settings = {"epochs": 1, "warmup_epochs": 0, "batch_size": 20, "drop_path_rate": 0.0, **STILL}
+    training = build(tiny_config(tiny_digits, tmp_path / "run", **settings), criterion=torch.nn.MultiMarginLoss())
+    fit(training)
+    fresh = build(tiny_config(tiny_digits, tmp_path / "fresh", **settings))
+    ((images_BCHW, labels_B),) = fresh.batches.epoch(0)
+    logits_BM = fresh.state.model.double().train()(images_BCHW.double())
+    expected = torch.nn.functional.multi_margin_loss(logits_BM, labels_B).item()
+    # float32 training against float64
+    assert training.state.rows[0]["train_loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_run_in_python_prints_what_it_is_and_its_result(tiny_digits, tmp_path):
+    # 731,074 parameters with 10 classes, and 97 per class of the head.
+    training = localvit.train.build(tiny_config(tiny_digits, tmp_path, epochs=2))
+    assert str(training).splitlines() == [
+        "localvit_nano_patch4_32: 730,395 trained parameters, images of 32 x 32 pixels",
+        "DIGITS: 39 training images, 9 validation images",
+        "2 epochs of 2 steps with 14 images, on cpu in float32",
+    ]
+    result = localvit.train.fit(training)
+    rows = training.state.rows
+    assert (result.num_epochs, result.last) == (2, result.last | rows[1])
+    lines = dict(line.split("  ", 1) for line in str(result).splitlines() if line[:1].strip())
+    best = 1 + (rows[1]["test_acc1"] > rows[0]["test_acc1"])
+    assert lines["best epoch"].strip().startswith(f"{best}: Acc@1 {rows[best - 1]['test_acc1']:.3f} %")
+    assert lines["last epoch"].strip().startswith("2: ")
+    assert lines["speed"].endswith("images/s")

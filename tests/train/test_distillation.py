@@ -1,4 +1,4 @@
-"""Distillation: the losses against their formulas, and a teacher that sees and names things as the student does."""
+"""Distillation: the losses against their formulas, and the teacher's preprocessing and order of classes."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,8 @@ from torch import nn
 
 import localvit
 from localvit.data.preprocessing import Preprocessing
-from localvit.train.distillation import DistillationLoss, Teacher, build_teacher, check_student
+from localvit.train.losses import DistillationLoss
+from localvit.train.teacher import Teacher, build_teacher, check_student
 from localvit.utils.weight_files import CheckpointError
 from published import published_state
 
@@ -21,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 class Constant(nn.Module):
-    """A teacher of one opinion."""
+    """A teacher with the same output for all images."""
 
     def __init__(self, logits_BM):
         super().__init__()
@@ -66,7 +67,7 @@ def test_closed_form(kind, tau, alpha, mixed):
     assert value.item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_a_teacher_that_agrees_costs_nothing_when_soft():
+def test_soft_loss_is_zero_if_the_teacher_agrees():
     same = logits(4)
     loss = DistillationLoss(nn.CrossEntropyLoss(), Constant(same), "soft", alpha=1.0, tau=2.0)
     outputs = (logits(0), same.clone().requires_grad_())
@@ -77,8 +78,8 @@ def test_a_teacher_that_agrees_costs_nothing_when_soft():
 
 
 @pytest.mark.parametrize("kind", ["hard", "soft"])
-def test_half_precision_logits_lose_nothing_more(kind):
-    """Under autocast the logits arrive in bfloat16; from there on everything is single precision."""
+def test_half_precision_logits_are_processed_in_float32(kind):
+    """Under autocast the logits are bfloat16; the loss is computed in float32."""
     teacher, class_token, distillation_token = (logits(seed, 8.0).bfloat16() for seed in (2, 0, 1))
     classes = torch.tensor([3, 0, 6, 2, 2])
     loss = DistillationLoss(nn.CrossEntropyLoss(), Constant(teacher), kind, alpha=1.0, tau=3.0)
@@ -99,7 +100,7 @@ def distilled(num_classes=M, **arguments):
 
 @pytest.mark.parametrize("kind", ["hard", "soft"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_step_moves_both_heads_and_nothing_of_the_teacher(kind, dtype):
+def test_a_step_has_gradients_for_both_heads_and_none_for_the_teacher(kind, dtype):
     student = distilled()
     check_student(student)
     student.set_distilled_training(True)
@@ -141,7 +142,7 @@ def normalized(values, mean, std):
     return (values - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
 
 
-def test_the_teacher_sees_images_normalized_its_own_way():
+def test_images_are_renormalized_for_the_teacher():
     values = torch.rand(2, 3, 160, 160)
     model = timm.create_model("test_vit", num_classes=M).eval()
     mean, std = (0.1, 0.5, 0.7), (0.9, 0.2, 0.4)
@@ -164,11 +165,10 @@ def saved_teacher(path, class_names=CLASSES, preprocessing=None):
     return model.eval()
 
 
-def test_classes_go_by_name(tmp_path):
+def test_classes_are_matched_by_name(tmp_path, caplog):
     model = saved_teacher(tmp_path / "teacher.safetensors")
     order = [3, 0, 6, 1, 5, 2, 4]
     shuffled = [CLASSES[index] for index in order]
-    remarks = []
     teacher = build_teacher(
         str(tmp_path / "teacher.safetensors"),
         None,
@@ -176,16 +176,15 @@ def test_classes_go_by_name(tmp_path):
         shuffled,
         CPU,
         preprocessing=Preprocessing.published((32, 32)),
-        remark=remarks.append,
     )
     images = torch.randn(3, 3, 32, 32)
     theirs, ours = model(images), teacher(images)
     for index, name in enumerate(shuffled):
         torch.testing.assert_close(ours[:, index], theirs[:, CLASSES.index(name)].detach(), rtol=0, atol=0)
-    assert remarks == []
+    assert caplog.messages == []
 
 
-def test_a_checkpoint_says_how_its_images_are_prepared(tmp_path):
+def test_preprocessing_of_a_checkpoint_is_used(tmp_path):
     mean, std = (0.3, 0.4, 0.6), (0.25, 0.5, 0.125)
     preprocessing = Preprocessing(input_size=(32, 32), mean=mean, std=std).to_dict()
     model = saved_teacher(tmp_path / "teacher.safetensors", preprocessing=preprocessing)
@@ -199,17 +198,16 @@ def test_a_checkpoint_says_how_its_images_are_prepared(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "resized", "says"),
+    ("name", "resized", "message"),
     [
-        ("vit_tiny_patch16_224", True, "224 x 224 pixels, not of 48 x 32: it is shown them resized"),
-        ("test_resnet", False, "160 x 160 pixels, not of 48 x 32, which it takes as they are"),
+        ("vit_tiny_patch16_224", True, "224 x 224 pixels, and the student's have 48 x 32: they are resized"),
+        ("test_resnet", False, "160 x 160 pixels, and the student's have 48 x 32, which it accepts without resizing"),
     ],
 )
-def test_images_of_another_size(name, resized, says, tmp_path):
+def test_images_of_another_size(name, resized, message, tmp_path, caplog):
     torch.manual_seed(3)
     model = timm.create_model(name, num_classes=M).eval()
     torch.save(model.state_dict(), tmp_path / "teacher.pth")
-    remarks = []
     teacher = build_teacher(
         name,
         tmp_path / "teacher.pth",
@@ -217,18 +215,17 @@ def test_images_of_another_size(name, resized, says, tmp_path):
         CLASSES,
         CPU,
         preprocessing=Preprocessing.published((48, 32)),
-        remark=remarks.append,
     )
-    assert len(remarks) == 2
-    assert "does not name its classes" in remarks[0]
-    assert says in remarks[1]
+    assert len(caplog.messages) == 2
+    assert "has no class names" in caplog.messages[0]
+    assert message in caplog.messages[1]
     values = torch.rand(2, 3, 48, 32)
-    shown = normalized(values, model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
+    resized_images = normalized(values, model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
     if resized:
-        shown = F.interpolate(shown, (224, 224), mode="bicubic", antialias=True)
+        resized_images = F.interpolate(resized_images, (224, 224), mode="bicubic", antialias=True)
     ours = teacher(normalized(values, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
     # Normalized before and after resizing; float32
-    torch.testing.assert_close(ours, model(shown).detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours, model(resized_images).detach(), rtol=1e-4, atol=1e-4)
 
 
 def test_released_weights_of_a_name(tmp_path, monkeypatch):
@@ -238,34 +235,34 @@ def test_released_weights_of_a_name(tmp_path, monkeypatch):
     torch.save({"model": state}, tmp_path / "hub" / "checkpoints" / "localvit_t.pth")  # as if downloaded before
     teacher = build_teacher("localvit_tiny", None, 1000, None, CPU, preprocessing=Preprocessing.published((224, 224)))
     torch.testing.assert_close(teacher.model.head.weight.detach(), state["head.weight"], rtol=0, atol=0)
-    with pytest.raises(ValueError, match="knows 1000 classes and the student 7"):
+    with pytest.raises(ValueError, match="has 1000 classes and the student 7"):
         build_teacher("localvit_tiny", None, M, CLASSES, CPU, preprocessing=Preprocessing.published((224, 224)))
     names = [str(number) for number in range(1000)]
-    with pytest.raises(ValueError, match=r"does not know 1000 of the 1000 classes \(0, 1, 10, 100, 101, \.\.\.\)"):
+    with pytest.raises(ValueError, match=r"lacks 1000 of the 1000 classes \(0, 1, 10, 100, 101, \.\.\.\)"):
         build_teacher("localvit_tiny", None, 1000, names, CPU, preprocessing=Preprocessing.published((224, 224)))
 
 
 @pytest.mark.parametrize(
-    ("teacher", "class_names", "error", "says"),
+    ("teacher", "class_names", "error", "message"),
     [
-        ("teacher.safetensors", [*CLASSES[:-1], "yak"], ValueError, r"does not know 1 of the 7 classes \(yak\)"),
-        ("teacher.safetensors", CLASSES[:-1], ValueError, "knows 7 classes and the student 6"),
+        ("teacher.safetensors", [*CLASSES[:-1], "yak"], ValueError, r"lacks 1 of the 7 classes \(yak\)"),
+        ("teacher.safetensors", CLASSES[:-1], ValueError, "has 7 classes and the student 6"),
         ("nowhere.safetensors", CLASSES, FileNotFoundError, "nowhere"),
         (NANO, CLASSES, CheckpointError, f"no weights of {NANO} were released"),
-        ("regnety_16", CLASSES, ValueError, "no model is called 'regnety_16'; did you mean regnety_16"),
+        ("regnety_16", CLASSES, ValueError, "'regnety_16'; did you mean regnety_16"),
     ],
 )
-def test_refused(teacher, class_names, error, says, tmp_path, monkeypatch):
+def test_unusable_teachers_are_refused(teacher, class_names, error, message, tmp_path, monkeypatch):
     saved_teacher(tmp_path / "teacher.safetensors")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(error, match=says) as refusal:
+    with pytest.raises(error, match=message) as refusal:
         build_teacher(
             teacher, None, len(class_names), class_names, CPU, preprocessing=Preprocessing.published((32, 32))
         )
     assert "\n" not in str(refusal.value)
 
 
-def test_a_student_without_the_token():
+def test_a_student_without_the_token_is_refused():
     with pytest.raises(ValueError, match="add --model-args distilled=true"):
         check_student(localvit.create_model(NANO, depth=1))
     check_student(timm.create_model("deit_tiny_distilled_patch16_224", device="meta"))
@@ -274,7 +271,7 @@ def test_a_student_without_the_token():
 @pytest.mark.parametrize(
     "prepare", [lambda model: model, lambda model: (model.set_distilled_training(True), model.eval())]
 )
-def test_outputs_of_one_head(prepare):
+def test_outputs_of_one_head_are_refused(prepare):
     student = distilled()
     prepare(student)
     loss = DistillationLoss(nn.CrossEntropyLoss(), Constant(logits(2).float()), "hard", alpha=0.5, tau=1.0)
@@ -284,7 +281,7 @@ def test_outputs_of_one_head(prepare):
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"kind": "none"}, "kind='none': choose 'hard' or 'soft'"),
         ({"alpha": 1.5}, "alpha=1.5 must be in"),
@@ -292,6 +289,6 @@ def test_outputs_of_one_head(prepare):
         ({"tau": 0.0}, "tau=0.0 must be above 0"),
     ],
 )
-def test_bad_arguments(changes, says):
-    with pytest.raises(ValueError, match=says):
+def test_bad_arguments(changes, message):
+    with pytest.raises(ValueError, match=message):
         DistillationLoss(nn.CrossEntropyLoss(), nn.Identity(), **{"kind": "hard", "alpha": 0.5, "tau": 1.0} | changes)

@@ -56,7 +56,7 @@ FAMILIES = {
 }
 """A name, arguments that make it small, two image sizes, and each position entry's two grids and prefix tokens."""
 DYNAMIC = ["vit", "distilled", "pvt", "tnt", "t2t", "plain tnt"]
-"""Those that take images of other sizes without being told, resampling their positions on the way."""
+"""Families that accept images of other sizes without an argument, by resampling their position embeddings."""
 
 
 def make(name, arguments, img_size=None, num_classes=5, seed=0):
@@ -105,16 +105,15 @@ def same(left, right):
 
 @pytest.mark.parametrize("kind", ["ours", "published", "plain", "state"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_other_classes_same_features(family, kind, tmp_path):
+def test_other_classes_same_features(family, kind, tmp_path, caplog):
     name, arguments, img_size, _, _ = FAMILIES[family]
     source = shaken(make(name, arguments, img_size)).eval()
     path = saved(source, tmp_path / "source", kind)
     model = make(name, arguments, img_size, num_classes=3, seed=1)
     fresh = copy.deepcopy(model.state_dict())
     parameters = {key: (parameter, parameter.requires_grad) for key, parameter in model.named_parameters()}
-    remarks = []
-    load_pretrained(model, path, class_names=["a", "b", "c"], remark=remarks.append)
-    assert remarks == [f"{path}: head of 5 classes left out; the model has 3"]
+    load_pretrained(model, path, class_names=["a", "b", "c"])
+    assert caplog.messages == [f"{path}: its head for 5 classes is not used: the model has 3 classes"]
     assert all(module.training for module in model.modules())
     for key, parameter in model.named_parameters():
         assert parameter is parameters[key][0], key
@@ -142,14 +141,13 @@ def interpolated(entry, old_grid, new_grid, num_prefix_tokens):
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if FAMILIES[family][3]])
-def test_positions_on_another_grid(family, tmp_path):
+def test_positions_on_another_grid(family, tmp_path, caplog):
     name, arguments, img_size, other_size, grids = FAMILIES[family]
     source = shaken(make(name, arguments, img_size)).eval()
     path = saved(source, tmp_path / "source", "ours")
     model = make(name, arguments, other_size, num_classes=3, seed=1).double()
-    remarks = []
-    load_pretrained(model, path, remark=remarks.append)
-    assert remarks[1:] == [f"{path}: positions ({', '.join(grids)}) resampled to the model's grid"]
+    load_pretrained(model, path)
+    assert caplog.messages[1:] == [f"{path}: position embeddings ({', '.join(grids)}) resampled to the model's grid"]
     heads = head_entries(model)
     for key, value in model.state_dict().items():
         if key in grids:
@@ -174,7 +172,7 @@ def test_positions_on_another_grid(family, tmp_path):
         ("timm swin", (96, 32), (64, 64), {key: (new, old, None) for key, (old, new, _) in SWIN_GRIDS.items()}),
     ],
 )
-def test_back_from_an_image_that_is_not_square(family, img_size, other_size, grids, tmp_path):
+def test_resampling_back_from_a_rectangular_image(family, img_size, other_size, grids, tmp_path):
     """The old grid is the file's own, not the square root of a count: 5 x 20 patches would pass for 10 x 10."""
     name, arguments, *_ = FAMILIES[family]
     source = shaken(make(name, arguments, img_size))
@@ -188,7 +186,7 @@ def test_back_from_an_image_that_is_not_square(family, img_size, other_size, gri
 
 @pytest.mark.parametrize("kind", ["published", "plain"])
 @pytest.mark.parametrize("size", [(32, 32), (28, 44)])
-def test_a_file_that_does_not_say_its_size(kind, size, tmp_path):
+def test_a_file_without_an_image_size(kind, size, tmp_path):
     """It is the released models' (32 x 32) or the model's own, whichever its positions fill."""
     source = shaken(make(*NANO, size))
     model = make(*NANO, (28, 44), num_classes=3)
@@ -201,36 +199,35 @@ ABC = ["ape", "bat", "cat"]
 
 
 @pytest.mark.parametrize(
-    ("source_names", "names", "left_out"),
+    ("source_names", "names", "reason"),
     [
         (ABC, ABC, None),
-        (ABC, ["ape", "bat", "cow"], "they are not the model's, which has 'cow' in place of 'cat'"),
-        (ABC, ["bat", "ape", "cat"], "they are not the model's, which has 'bat' in place of 'ape'"),
-        (None, ABC, "it does not say which"),
-        (ABC, None, "the model's are not named"),
-        (ABC, ["ape", "bat"], "the model has 2"),
-        (ABC, [*ABC, "dog"], "the model has 4"),
+        (ABC, ["ape", "bat", "cow"], "the model has class 'cow' where it has 'cat'"),
+        (ABC, ["bat", "ape", "cat"], "the model has class 'bat' where it has 'ape'"),
+        (None, ABC, "its class names are not known"),
+        (ABC, None, "the model's class names are not known"),
+        (ABC, ["ape", "bat"], "the model has 2 classes"),
+        (ABC, [*ABC, "dog"], "the model has 4 classes"),
     ],
 )
 @pytest.mark.parametrize("distilled", [False, True])
-def test_the_head_loads_where_the_classes_are_the_same(source_names, names, left_out, distilled, tmp_path):
+def test_the_head_loads_where_the_classes_are_the_same(source_names, names, reason, distilled, tmp_path, caplog):
     arguments = NANO[1] | {"distilled": distilled}
     source = shaken(make(NANO[0], arguments, num_classes=3))
     path = saved(source, tmp_path / "source", "ours", class_names=source_names)
     model = make(NANO[0], arguments, num_classes=len(names or ABC), seed=1)
     fresh = copy.deepcopy(model.state_dict())
-    remarks = []
-    load_pretrained(model, path, class_names=names, remark=remarks.append)
-    assert remarks == ([f"{path}: head of 3 classes left out; {left_out}"] if left_out else [])
+    load_pretrained(model, path, class_names=names)
+    assert caplog.messages == ([f"{path}: its head for 3 classes is not used: {reason}"] if reason else [])
     heads = ["head.weight", "head.bias", *(["head_dist.weight", "head_dist.bias"] if distilled else [])]
     for key in heads:
-        same(model.state_dict()[key], (fresh if left_out else source.state_dict())[key])
+        same(model.state_dict()[key], (fresh if reason else source.state_dict())[key])
 
 
 @pytest.mark.parametrize(
     ("names", "loads"), [(None, True), (imagenet_synsets(), True), ([str(number) for number in range(1000)], False)]
 )
-def test_a_thousand_classes_are_imagenets(names, loads, tmp_path):
+def test_1000_unnamed_classes_are_imagenets(names, loads, tmp_path):
     source = shaken(make(*NANO, num_classes=1000))
     model = make(*NANO, num_classes=1000, seed=1)
     load_pretrained(model, saved(source, tmp_path / "source", "published"), class_names=names)
@@ -265,19 +262,18 @@ def released(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("num_classes", [1000, 7])
-def test_released_weights_of_ours(num_classes, released):
+def test_released_weights_of_ours(num_classes, released, caplog):
     state = published_state("localvit_tiny_mlp4_act3_r192")
     released("localvit_tiny_mlp4_act3_r192", {"model": state})
     model = make("localvit_tiny_mlp4_act3_r192", {}, (160, 208), num_classes)
     fresh = model.head.weight.detach().clone()
-    remarks = []
-    load_pretrained(model, "localvit_tiny_mlp4_act3_r192", remark=remarks.append)
+    load_pretrained(model, "localvit_tiny_mlp4_act3_r192")
     same(model.head.weight.detach(), state["head.weight"] if num_classes == 1000 else fresh)
     same(model.blocks[5].mlp.conv[3].weight.detach(), state["blocks.5.conv.conv.3.weight"])
     expected = interpolated(state["pos_embed"], (14, 14), (10, 13), 1).float()
     # float32 interpolation of values of order one against float64
     torch.testing.assert_close(model.pos_embed.detach(), expected, rtol=1e-5, atol=2e-6)
-    assert len(remarks) == (1 if num_classes == 1000 else 2)
+    assert len(caplog.messages) == (1 if num_classes == 1000 else 2)
 
 
 def test_released_weights_of_timms(released):
@@ -307,7 +303,7 @@ def research_swin(source, path):
     return str(path)
 
 
-def test_timms_swin_from_a_file_of_the_research_code(tmp_path):
+def test_timm_swin_from_a_file_of_the_research_code(tmp_path):
     source = shaken(make("swin_tiny_patch4_window7_224", SWIN)).eval()
     model = make("swin_tiny_patch4_window7_224", SWIN, num_classes=3, seed=1)
     load_pretrained(model, research_swin(source, tmp_path / "swin.pth"))
@@ -315,7 +311,7 @@ def test_timms_swin_from_a_file_of_the_research_code(tmp_path):
     same(model.eval().forward_features(images), source.forward_features(images))
 
 
-def test_a_window_is_never_guessed(tmp_path):
+def test_another_window_size_is_refused(tmp_path):
     """timm would take a table of unknown origin to be of a square window, and resample it."""
     source = make("swin_tiny_patch4_window7_224", SWIN | {"window_size": 3})
     model = make("swin_tiny_patch4_window7_224", SWIN)
@@ -325,16 +321,15 @@ def test_a_window_is_never_guessed(tmp_path):
         load_pretrained(model, research_swin(source, tmp_path / "swin.pth"))
 
 
-def test_other_arguments_are_remarked_on(tmp_path):
+def test_different_arguments_are_a_warning(tmp_path, caplog):
     """Shapes agree, but not what is computed."""
     source = make(NANO[0], NANO[1] | {"act": "relu6", "drop_path_rate": 0.3})
     path = saved(source, tmp_path / "source", "ours", class_names=list("abcde"))
-    remarks = []
     model = make(NANO[0], NANO[1] | {"act": "hs"})
-    load_pretrained(model, path, class_names=list("abcde"), remark=remarks.append)
-    assert len(remarks) == 1
-    assert 'act "relu6", here "hs"' in remarks[0]
-    assert "drop_path_rate" not in remarks[0]
+    load_pretrained(model, path, class_names=list("abcde"))
+    assert len(caplog.messages) == 1
+    assert 'act "relu6", here "hs"' in caplog.messages[0]
+    assert "drop_path_rate" not in caplog.messages[0]
 
 
 def _nothing(tmp_path):
@@ -381,7 +376,7 @@ def _distilled(kind, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("source", "error", "says"),
+    ("source", "error", "parts"),
     [
         (_nothing, FileNotFoundError, ["nowhere.pth"]),
         (_folder, CheckpointError, ["is a folder"]),
@@ -402,18 +397,18 @@ def _distilled(kind, tmp_path):
         (_positions_of_no_known_size, CheckpointError, ["1 of another shape (pos_embed)"]),
         (partial(_distilled, "ours"), CheckpointError, ["has a distillation token", "distilled=true"]),
         (partial(_distilled, "plain"), CheckpointError, ["has a distillation token", "distilled=true"]),
-        (lambda _: "localvit_tinny", ValueError, ["no model is called 'localvit_tinny'", "localvit_tiny"]),
+        (lambda _: "localvit_tinny", ValueError, ["'localvit_tinny'", "localvit_tiny"]),
         (lambda _: NANO[0], CheckpointError, [f"no weights of {NANO[0]} were released"]),
     ],
 )
-def test_refused_with_one_clear_line(source, error, says, tmp_path):
+def test_errors_are_one_line_and_the_model_is_unchanged(source, error, parts, tmp_path):
     model = make(*NANO, (36, 28), num_classes=3)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(error) as refusal:
         load_pretrained(model, source(tmp_path))
     message = str(refusal.value)
     assert "\n" not in message
-    for part in says:
+    for part in parts:
         assert part in message
     for key, value in model.state_dict().items():
         same(value, before[key])
@@ -422,30 +417,30 @@ def test_refused_with_one_clear_line(source, error, says, tmp_path):
 @pytest.mark.parametrize("kind", ["ours", "plain"])
 def test_a_distilled_model_needs_a_distilled_source(kind, tmp_path):
     path = saved(make(*NANO), tmp_path / "source", kind)
-    with pytest.raises(CheckpointError, match=r"the model has a distillation token and .* has none"):
+    with pytest.raises(CheckpointError, match=r"the model has a distillation token, and .* has neither"):
         load_pretrained(make(NANO[0], NANO[1] | {"distilled": True}), path)
 
 
-def test_a_model_of_unknown_origin(tmp_path):
+def test_a_model_without_a_record_of_its_arguments(tmp_path):
     path = saved(make(*NANO), tmp_path / "source", "ours")
-    with pytest.raises(ValueError, match=r"made; make it with localvit\.create_model"):
+    with pytest.raises(ValueError, match=r"arguments; create it with localvit\.create_model"):
         load_pretrained(timm.create_model(NANO[0]), path)
-    with pytest.raises(ValueError, match="2 class names for a model of 5 classes"):
+    with pytest.raises(ValueError, match="2 class names for a model with 5 classes"):
         load_pretrained(make(*NANO), path, class_names=["a", "b"])
 
 
 @pytest.mark.parametrize("kind", ["ours", "state", "plain"])
-def test_images_are_prepared_as_the_weights_learned_them(kind, tmp_path):
-    """A file says it itself; one that does not is taken to be like timm's released weights of the model."""
+def test_preprocessing_is_that_of_the_weights(kind, tmp_path):
+    """It is stored in our checkpoints; other files are assumed to match timm's released weights of the model."""
     arguments = {"patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 3, "img_size": (16, 16)}
-    told = Preprocessing(input_size=(16, 16), mean=(0.1, 0.2, 0.3), std=(0.4, 0.6, 0.7))
-    about = {"preprocessing": told.to_dict()} if kind != "plain" else {}
-    name = "vit_tiny_patch16_224"  # whose released weights had 0.5 for each
+    stored = Preprocessing(input_size=(16, 16), mean=(0.1, 0.2, 0.3), std=(0.4, 0.6, 0.7))
+    about = {"preprocessing": stored.to_dict()} if kind != "plain" else {}
+    name = "vit_tiny_patch16_224"  # its released weights use 0.5 for each
     source = saved(localvit.create_model(name, num_classes=3, **arguments), tmp_path / "source", kind, **about)
     size = {"model_args": {key: arguments[key] for key in arguments if key != "img_size"}, "input_size": (16,)}
     config = TrainConfig(model=name, finetune=source, **size)
     _, preprocessing = build_model(config, 3, ["0", "1", "2"])
-    expected = told if kind != "plain" else Preprocessing(input_size=(16, 16), mean=(0.5,) * 3, std=(0.5,) * 3)
+    expected = stored if kind != "plain" else Preprocessing(input_size=(16, 16), mean=(0.5,) * 3, std=(0.5,) * 3)
     assert (preprocessing.mean, preprocessing.std) == (expected.mean, expected.std)
     fresh = TrainConfig(model=name, **size)
     assert build_model(fresh, 3, ["0", "1", "2"])[1].mean == pytest.approx((0.485, 0.456, 0.406))

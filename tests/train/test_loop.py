@@ -1,10 +1,11 @@
-"""The loop: the same bits again, what a step does in closed form, and what it leaves."""
+"""The loop: reproducibility, steps against closed forms, and the files of a run."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from tiny import STILL, tiny_config
+from tiny import STILL, tiny_config, train
 from torch import nn
 
 from localvit.checkpoints import read_checkpoint
@@ -12,7 +13,7 @@ from localvit.data.datasets import open_images
 from localvit.data.images import UnreadableImage
 from localvit.evaluation.evaluate import evaluate
 from localvit.inference.runner import InferenceOptions, load_model
-from localvit.train.build import build
+from localvit.train.builder import build
 from localvit.train.loop import fit
 from localvit.train.run_folder import save_epoch
 
@@ -29,11 +30,11 @@ def same_bits(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_a_run_again_and_with_workers_gives_the_same_bits(tiny_digits, tmp_path):
-    """With every augmentation on, all three generators draw: Python's, NumPy's and torch's."""
+def test_repeated_runs_are_bit_exact_with_any_number_of_workers(tiny_digits, tmp_path):
+    """With all augmentation, which uses the generators of Python, NumPy and torch."""
     raw, ema, log = trained(tiny_config(tiny_digits, tmp_path / "once"))
     for folder, changes in (("again", {}), ("workers", {"workers": 2})):
-        torch.rand(17)  # what was drawn before must not matter
+        torch.rand(17)  # earlier random numbers must not matter
         raw_again, ema_again, log_again = trained(tiny_config(tiny_digits, tmp_path / folder, **changes))
         assert same_bits(raw, raw_again), folder
         assert same_bits(ema, ema_again), folder
@@ -42,7 +43,7 @@ def test_a_run_again_and_with_workers_gives_the_same_bits(tiny_digits, tmp_path)
     assert not same_bits(raw, raw_other)
 
 
-def test_epochs_differ_and_each_takes_an_image_once(tiny_digits, tmp_path):
+def test_each_epoch_has_another_order_and_each_image_once(tiny_digits, tmp_path):
     batches = build(tiny_config(tiny_digits, tmp_path, batch_size=13, **STILL)).batches
     orders = []
     for epoch in (0, 1):
@@ -71,7 +72,7 @@ def test_gradients_are_clipped_to_the_norm(tiny_digits, tmp_path):
     assert moved == pytest.approx(2.0 * 20 / 512 * 0.25, rel=1e-2)
 
 
-def test_the_average_is_that_of_one_step(tiny_digits, tmp_path):
+def test_the_moving_average_after_one_step(tiny_digits, tmp_path):
     before, after, _ = one_step(tiny_digits, tmp_path, ema_decay=0.75)
     averaged = read_checkpoint(tmp_path / "last.safetensors").ema
     for key, value in after.items():
@@ -81,10 +82,10 @@ def test_the_average_is_that_of_one_step(tiny_digits, tmp_path):
     assert not torch.equal(averaged["head.weight"], after["head.weight"])
 
 
-def test_the_loss_is_that_of_the_labeled_images(tiny_digits, tmp_path):
-    """The first loss against torch's on the same batch, made anew from a model that has not trained."""
+def test_the_logged_loss_is_that_of_the_batch(tiny_digits, tmp_path):
+    """The first loss against torch's on the same batch, from an untrained model."""
     changes = dict(epochs=1, warmup_epochs=0, batch_size=20, label_smoothing=0.0, drop_path_rate=0.0, **STILL)
-    (row,) = fit(build(tiny_config(tiny_digits, tmp_path / "run", **changes)))
+    (row,) = train(tiny_config(tiny_digits, tmp_path / "run", **changes))
     fresh = build(tiny_config(tiny_digits, tmp_path / "fresh", **changes))
     ((images_BCHW, labels_B),) = fresh.batches.epoch(0)
     assert len(labels_B.unique()) == 3
@@ -93,7 +94,7 @@ def test_the_loss_is_that_of_the_labeled_images(tiny_digits, tmp_path):
     assert row["train_loss"] == pytest.approx(nn.functional.cross_entropy(logits_BM, labels_B).item(), rel=1e-4)
 
 
-def test_the_checkpoint_is_enough_to_evaluate_and_the_log_says_the_same(tiny_digits, tmp_path):
+def test_evaluating_the_checkpoint_gives_the_numbers_of_the_log(tiny_digits, tmp_path):
     config = tiny_config(tiny_digits, tmp_path)
     fit(build(config))
     rows = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
@@ -112,11 +113,11 @@ def test_the_checkpoint_is_enough_to_evaluate_and_the_log_says_the_same(tiny_dig
 
     about = read_checkpoint(tmp_path / "last.safetensors").about
     assert about["metrics"] == rows[1]
-    assert type(config).of(about["config"]) == config
+    assert type(config)(**about["config"]) == config
     assert rows[0]["n_parameters"] == sum(parameter.numel() for parameter in ready.model.parameters())
 
 
-def test_best_is_the_first_epoch_of_highest_accuracy(tiny_digits, tmp_path):
+def test_best_is_the_first_epoch_with_the_highest_accuracy(tiny_digits, tmp_path):
     training = build(tiny_config(tiny_digits, tmp_path))
     for epoch, acc1 in enumerate((40.0, 70.0, 70.0, 60.0)):
         training.state.finish_epoch({"epoch": epoch, "test_acc1": acc1}, {})
@@ -136,8 +137,6 @@ def test_half_precision_trains(tiny_digits, tmp_path, dtype):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_unreadable_image_stops_the_run_and_is_named(tmp_path, tiny_digits, workers):
-    import shutil
-
     root = tmp_path / "digits"
     shutil.copytree(tiny_digits, root)
     bad = min((root / "train" / "1").iterdir())

@@ -29,7 +29,7 @@ def rates(steps_per_epoch=7, epochs=range(13), acc1=lambda epoch: None, **settin
     return found
 
 
-def test_a_rate_that_moves_every_step():
+def test_a_learning_rate_that_changes_every_step():
     """Half an epoch of rising, then the cosine over all steps."""
     found = rates(sched_on_updates=True, warmup_epochs=2.5)
     warm = 2.5 * 7
@@ -53,7 +53,7 @@ def test_families_of_schedules(settings, rate):
 
 
 @pytest.mark.filterwarnings("ignore:PlateauLRScheduler")  # timm saves not all of its state; we play it back
-def test_a_plateau_falls_when_accuracy_stands():
+def test_a_plateau_schedule_decays_without_progress():
     """It rises for two epochs, then stands: after a patience of 2 epochs without a better one the rate falls."""
     skip_without_plateau()
     found = rates(
@@ -66,10 +66,10 @@ def test_a_plateau_falls_when_accuracy_stands():
     falls = [epoch for epoch in range(1, 13) if found[epoch] < found[epoch - 1]]
     assert falls
     assert found[falls[0]] == 0.5
-    assert falls[0] == 6  # best after epoch 2, told at 3; 4 and 5 are patience
+    assert falls[0] == 6  # best after epoch 2, known at 3; 4 and 5 are within the patience
 
 
-def test_noise_moves_the_rate_and_follows_from_the_seed():
+def test_noise_of_the_learning_rate_depends_on_the_seed():
     quiet, noisy, again, other = (
         rates(warmup_epochs=0, **settings)
         for settings in ({}, *({"lr_noise": (0.25, 0.75), "seed": seed} for seed in (3, 3, 4)))
@@ -82,7 +82,7 @@ def test_noise_moves_the_rate_and_follows_from_the_seed():
     assert all(abs(noisy[epoch] / quiet[epoch] - 1) <= 0.67 for epoch in moved)
 
 
-def test_layers_further_from_the_head_learn_slower():
+def test_layer_decay():
     model = localvit.create_model("localvit_nano_patch4_32", num_classes=5)
     optimizer = build_optimizer(TrainConfig(layer_decay=0.5), model, 512)
     scale_of = {parameter: group["lr_scale"] for group in optimizer.param_groups for parameter in group["params"]}
@@ -94,7 +94,7 @@ def test_layers_further_from_the_head_learn_slower():
 
 
 @pytest.mark.parametrize("settings", [{}, {"layer_decay": 0.5}, {"sched_on_updates": True}])
-def test_locality_learns_at_its_own_rate(settings):
+def test_locality_lr_scale(settings):
     model = localvit.localize(localvit.create_model("vit_tiny_patch16_224", depth=2, embed_dim=24, num_heads=3))
     names = {parameter: name for name, parameter in model.named_parameters()}
     found = []
@@ -116,12 +116,12 @@ def test_locality_learns_at_its_own_rate(settings):
         assert scaled[name] == (pytest.approx(factor * lr, rel=1e-12), weight_decay)
 
 
-def test_a_rate_for_locality_that_is_not_there_is_refused():
-    with pytest.raises(ValueError, match=r"locality_lr_scale=3.0 has nothing to act on: Linear has no locality"):
+def test_locality_lr_scale_without_locality_is_refused():
+    with pytest.raises(ValueError, match=r"locality_lr_scale=3.0 has no effect: Linear has no locality"):
         build_optimizer(TrainConfig(locality_lr_scale=3.0), nn.Linear(3, 5), 512)
 
 
-def test_frozen_parameters_are_left_out():
+def test_frozen_parameters_are_not_in_the_optimizer():
     model = localvit.create_model("localvit_nano_patch4_32", num_classes=5)
     freeze(model, ("blocks.[0-3].*", "pos_embed"))
     optimizer = build_optimizer(TrainConfig(), model, 512)
@@ -132,7 +132,7 @@ def test_frozen_parameters_are_left_out():
 
 
 @pytest.mark.parametrize(
-    ("patterns", "words"), [(("block.*",), "freeze=block.* matches no parameter"), (("*",), "leaves no parameter")]
+    ("patterns", "words"), [(("block.*",), "freeze=block.* matches no parameter"), (("*",), "freezes all parameters")]
 )
 def test_freezing_nothing_or_everything_is_refused(patterns, words):
     with pytest.raises(ValueError) as raised:  # noqa: PT011 (the words below)
@@ -151,7 +151,7 @@ def test_freezing_nothing_or_everything_is_refused(patterns, words):
         ({"opt": "lamb"}, {"eps": 1e-8}),
     ],
 )
-def test_optimisers_take_their_settings(settings, expected):
+def test_optimizers_take_their_settings(settings, expected):
     group = build_optimizer(TrainConfig(**settings), nn.Linear(3, 5), 256).param_groups[0]
     assert expected.items() <= group.items()
     assert group["lr"] == 5e-4 * 256 / 512

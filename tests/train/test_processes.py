@@ -1,4 +1,4 @@
-"""Several processes against one, over gloo; and what happens when one of them dies or disagrees."""
+"""Several processes (gloo) against one, and what happens if one of them dies or has other settings."""
 
 import json
 import os
@@ -13,8 +13,12 @@ import torch
 import yaml
 from tiny import tiny_config
 
+from localvit.data.datasets import open_images
+from localvit.evaluation.evaluate import evaluate
+from localvit.inference.runner import InferenceOptions, load_model
+
 STILL = {"mixup": 0.0, "cutmix": 0.0, "drop_path_rate": 0.0}
-"""What is drawn for a whole batch, and so differs when it is dealt out."""
+"""Without random numbers per batch, which differ if the batch is split over processes."""
 
 
 def free_port():
@@ -43,30 +47,26 @@ def written(path, config):
 def log_of(processes, data, folder, **changes):
     config = tiny_config(data, folder / f"run{processes}", batch_size=12 // processes, **changes)
     run = launched(processes, written(folder / f"c{processes}.yaml", config))
-    told, _ = run.communicate(timeout=180)
-    assert run.returncode == 0, told
+    out, _ = run.communicate(timeout=180)
+    assert run.returncode == 0, out
     return [json.loads(line) for line in (config.output_dir / "log.txt").read_text().splitlines()]
 
 
-def test_processes_compute_what_one_does(tiny_digits, tmp_path):
+def test_processes_compute_the_same_as_one_process(tiny_digits, tmp_path):
     """The same global batch, BatchNorm over all of it: equal to rounding."""
     changes = dict(STILL, sync_bn=True, opt="momentum", lr=0.5)
     one = log_of(1, tiny_digits, tmp_path, **changes)
     for processes in (2, 4):
         rows = log_of(processes, tiny_digits, tmp_path, **changes)
-        for row, wanted in zip(rows, one, strict=True):
-            assert row["train_lr"] == wanted["train_lr"]
+        for row, expected in zip(rows, one, strict=True):
+            assert row["train_lr"] == expected["train_lr"]
             # float32 sums in another order, through six BatchNorm networks and six steps
-            assert row["train_loss"] == pytest.approx(wanted["train_loss"], rel=1e-3)
-            assert row["test_loss"] == pytest.approx(wanted["test_loss"], rel=1e-2)
+            assert row["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-3)
+            assert row["test_loss"] == pytest.approx(expected["test_loss"], rel=1e-2)
 
 
-def test_without_shared_statistics_the_first_process_s_are_everyone_s(tiny_digits, tmp_path):
-    """Each process evaluates its share of the images: the result is that of the saved model only if all agree."""
-    from localvit.data.datasets import open_images
-    from localvit.evaluation.evaluate import evaluate
-    from localvit.inference.runner import InferenceOptions, load_model
-
+def test_without_sync_bn_all_processes_use_the_statistics_of_rank_0(tiny_digits, tmp_path):
+    """Each process evaluates a part of the images; the result is that of the saved model only if all agree."""
     (_, row) = log_of(2, tiny_digits, tmp_path, **STILL, lr=0.5)
     ready = load_model(str(tmp_path / "run2" / "last.safetensors"))
     options = InferenceOptions(batch_size=3, workers=0, device=torch.device("cpu"))
@@ -76,10 +76,10 @@ def test_without_shared_statistics_the_first_process_s_are_everyone_s(tiny_digit
     assert row["test_loss"] == pytest.approx(result.loss, rel=1e-4)
 
 
-def test_a_killed_process_goes_on_by_itself(tiny_digits, tmp_path):
-    """torchrun starts both again; what they end with is what an undisturbed run ends with."""
+def test_a_killed_process_resumes_automatically(tiny_digits, tmp_path):
+    """torchrun restarts both processes; their log is that of an uninterrupted run."""
     changes = {"epochs": 3, "checkpoint_steps": 1}
-    wanted = log_of(2, tiny_digits, tmp_path, **changes)
+    expected = log_of(2, tiny_digits, tmp_path, **changes)
     config = tiny_config(tiny_digits, tmp_path / "killed", batch_size=6, **changes)
     run = launched(2, written(tmp_path / "killed.yaml", config), restarts=2)
     log = tmp_path / "killed" / "log.txt"
@@ -87,14 +87,14 @@ def test_a_killed_process_goes_on_by_itself(tiny_digits, tmp_path):
         time.sleep(0.05)
     trainers = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True, check=True).stdout.split()
     os.kill(int(trainers[0]), signal.SIGKILL)
-    told, _ = run.communicate(timeout=180)
-    assert run.returncode == 0, told
-    assert "resuming from" in told
-    assert [json.loads(line) for line in log.read_text().splitlines()] == wanted
+    out, _ = run.communicate(timeout=180)
+    assert run.returncode == 0, out
+    assert "resuming from" in out
+    assert [json.loads(line) for line in log.read_text().splitlines()] == expected
 
 
-def test_processes_that_disagree_stop_and_say_about_what(tiny_digits, tmp_path):
-    """Each process reads its own settings file."""
+def test_processes_with_different_settings_stop_and_name_them(tiny_digits, tmp_path):
+    """Each process reads another settings file."""
     for rank, lr in enumerate((0.1, 0.2)):
         written(tmp_path / f"settings{rank}.yaml", tiny_config(tiny_digits, tmp_path / "run", lr=lr))
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
@@ -108,9 +108,9 @@ def test_processes_that_disagree_stop_and_say_about_what(tiny_digits, tmp_path):
         for rank in (0, 1)
     ]
     for run in runs:
-        _, told = run.communicate(timeout=120)
+        _, out = run.communicate(timeout=120)
         assert run.returncode == 1
-        assert "the processes disagree about the settings: lr" in told
-        assert "0.1" in told
-        assert "0.2" in told
+        assert "the processes differ in the setting lr" in out
+        assert "0.1" in out
+        assert "0.2" in out
     assert not (tmp_path / "run").exists()

@@ -1,18 +1,16 @@
-"""The recipes: the published one is what it says, and every arm of an ablation builds, with the parameters it names."""
+"""The recipes: their settings, and the arms of the ablations with their numbers of parameters."""
 
 import re
-from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
-import tyro
 
 from localvit.models.factory import create_model
 from localvit.models.registry import find_model, registered_models
 from localvit.train.config import TrainConfig
-from localvit.train.settings import RECIPES, read_recipe
-from localvit_cli.train import Train
+from localvit.train.recipe import RECIPES, read_recipe, recipe_names
+from localvit_cli.train import parse
 
 ABLATIONS = sorted(path.stem for path in RECIPES.glob("ablation_*.yaml"))
 ARM = re.compile(r"^#   (?P<flags>--\S.*?)  +(?P<parameters>[\d,]+)(?:  (?P<acc1>[\d.]+))?$", re.MULTILINE)
@@ -20,11 +18,11 @@ ARM = re.compile(r"^#   (?P<flags>--\S.*?)  +(?P<parameters>[\d,]+)(?:  (?P<acc1
 
 @cache
 def config_of(recipe: str, *flags: str) -> TrainConfig:
-    return tyro.cli(Train, args=["--recipe", recipe, *flags]).to_config()
+    return parse(["--recipe", recipe, *flags]).to_config()
 
 
 def arms(recipe: str) -> list[tuple[list[str], int, str | None]]:
-    """Flags, parameters and published accuracy of each arm that the recipe's opening lists."""
+    """Flags, parameters and published accuracy of each arm in the comments of the recipe."""
     listed = ARM.finditer((RECIPES / f"{recipe}.yaml").read_text())
     return [(arm["flags"].split(), int(arm["parameters"].replace(",", "")), arm["acc1"]) for arm in listed]
 
@@ -32,11 +30,66 @@ def arms(recipe: str) -> list[tuple[list[str], int, str | None]]:
 ALL_ARMS = [(recipe, *arm) for recipe in ABLATIONS for arm in arms(recipe)]
 
 
-def test_the_published_recipe_is_what_training_does_by_default():
-    assert TrainConfig.of(read_recipe("deit_300")) == TrainConfig(workers=10)
+PUBLISHED = {
+    "model": "localvit_tiny",
+    "drop_path_rate": 0.1,
+    "data_set": "IMNET",
+    "epochs": 300,
+    "batch_size": 128,
+    "opt": "adamw",
+    "opt_eps": 1e-8,
+    "lr": 5e-4,
+    "weight_decay": 0.05,
+    "sched": "cosine",
+    "warmup_epochs": 5,
+    "warmup_lr": 1e-6,
+    "min_lr": 1e-5,
+    "ema_decay": 0.99996,
+    "label_smoothing": 0.1,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "mixup_switch_prob": 0.5,
+    "repeated_aug": True,
+    "auto_augment": "rand-m9-mstd0.5-inc1",
+    "interpolation": "bicubic",
+    "random_erasing": 0.25,
+    "random_erasing_mode": "pixel",
+}
+"""The published recipe (arXiv 2104.05707, section 4.1; arXiv 2012.12877, table 9)."""
+OFF = {"ema_decay": None, "mixup": 0.0, "cutmix": 0.0, "repeated_aug": False, "random_erasing": 0.0}
+SMALL = OFF | {"model": "localvit_nano_patch4_32", "drop_path_rate": 0.0, "auto_augment": None, "color_jitter": 0.0}
+DIFFERENCES = {
+    "deit_300": {"workers": 10},
+    **{recipe: {"workers": 10} for recipe in ABLATIONS},
+    "digits": SMALL
+    | {"data_set": "DIGITS", "epochs": 10, "batch_size": 64, "lr": 0.008, "warmup_epochs": 1, "warmup_lr": 5e-4}
+    | {"hflip": 0.0, "workers": 1},
+    "finetune": {"ema_decay": None, "repeated_aug": False, "random_erasing": 0.0, "finetune": "localvit_tiny"}
+    | {"drop_path_rate": 0.0, "data_set": "FOLDER", "epochs": 30, "batch_size": 64, "lr": 0.0016}
+    | {"sched_on_updates": True, "warmup_epochs": 1, "warmup_lr": 1e-6, "min_lr": 1e-6},
+    "small_images_32": SMALL
+    | {"epochs": 10, "batch_size": 128, "lr": 0.004, "sched_on_updates": True, "warmup_epochs": 0.5}
+    | {"warmup_lr": 1e-5, "min_lr": 1e-5, "workers": 1},
+}
+"""The settings of each recipe that differ from the published recipe."""
 
 
-def test_every_table_of_the_paper_has_its_arms():
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_settings_of_the_recipes(recipe):
+    settings = TrainConfig(**read_recipe(recipe)).to_dict()
+    expected = PUBLISHED | DIFFERENCES[recipe]
+    assert {name: settings[name] for name in expected} == expected
+    defaults = TrainConfig().to_dict()
+    assert {name for name, value in settings.items() if value != defaults[name]} <= DIFFERENCES[recipe].keys()
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_recipes_contain_only_differences_from_the_defaults(recipe):
+    defaults = TrainConfig().to_dict()
+    assert [name for name, value in read_recipe(recipe).items() if value == defaults[name]] == []
+
+
+def test_the_ablations_have_all_arms():
     assert {recipe: len(arms(recipe)) for recipe in ABLATIONS} == {
         "ablation_activation": 5,
         "ablation_depthwise": 18,
@@ -49,9 +102,9 @@ def test_every_table_of_the_paper_has_its_arms():
 @pytest.mark.parametrize(
     ("recipe", "flags", "parameters", "acc1"), ALL_ARMS, ids=[" ".join([arm[0], *arm[1]]) for arm in ALL_ARMS]
 )
-def test_an_arm_differs_in_the_model_alone_and_builds(recipe, flags, parameters, acc1):
+def test_arms_differ_only_in_the_model_and_have_the_stated_parameters(recipe, flags, parameters, acc1):
     config = config_of(recipe, *flags)
-    assert replace(config, model="localvit_tiny", model_args={}) == config_of("deit_300")
+    assert config.model_copy(update={"model": "localvit_tiny", "model_args": {}}) == config_of("deit_300")
     with torch.device("meta"):
         model = create_model(config.model, drop_path_rate=config.drop_path_rate, **config.model_args)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
@@ -122,7 +175,7 @@ def test_the_control_lacks_a_3x3_kernel_and_a_norm_for_each_hidden_channel(name,
     assert listed[name,] - listed[name, "--model-args", "depthwise=false"] == (9 + 2) * hidden
 
 
-def test_fine_tuning_starts_low_from_released_weights():
+def test_fine_tuning_starts_from_released_weights_with_a_low_learning_rate():
     config = config_of("finetune")
     assert find_model(config.finetune).file
     assert config.model == config.finetune

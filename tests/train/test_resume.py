@@ -1,4 +1,4 @@
-"""Going on after an end of any kind: with the same bits, from whatever is whole."""
+"""Resuming after any kind of end, with bit-exact results, from whichever checkpoint is intact."""
 
 import json
 import os
@@ -14,16 +14,17 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
-from tiny import skip_without_plateau, tiny_config
+from tiny import skip_without_plateau, tiny_config, train
 from torch import nn
 
 import localvit
 from localvit.models.published_names import published_key
-from localvit.train.build import build
+from localvit.train.builder import build
 from localvit.train.config import TrainConfig
-from localvit.train.loop import fit
+from localvit.train.loop import Stopped, fit
+from localvit.train.optimization import build_optimizer, build_scheduler
 from localvit.train.run_folder import STATE, newest_state, read_state, save_state
-from localvit.train.stopping import Stopped
+from localvit.train.state import ModelEmaV3, TrainState
 from localvit.utils.weight_files import CheckpointError
 from published import published_state
 
@@ -31,7 +32,7 @@ EVERYTHING = ("model", "model_ema", "optimizer", "scaler", "lr_scheduler", "epoc
 
 
 def same(one, other) -> bool:
-    """Whether two trees of plain values and tensors hold the same bits."""
+    """Whether two trees of plain values and tensors are bit-exact."""
     if isinstance(one, torch.Tensor):
         return torch.equal(one, other)
     if isinstance(one, dict):
@@ -42,7 +43,7 @@ def same(one, other) -> bool:
 
 
 def outcome(directory):
-    """All that must not depend on where a run was interrupted."""
+    """Everything that must not depend on where a run was interrupted."""
     entries = read_state(directory / STATE)
     progress = {
         key: value for key, value in entries["localvit"]["progress"].items() if key in ("rows", "losses", "step")
@@ -60,7 +61,7 @@ def write_config(path, config):
 
 
 class Interrupting(nn.Module):
-    """The loss, with a signal to this process at one call."""
+    """The loss; sends a signal to this process at one call."""
 
     def __init__(self, call, number):
         super().__init__()
@@ -74,15 +75,15 @@ class Interrupting(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tiny_digits, tmp_path_factory):
-    """A run of 3 epochs of 3 steps, every random draw on, that nothing interrupts."""
-    folder = tmp_path_factory.mktemp("undisturbed")
+def uninterrupted(tiny_digits, tmp_path_factory):
+    """An uninterrupted run of 3 epochs with 3 steps, with all random augmentation."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
     torch.set_num_threads(1)
-    fit(build(eventful(tiny_digits, folder)))
+    fit(build(run_config(tiny_digits, folder)))
     return outcome(folder)
 
 
-def eventful(data, folder, **changes):
+def run_config(data, folder, **changes):
     settings = {"epochs": 3, "batch_size": 12, "checkpoint_steps": 1, "label_smoothing": 0.0} | changes
     return tiny_config(data, folder, **settings)
 
@@ -91,8 +92,8 @@ def eventful(data, folder, **changes):
     ("call", "number"),
     [(0, signal.SIGTERM), (2, signal.SIGINT), (4, signal.SIGUSR1), (8, signal.SIGTERM)],
 )
-def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(tiny_digits, tmp_path, undisturbed, call, number):
-    config = eventful(tiny_digits, tmp_path, checkpoint_steps=None)
+def test_a_run_resumed_after_a_signal_is_bit_exact(tiny_digits, tmp_path, uninterrupted, call, number):
+    config = run_config(tiny_digits, tmp_path, checkpoint_steps=None)
     training = replace(build(config), criterion=Interrupting(call, number))
     before = signal.getsignal(number)
     with pytest.raises(Stopped) as stopped:
@@ -100,16 +101,16 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(tiny_digits, tmp_pa
     assert signal.getsignal(number) == before
     assert stopped.value.exit_status == 128 + number
     state = read_state(tmp_path / STATE)["localvit"]["progress"]
-    # It is told of with the next step, or after the epoch's evaluation if there is none.
+    # The loop sees it in the next step, or after the evaluation of the epoch.
     assert state["epoch"] * 3 + state["step"] in (call + 1, call + 2)
     fit(build(config, resume="auto"))
-    assert same(outcome(tmp_path), undisturbed)
+    assert same(outcome(tmp_path), uninterrupted)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_a_run_killed_at_random_moments_ends_with_the_same_bits(tiny_digits, tmp_path, undisturbed, workers):
-    draws = random.Random(workers)
-    config_file = write_config(tmp_path / "c.yaml", eventful(tiny_digits, tmp_path / "run", workers=workers))
+def test_a_run_killed_at_random_moments_is_bit_exact(tiny_digits, tmp_path, uninterrupted, workers):
+    generator = random.Random(workers)
+    config_file = write_config(tmp_path / "c.yaml", run_config(tiny_digits, tmp_path / "run", workers=workers))
     kills = 0
     for _ in range(12):
         run = subprocess.Popen(
@@ -120,33 +121,33 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bits(tiny_digits, tmp
             text=True,
         )
         if kills < 2:
-            # Once there is something to lose: the state that the run begins with is in place.
+            # Wait until this process has saved its first checkpoint.
             seen = time.time()
             state = tmp_path / "run" / STATE
             while run.poll() is None and not (state.exists() and state.stat().st_mtime > seen):
                 time.sleep(0.01)
-            time.sleep(draws.uniform(0, 0.5))
+            time.sleep(generator.uniform(0, 0.5))
             run.kill()
             kills += run.wait() == -signal.SIGKILL
             run.stderr.close()
             continue
-        _, told = run.communicate()
-        assert run.returncode == 0, told
+        _, err = run.communicate()
+        assert run.returncode == 0, err
         break
     assert kills == 2
-    assert same(outcome(tmp_path / "run"), undisturbed)
+    assert same(outcome(tmp_path / "run"), uninterrupted)
 
 
-def some_states(tiny_digits, folder):
-    """The newest three states of a run of two steps, and its config."""
-    config = eventful(tiny_digits, folder, epochs=2, keep=3, warmup_epochs=0)
+def some_checkpoints(tiny_digits, folder):
+    """Write the newest three checkpoints of a run of two epochs; returns its config."""
+    config = run_config(tiny_digits, folder, epochs=2, keep=3, warmup_epochs=0)
     fit(build(config))
     return config
 
 
 @pytest.mark.parametrize("harm", ["cut", "flipped", "empty", "gone"])
-def test_a_damaged_state_falls_back_to_the_one_before(tiny_digits, tmp_path, harm):
-    config = some_states(tiny_digits, tmp_path)
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tiny_digits, tmp_path, caplog, harm):
+    config = some_checkpoints(tiny_digits, tmp_path)
     state = tmp_path / STATE
     content = bytearray(state.read_bytes())
     if harm == "flipped":
@@ -155,27 +156,27 @@ def test_a_damaged_state_falls_back_to_the_one_before(tiny_digits, tmp_path, har
     state.write_bytes(harmed)
     if harm == "gone":
         state.unlink()
-    told = []
     before = read_state(tmp_path / "checkpoint.1.pth")
-    found = newest_state(tmp_path, told.append)
+    caplog.clear()
+    found = newest_state(tmp_path)
     assert same(found["model"], before["model"])
     assert found["localvit"]["progress"]["step"] == 3  # of the last epoch, before its evaluation
     if harm != "gone":
-        assert "checkpoint.pth" in told[0]
-        assert "going on from the state before" in told[0]
-    wanted = (tmp_path / "log.txt").read_text()
+        assert "checkpoint.pth" in caplog.messages[0]
+        assert "trying the checkpoint before" in caplog.messages[0]
+    expected = (tmp_path / "log.txt").read_text()
     fit(build(config, resume="auto"))
-    assert (tmp_path / "log.txt").read_text() == wanted
+    assert (tmp_path / "log.txt").read_text() == expected
 
 
-def test_no_whole_state_is_an_error(tmp_path):
+def test_only_damaged_checkpoints_are_an_error(tmp_path):
     for name in (STATE, "checkpoint.1.pth"):
-        (tmp_path / name).write_bytes(b"no state")
-    with pytest.raises(CheckpointError, match=r"no state in .* is whole"):
-        newest_state(tmp_path, lambda message: None)
+        (tmp_path / name).write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match=r"all checkpoints in .* are damaged"):
+        newest_state(tmp_path)
 
 
-def test_the_newest_few_are_kept(tmp_path):
+def test_the_newest_checkpoints_are_kept(tmp_path):
     for step in range(5):
         save_state({"model": {}, "step": step}, tmp_path, keep=3)
         kept = sorted(path.name for path in tmp_path.iterdir())
@@ -189,15 +190,15 @@ def test_the_newest_few_are_kept(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [STATE]
 
 
-def test_a_state_that_was_written_but_not_placed_is_the_newest(tmp_path):
+def test_a_checkpoint_that_was_not_yet_renamed_is_the_newest(tmp_path):
     save_state({"model": {}, "step": 1}, tmp_path, keep=2)
     torch.save({"model": {}, "step": 2}, tmp_path / "checkpoint.new.pth")
-    assert newest_state(tmp_path, lambda message: None)["step"] == 2
+    assert newest_state(tmp_path)["step"] == 2
 
 
 @contextmanager
 def small_disk(folder, size):
-    """A file system of its own in `folder`."""
+    """A separate, small file system in `folder`."""
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)], capture_output=True)
     if mounted.returncode:
@@ -208,7 +209,7 @@ def small_disk(folder, size):
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_costs_no_earlier_state(tmp_path):
+def test_a_full_disk_leaves_earlier_checkpoints_unchanged(tmp_path):
     with small_disk(tmp_path / "disk", "256k") as disk:
         save_state({"model": {"a": torch.zeros(10_000)}, "step": 1}, disk, keep=2)
         with pytest.raises(OSError, match="its disk is full"):
@@ -218,10 +219,12 @@ def test_a_full_disk_costs_no_earlier_state(tmp_path):
 
 
 def test_a_disk_too_small_for_the_run_stops_before_training(tiny_digits, tmp_path):
-    """A state alone would fit into 16 MB: weights and average of 3 MB each. Two, with moments, and models do not."""
+    """One checkpoint fits into 16 MB: weights and average have 3 MB each. Two with moments and the models do not."""
     with small_disk(tmp_path / "disk", "16m") as disk:
         training = build(tiny_config(tiny_digits, disk / "run"))
-        with pytest.raises(OSError, match=r"has 17 MB free, and the run may need 47 MB for 2 states and two models"):
+        with pytest.raises(
+            OSError, match=r"has 17 MB of free space, and the run may need 47 MB for 2 checkpoints and two"
+        ):
             fit(training)
         assert list((disk / "run").iterdir()) == []
 
@@ -229,12 +232,12 @@ def test_a_disk_too_small_for_the_run_stops_before_training(tiny_digits, tmp_pat
 def test_a_folder_that_cannot_be_written_stops_before_training(tiny_digits, tmp_path):
     (tmp_path / "file").write_text("")
     training = build(tiny_config(tiny_digits, tmp_path / "file" / "run"))
-    with pytest.raises(OSError, match="cannot be made"):
+    with pytest.raises(OSError, match="cannot create"):
         fit(training)
 
 
 def published_checkpoint(model, epoch):
-    """What the published program saves, in its own order of parameters, and the moments by published name."""
+    """A checkpoint of the published program, and the order of its parameters by published name."""
     names = dict(model.named_parameters())
     raw = published_state(model.made_from["name"])
     by_name = {published_key(model, name): parameter for name, parameter in names.items()}
@@ -272,10 +275,7 @@ def published_checkpoint(model, epoch):
 
 @pytest.mark.parametrize("name", ["localvit_tiny_mlp4_act3_r192", "localvit_pvt_tiny", "localvit_T2t_conv7"])
 def test_a_published_checkpoint_resumes(tmp_path, name):
-    """Weights, average and each parameter's moments arrive by name; PVT and T2T keep another order of parameters."""
-    from localvit.train.optimization import build_optimizer, build_scheduler
-    from localvit.train.state import ModelEmaV3, TrainState
-
+    """Weights, average and moments are matched by name; PVT and T2T have another order of parameters."""
     model = localvit.create_model(name)
     order, content = published_checkpoint(model, epoch=41)
     torch.save(content, tmp_path / "published.pth")
@@ -303,11 +303,10 @@ def test_a_published_checkpoint_resumes(tmp_path, name):
     assert optimizer.param_groups[0]["lr"] == pytest.approx(9.5e-4, rel=0.02)  # cosine of 1e-3 at epoch 41 of 300
 
 
-def test_a_run_goes_on_from_what_the_published_program_would_have_saved(tiny_digits, tmp_path):
-    """Our own state without our own entries, at the end of the first of two epochs."""
-    wanted = eventful(tiny_digits, tmp_path / "whole", epochs=2)
-    fit(build(wanted))
-    half = eventful(tiny_digits, tmp_path / "half", epochs=2, early_stopping=1, checkpoint_steps=None)
+def test_a_run_resumes_from_the_entries_of_the_published_program(tiny_digits, tmp_path):
+    """From our checkpoint without our own entries, after the first of two epochs."""
+    fit(build(run_config(tiny_digits, tmp_path / "whole", epochs=2)))
+    half = run_config(tiny_digits, tmp_path / "half", epochs=2, early_stopping=1, checkpoint_steps=None)
     training = replace(build(half), criterion=Interrupting(2, signal.SIGTERM))  # the last step of the epoch
     with pytest.raises(Stopped):
         fit(training)
@@ -318,8 +317,8 @@ def test_a_run_goes_on_from_what_the_published_program_would_have_saved(tiny_dig
     assert entries["epoch"] == 0
     del entries["localvit"]
     torch.save(entries, tmp_path / "published.pth")
-    config = eventful(tiny_digits, tmp_path / "on", epochs=2)
-    (row,) = fit(build(config, resume=str(tmp_path / "published.pth")))
+    config = run_config(tiny_digits, tmp_path / "on", epochs=2)
+    (row,) = train(config, resume=str(tmp_path / "published.pth"))
     names = ("model", "model_ema", "optimizer")
     states = [read_state(folder / STATE) for folder in (tmp_path / "whole", tmp_path / "on")]
     assert same(*({name: state[name] for name in names} for state in states))
@@ -329,19 +328,19 @@ def test_a_run_goes_on_from_what_the_published_program_would_have_saved(tiny_dig
 @pytest.mark.parametrize(
     ("entries", "words"),
     [
-        ({"model": {}}, "no optimizer: begin a new run from it with --finetune"),
-        ({"model": {"a": torch.zeros(3)}, "optimizer": {"state": {}, "param_groups": []}}, "of another model"),
+        ({"model": {}}, "no optimizer: start a new run from it with --finetune"),
+        ({"model": {"a": torch.zeros(3)}, "optimizer": {"state": {}, "param_groups": []}}, "for another model"),
     ],
 )
-def test_what_cannot_be_resumed_says_why(tiny_digits, tmp_path, entries, words):
+def test_checkpoints_that_cannot_be_resumed(tiny_digits, tmp_path, entries, words):
     torch.save(entries, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match=words):
         build(tiny_config(tiny_digits, tmp_path / "run"), resume=str(tmp_path / "other.pth"))
 
 
 @pytest.mark.filterwarnings("ignore:PlateauLRScheduler")
-def test_a_plateau_goes_on_counting(tiny_digits, tmp_path):
-    """timm saves the best accuracy alone, not how long ago it was: an end at any epoch must not begin the wait anew."""
+def test_a_resumed_plateau_schedule_keeps_its_patience(tiny_digits, tmp_path):
+    """timm saves the best accuracy but not its epoch; a resume must not start the wait from the beginning."""
     skip_without_plateau()
     settings = {"sched": "plateau", "patience_epochs": 2, "decay_rate": 0.5, "warmup_epochs": 0, "epochs": 12}
 
@@ -356,24 +355,24 @@ def test_a_plateau_goes_on_counting(tiny_digits, tmp_path):
             yield training.state.optimizer.param_groups[0]["lr"]
             training.state.finish_epoch({"epoch": epoch, "test_acc1": 50.0}, {})
 
-    undisturbed = list(rates(None))
-    assert len(set(undisturbed)) > 2
+    uninterrupted = list(rates(None))
+    assert len(set(uninterrupted)) > 2
     for ends_at in (3, 4, 7):
-        assert list(rates(ends_at)) == undisturbed
+        assert list(rates(ends_at)) == uninterrupted
 
 
-def test_inside_an_epoch_the_batch_stays(tiny_digits, tmp_path):
-    training = replace(build(eventful(tiny_digits, tmp_path)), criterion=Interrupting(0, signal.SIGTERM))
+def test_the_batch_size_cannot_change_within_an_epoch(tiny_digits, tmp_path):
+    training = replace(build(run_config(tiny_digits, tmp_path)), criterion=Interrupting(0, signal.SIGTERM))
     with pytest.raises(Stopped):
         fit(training)
-    with pytest.raises(CheckpointError, match="an epoch of 12 images a step, and this run takes 6"):
-        build(eventful(tiny_digits, tmp_path, batch_size=6), resume="auto")
+    with pytest.raises(CheckpointError, match="an epoch with 12 images per step, and this run has 6"):
+        build(run_config(tiny_digits, tmp_path, batch_size=6), resume="auto")
 
 
-def test_other_settings_are_remarked_on(tiny_digits, tmp_path):
-    fit(build(eventful(tiny_digits, tmp_path, epochs=2)))
-    told = []
-    build(eventful(tiny_digits, tmp_path, epochs=4, lr=0.5, workers=1), told.append, resume="auto")
-    assert any("epochs=4, where the run began with 2" in line for line in told)
-    assert any("lr=0.5" in line for line in told)
-    assert not any("workers" in line for line in told)
+def test_changed_settings_are_a_warning(tiny_digits, tmp_path, caplog):
+    fit(build(run_config(tiny_digits, tmp_path, epochs=2)))
+    caplog.clear()
+    build(run_config(tiny_digits, tmp_path, epochs=4, lr=0.5, workers=1), resume="auto")
+    assert any("epochs=4; the run started with 2" in line for line in caplog.messages)
+    assert any("lr=0.5" in line for line in caplog.messages)
+    assert not any("workers" in line for line in caplog.messages)

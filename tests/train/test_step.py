@@ -1,22 +1,32 @@
-"""A step: ways to take it that must not change what it computes, and those that must."""
+"""A training step: options that must not change its result, and options that must."""
+
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from tiny import STILL, tiny_config
+from tiny import STILL, tiny_config, train
 from torch import nn
 from torchvision import transforms
 
-from localvit.train.build import build
+import localvit
+from localvit.checkpoints import read_checkpoint, save_checkpoint
+from localvit.train.builder import build
 from localvit.train.loop import fit
 from localvit.train.step import train_step
 
-CALM = STILL | {"label_smoothing": 0.0, "drop_path_rate": 0.0, "opt": "momentum", "lr": 0.5, "weight_decay": 0.0}
+DETERMINISTIC = STILL | {
+    "label_smoothing": 0.0,
+    "drop_path_rate": 0.0,
+    "opt": "momentum",
+    "lr": 0.5,
+    "weight_decay": 0.0,
+}
 
 
 def after_one_step(tiny_digits, folder, **changes):
-    """The loss of the first step and the weights it leaves, float64."""
-    training = build(tiny_config(tiny_digits, folder, **CALM | changes))
+    """The loss of the first step, and the weights after it in float64."""
+    training = build(tiny_config(tiny_digits, folder, **DETERMINISTIC | changes))
     result = train_step(training, training.batches.epoch(0), stop=False)
     return result.loss, {name: value.double() for name, value in training.state.model.named_parameters()}, training
 
@@ -31,21 +41,21 @@ def after_one_step(tiny_digits, folder, **changes):
     ],
     ids=["channels_last", "grad_checkpointing", "compile", "ema_on_cpu"],
 )
-def test_another_way_to_the_same_numbers(tiny_digits, tmp_path, changes, tolerance):
-    """float32 rounding of sums in another order, where the tolerance is not 0."""
+def test_options_that_do_not_change_the_result(tiny_digits, tmp_path, changes, tolerance):
+    """Tolerances above 0 are for float32 sums in another order."""
     small = {"batch_size": 6}
-    wanted_loss, wanted, _ = after_one_step(tiny_digits, tmp_path / "plain", **small)
+    expected_loss, expected, _ = after_one_step(tiny_digits, tmp_path / "plain", **small)
     loss, weights, _ = after_one_step(tiny_digits, tmp_path / "other", **small, **changes)
-    assert loss == pytest.approx(wanted_loss, rel=tolerance)
-    for name, value in wanted.items():
+    assert loss == pytest.approx(expected_loss, rel=tolerance)
+    for name, value in expected.items():
         torch.testing.assert_close(weights[name], value, rtol=tolerance, atol=tolerance, msg=name)
 
 
 def test_accumulated_gradients_are_those_of_one_batch(tiny_digits, tmp_path):
-    """With BatchNorm in evaluation mode, since its statistics are of a batch."""
+    """With BatchNorm in evaluation mode, because its statistics are per batch."""
     found = []
     for batch_size, grad_accum in ((12, 1), (4, 3)):
-        changes = CALM | {"batch_size": batch_size, "grad_accum": grad_accum}
+        changes = DETERMINISTIC | {"batch_size": batch_size, "grad_accum": grad_accum}
         training = build(tiny_config(tiny_digits, tmp_path / str(grad_accum), **changes))
         for module in training.state.model.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -62,10 +72,8 @@ def test_accumulated_gradients_are_those_of_one_batch(tiny_digits, tmp_path):
     assert images == images_in_parts == 12
 
 
-def test_class_weights_even_out_the_classes(tiny_digits, tmp_path):
-    """Classes of 13, 7 and 3 images, whose mean weight is 1."""
-    import shutil
-
+def test_class_weights_are_inverse_to_the_number_of_images(tiny_digits, tmp_path):
+    """Classes with 13, 7 and 3 images; the mean weight is 1."""
     root = tmp_path / "digits"
     shutil.copytree(tiny_digits, root)
     for digit, count in ((1, 7), (2, 3)):
@@ -78,9 +86,9 @@ def test_class_weights_even_out_the_classes(tiny_digits, tmp_path):
     inverse = np.array([1 / 13, 1 / 7, 1 / 3])
     weights = inverse / inverse.mean()
     own = -logits_BM.log_softmax(1)[range(6), labels_B].numpy()
-    wanted = (weights[labels_B] * own).sum() / weights[labels_B].sum()
+    expected = (weights[labels_B] * own).sum() / weights[labels_B].sum()
     # The weights are float32.
-    assert training.criterion(None, logits_BM.float(), labels_B).item() == pytest.approx(wanted, rel=1e-5)
+    assert training.criterion(None, logits_BM.float(), labels_B).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_resplit_leaves_the_first_of_three_repeats_unerased(tiny_digits, tmp_path):
@@ -91,26 +99,22 @@ def test_resplit_leaves_the_first_of_three_repeats_unerased(tiny_digits, tmp_pat
         for steps in (images.first.transform.transforms, images.repeated.transform.transforms)
     ]
     assert erased == [False, True]
-    # Noise has no two pixels alike; a digit on its black ground has many.
+    # Erased pixels are random numbers, all different; a digit has many equal pixels in its black background.
     distinct = [len(images[(0, 5, repeat)][0].unique()) for repeat in (0, 1, 2)]
     assert distinct[0] < min(distinct[1:])
 
 
-def test_early_stopping_ends_after_so_many_epochs_without_a_better_one(tiny_digits, tmp_path):
-    """A learning rate of almost nothing makes no epoch better than the first."""
-    told = []
+def test_early_stopping(tiny_digits, tmp_path, caplog):
+    """With a tiny learning rate, no epoch is better than the first."""
     settings = {"epochs": 9, "early_stopping": 2, "lr": 1e-9, "min_lr": 0.0, "warmup_epochs": 0, "ema_decay": None}
-    rows = fit(build(tiny_config(tiny_digits, tmp_path, **settings)), remark=told.append)
+    rows = train(tiny_config(tiny_digits, tmp_path, **settings))
     best = max(rows, key=lambda row: row["test_acc1"])["epoch"]
     assert len(rows) == best + 3 < 9
-    assert any("no better Acc@1 for 2 epochs" in line for line in told)
+    assert any("no better Acc@1 for 2 epochs" in line for line in caplog.messages)
 
 
-def test_a_teacher_is_learned_from(tiny_digits, tmp_path):
-    """The teacher's weight in the loss reaches the distillation head alone, and the files stay those of a student."""
-    import localvit
-    from localvit.checkpoints import read_checkpoint, save_checkpoint
-
+def test_distillation_with_alpha_1_trains_only_the_distillation_head(tiny_digits, tmp_path):
+    """The checkpoint contains the student only."""
     teacher = localvit.create_model("localvit_nano_patch4_32", num_classes=3)
     save_checkpoint(teacher, tmp_path / "teacher.safetensors", class_names=["0", "1", "2"])
     config = tiny_config(

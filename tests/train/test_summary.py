@@ -1,4 +1,4 @@
-"""A run in short: its numbers in closed form, and a report whose commands and settings hold."""
+"""The result of a run against closed forms, and the commands and settings in its report."""
 
 import math
 import shlex
@@ -10,7 +10,7 @@ import tyro
 import yaml
 
 from localvit.train.config import TrainConfig
-from localvit.train.summary import RunNumbers, summary_rows, write_summary
+from localvit.train.summary import RunResult, summary_rows, write_summary
 from localvit_cli.eval import Eval
 from run_folders import SETTINGS, log_row
 
@@ -27,32 +27,33 @@ METRICS = [
     measured(1, 71.25, 61.5, 1013.0, 700.0, 2),
     measured(2, 71.25, 0.5, 17.0, 500.0, 5),
 ]
+RESULT = RunResult.of(METRICS)
 
 
-def test_numbers_of_a_run():
-    numbers = RunNumbers.of(METRICS)
-    assert (numbers.best, numbers.last) == (METRICS[1], METRICS[2])  # the first of two equal ones
-    assert (numbers.seconds, numbers.images_per_second, numbers.peak_memory_mb) == (3662.0, 17.0, 700.0)
-    assert numbers.skipped_steps == 5
+def test_result_of_a_run():
+    result = RunResult.of(METRICS)
+    assert (result.best, result.last) == (METRICS[1], METRICS[2])  # the first of two equal ones
+    assert (result.seconds, result.images_per_second, result.peak_memory_mb) == (3662.0, 17.0, 700.0)
+    assert result.skipped_steps == 5
 
 
-def test_what_an_epoch_did_not_measure_is_not_known():
-    numbers = RunNumbers.of([METRICS[0], log_row(1, 30.0)])
-    assert numbers.seconds is numbers.images_per_second is numbers.peak_memory_mb is numbers.skipped_steps is None
-    rows = dict(summary_rows(TrainConfig(), [log_row(0, 30.0)], CPU))
+def test_numbers_that_were_not_measured_are_none():
+    result = RunResult.of([METRICS[0], log_row(1, 30.0)])
+    assert result.seconds is result.images_per_second is result.peak_memory_mb is result.skipped_steps is None
+    rows = dict(summary_rows(TrainConfig(), RunResult.of([log_row(0, 30.0)]), CPU))
     assert rows.keys() == {"model", "data", "epochs", "best epoch", "last epoch", "device"}
 
 
 def config(folder, **settings):
-    return TrainConfig.of(SETTINGS | {"output_dir": str(folder)} | settings)
+    return TrainConfig(**SETTINGS | {"output_dir": str(folder)} | settings)
 
 
-def test_rows_say_values_with_units(tmp_path):
-    rows = dict(summary_rows(config(tmp_path, data_path="digits"), METRICS, CPU))
+def test_summary_rows_have_units_and_epochs_from_1(tmp_path):
+    rows = dict(summary_rows(config(tmp_path, data_path="digits"), RESULT, CPU))
     assert rows["model"] == "localvit_nano_patch4_32, 731,074 parameters trained"
     assert rows["data"] == "DIGITS, digits"
     assert rows["epochs"] == "3 of 3"
-    assert rows["best epoch"] == "1: Acc@1 71.250 %, Acc@5 97.000 %, validation loss 1.2500, training loss 1.7500"
+    assert rows["best epoch"] == "2: Acc@1 71.250 %, Acc@5 97.000 %, validation loss 1.2500, training loss 1.7500"
     assert rows["time"] == "1:01:02 (h:mm:ss), without evaluation"
     assert (rows["speed"], rows["peak memory"], rows["skipped steps"]) == ("17.0 images/s", "700 MB", "5")
     assert rows["device"].startswith("cpu (")
@@ -66,15 +67,15 @@ def tables(text):
 
 def test_settings_in_the_report_are_those_of_the_run(tmp_path):
     asked = config(tmp_path, ema_decay=None, lr=2e-5, input_size=[28, 36], model_args={"local_blocks": []}, seed=7)
-    text = write_summary(asked, METRICS, CPU).read_text()
-    told = {name: (value, default) for name, value, default in (row for row in tables(text) if len(row) == 3)}
-    # The report spells values as YAML reads them: read back, they make the same run.
-    values = {name: yaml.safe_load(value) for name, (value, _) in told.items()}
-    assert float(values.pop("lr")) == 2e-5  # YAML 1.1 takes 2e-05 for text
-    assert TrainConfig.of(values | {"lr": 2e-5, "output_dir": str(tmp_path)}) == asked
+    text = write_summary(asked, RESULT, CPU).read_text()
+    in_report = {name: (value, default) for name, value, default in (row for row in tables(text) if len(row) == 3)}
+    # Values in the report are valid YAML; reading them gives the same settings.
+    values = {name: yaml.safe_load(value) for name, (value, _) in in_report.items()}
+    assert float(values.pop("lr")) == 2e-5  # YAML 1.1 reads 2e-05 as text
+    assert TrainConfig(**values | {"lr": 2e-5, "output_dir": str(tmp_path)}) == asked
     defaults = TrainConfig().to_dict()
-    assert {name: yaml.safe_load(default) for name, (_, default) in told.items() if name != "lr"} == {
-        name: defaults[name] for name in told if name != "lr"
+    assert {name: yaml.safe_load(default) for name, (_, default) in in_report.items() if name != "lr"} == {
+        name: defaults[name] for name in in_report if name != "lr"
     }
 
 
@@ -87,7 +88,7 @@ def test_the_command_evaluates_this_run(tmp_path):
     asked = config(folder, data_set="INAT", data_path=str(data_path), inat_category="order")
     folder.mkdir()
     (folder / "curves.png").touch()
-    text = write_summary(asked, METRICS, CPU).read_text()
+    text = write_summary(asked, RESULT, CPU).read_text()
     (command,) = commands(text)
     assert command[:2] == ["localvit", "eval"]
     evaluation = tyro.cli(Eval, args=command[2:])
@@ -96,26 +97,26 @@ def test_the_command_evaluates_this_run(tmp_path):
     assert "(curves.png)" in text
 
 
-def test_an_unfinished_run_says_how_to_go_on(tmp_path):
-    text = write_summary(config(tmp_path, epochs=4), METRICS, CPU).read_text()
+def test_the_report_of_an_unfinished_run_has_a_command_to_resume(tmp_path):
+    text = write_summary(config(tmp_path, epochs=4), RESULT, CPU).read_text()
     assert commands(text)[1] == ["localvit", "train", "--resume", "auto", "--output-dir", str(tmp_path)]
     assert "3 of 4" in text
     assert "curves.png" not in text
 
 
 @pytest.mark.parametrize("val", [True, False])
-def test_images_that_were_trained_on_are_not_offered_for_evaluation(tmp_path, val):
+def test_training_images_are_not_suggested_for_evaluation(tmp_path, val):
     if val:
         (tmp_path / "val").mkdir()
     asked = config(tmp_path / "run", data_set="FOLDER", data_path=str(tmp_path))
-    text = write_summary(asked, METRICS, CPU).read_text()
+    text = write_summary(asked, RESULT, CPU).read_text()
     (command,) = commands(text)
     assert Path(command[-1]) == (tmp_path if val else Path("OTHER_IMAGES"))
-    assert ("were trained on" in text) is not val
+    assert ("were used for training" in text) is not val
 
 
-def test_a_table_keeps_its_cells_whatever_is_in_them(tmp_path):
-    rows = [METRICS[0] | {"test_loss": math.nan}]
-    text = write_summary(config(tmp_path, finetune="a|b.pth"), rows, CPU).read_text()
+def test_special_characters_do_not_break_the_table(tmp_path):
+    result = RunResult.of([METRICS[0] | {"test_loss": math.nan}])
+    text = write_summary(config(tmp_path, finetune="a|b.pth"), result, CPU).read_text()
     assert r"| finetune | a\|b.pth | null |" in text
     assert "validation loss nan" in text

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: read back by those who read them, over a resume, and when something fails."""
+"""Trackers: what they write, read by the tools for it; after a resume; and when something fails."""
 
 import csv
 import json
@@ -13,7 +13,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from localvit.train.config import TrainConfig
-from localvit.train.trackers import Watch
+from localvit.train.trackers import Trackers
 from run_folders import log_row
 
 MEASURED = {"seconds": 12.5, "images_per_second": 101.0, "peak_memory_mb": 7.5, "skipped_steps": 0}
@@ -23,26 +23,26 @@ def config(folder, **settings):
     return TrainConfig(output_dir=folder / "run", **settings)
 
 
-def finish_epoch(watch, folder, rows, step):
-    """What the loop does after an epoch."""
+def finish_epoch(trackers, folder, rows, step):
+    """Log an epoch as the loop does."""
     log = folder / "run" / "log.txt"
     log.write_text("".join(json.dumps({key: row[key] for key in log_row(0, 0.0)}) + "\n" for row in rows))
-    watch.epoch(rows, step)
+    trackers.log_epoch(rows, step)
 
 
-def test_metrics_are_all_rows_whatever_was_there(tmp_path):
+def test_metrics_are_rewritten_with_all_rows(tmp_path):
     rows = [log_row(epoch, 30.0 + epoch / 3) | MEASURED for epoch in range(3)]
     rows[1]["test_loss"] = math.nan
     rows[2]["skipped_steps"] = 5
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.csv").write_text("epoch\n" * 9)  # of the epochs after the one resumed from
-    watch = Watch(config(tmp_path), from_step=7)
-    finish_epoch(watch, tmp_path, rows, 22)
-    watch.close()
+    trackers = Trackers(config(tmp_path), from_step=7)
+    finish_epoch(trackers, tmp_path, rows, 22)
+    trackers.close()
     with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
         read = [{key: float(text) for key, text in row.items()} for row in csv.DictReader(file)]
     assert [list(row) for row in read] == [list(row) for row in rows]
-    # NaN is no equal of itself, so as text.
+    # Compared as text, because NaN is not equal to itself.
     assert [list(map(str, row.values())) for row in read] == [[str(float(each)) for each in r.values()] for r in rows]
     with Image.open(tmp_path / "run" / "curves.png") as image:
         assert image.size == (1350, 540)
@@ -54,17 +54,17 @@ def scalars(folder):
     return {tag: [(each.step, each.value) for each in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def test_tensorboard_reads_what_was_logged_and_a_resume_replaces_what_it_repeats(tmp_path):
+def test_tensorboard_after_a_resume(tmp_path):
     asked = config(tmp_path, tensorboard=True)
-    killed = Watch(asked, from_step=0)
+    killed = Trackers(asked, from_step=0)
     for step in range(1, 8):
-        killed.step(step, {"train/loss": 1 / step, "train/lr": 1e-3})
+        killed.log_step(step, {"train/loss": 1 / step, "train/lr": 1e-3})
     rows = [log_row(0, 40.0) | MEASURED]
     finish_epoch(killed, tmp_path, rows, 5)  # as an epoch of five steps would; never closed
 
-    resumed = Watch(asked, from_step=5)
+    resumed = Trackers(asked, from_step=5)
     for step in range(6, 10):
-        resumed.step(step, {"train/loss": 100 + step, "train/lr": 1e-4})
+        resumed.log_step(step, {"train/loss": 100 + step, "train/lr": 1e-4})
     rows.append(log_row(1, 50.0) | MEASURED)
     finish_epoch(resumed, tmp_path, rows, 10)
     resumed.close()
@@ -80,77 +80,71 @@ def test_tensorboard_reads_what_was_logged_and_a_resume_replaces_what_it_repeats
     }
 
 
-def test_without_matplotlib_it_says_so_once_and_goes_on(tmp_path, monkeypatch):
+def test_without_matplotlib_there_is_one_warning(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for name in ("localvit.train.curves", "matplotlib.figure", "matplotlib.axes", "matplotlib.ticker"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    remarks = []
-    watch = Watch(config(tmp_path), from_step=0, remark=remarks.append)
+    trackers = Trackers(config(tmp_path), from_step=0)
     for epochs in (1, 2):
-        finish_epoch(watch, tmp_path, [log_row(epoch, 40.0) for epoch in range(epochs)], epochs)
-    watch.close()
-    (remark,) = remarks
-    assert "curves.png" in remark
-    assert 'pip install "localvit[plot]"' in remark
+        finish_epoch(trackers, tmp_path, [log_row(epoch, 40.0) for epoch in range(epochs)], epochs)
+    trackers.close()
+    (message,) = caplog.messages
+    assert "curves.png" in message
+    assert 'pip install "localvit[plot]"' in message
     assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 3
     assert not (tmp_path / "run" / "curves.png").exists()
 
 
 # An earlier run's folder called wandb is a module without anything in it.
 @pytest.mark.parametrize("wandb", [None, types.ModuleType("wandb")], ids=["missing", "a folder"])
-def test_wandb_that_is_not_installed_is_told_before_training(tmp_path, monkeypatch, wandb):
+def test_missing_wandb_is_an_error_before_training(tmp_path, monkeypatch, wandb):
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     with pytest.raises(ImportError, match=r'pip install "localvit\[wandb\]"'):
-        Watch(config(tmp_path, wandb="trials"), from_step=0)
+        Trackers(config(tmp_path, wandb="trials"), from_step=0)
 
 
-def test_tensorboard_that_is_not_installed_is_told_before_training(tmp_path, monkeypatch):
+def test_missing_tensorboard_is_an_error_before_training(tmp_path, monkeypatch):
     for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(ImportError, match=r'pip install "localvit\[tensorboard\]"'):
-        Watch(config(tmp_path, tensorboard=True), from_step=0)
+        Trackers(config(tmp_path, tensorboard=True), from_step=0)
 
 
-def test_a_folder_that_cannot_be_made_is_an_error_at_once(tmp_path):
+def test_a_folder_that_cannot_be_created_is_an_error_before_training(tmp_path):
     (tmp_path / "run").write_text("a file")
     with pytest.raises(FileExistsError, match="run"):
-        Watch(config(tmp_path), from_step=0)
+        Trackers(config(tmp_path), from_step=0)
 
 
-def test_what_fails_later_is_left_out_and_told_once(tmp_path):
-    remarks = []
-    watch = Watch(config(tmp_path), from_step=0, remark=remarks.append)
+def test_a_failing_tracker_is_turned_off_with_one_warning(tmp_path, caplog):
+    trackers = Trackers(config(tmp_path), from_step=0)
     (tmp_path / "run" / "metrics.csv").mkdir()  # nothing can take its name
     for epochs in (1, 2):
-        finish_epoch(watch, tmp_path, [log_row(epoch, 40.0) for epoch in range(epochs)], epochs)
-    watch.close()
-    (remark,) = remarks
-    assert remark.startswith("warning: metrics.csv is left out from here on: ")
+        finish_epoch(trackers, tmp_path, [log_row(epoch, 40.0) for epoch in range(epochs)], epochs)
+    trackers.close()
+    (message,) = caplog.messages
+    assert message.startswith("metrics.csv is turned off for the rest of the run: ")
     assert (tmp_path / "run" / "curves.png").exists()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread
-def test_a_full_disk_ends_the_event_file_and_not_the_run(tmp_path):
-    remarks = []
-    watch = Watch(config(tmp_path, tensorboard=True), from_step=0, remark=remarks.append)
+def test_a_full_disk_turns_trackers_off_but_does_not_stop_the_run(tmp_path, caplog):
+    trackers = Trackers(config(tmp_path, tensorboard=True), from_step=0)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # bytes a file
     try:
         rows = []
         for epoch in range(3):
             for step in range(200):
-                watch.step(200 * epoch + step, {"train/loss": 1.0})
+                trackers.log_step(200 * epoch + step, {"train/loss": 1.0})
             rows.append(log_row(epoch, 40.0))
-            finish_epoch(watch, tmp_path, rows, 200 * (epoch + 1))
-        watch.close()
+            finish_epoch(trackers, tmp_path, rows, 200 * (epoch + 1))
+        trackers.close()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert sorted(remark.split(" is left out")[0] for remark in remarks) == [
-        "warning: TensorBoard",
-        "warning: curves.png",
-    ]
-    assert all("File too large" in remark for remark in remarks)
+    assert sorted(each.split(" is turned off")[0] for each in caplog.messages) == ["TensorBoard", "curves.png"]
+    assert all("File too large" in each for each in caplog.messages)
     assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 4
 
 
@@ -166,17 +160,17 @@ def records(file):
         place += 7 + length
 
 
-def test_weights_and_biases_offline_goes_on_under_its_id(tmp_path, monkeypatch):
+def test_wandb_continues_under_the_same_id(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     asked = config(tmp_path, wandb="trials", seed=3)
     kept = {}
     for start in (0, 3):
-        watch = Watch(asked, from_step=start)
-        watch.step(start + 1, {"train/loss": 1 / (start + 1)})
-        finish_epoch(watch, tmp_path, [log_row(0, 40.0)], start + 2)
-        watch.close()
+        trackers = Trackers(asked, from_step=start)
+        trackers.log_step(start + 1, {"train/loss": 1 / (start + 1)})
+        finish_epoch(trackers, tmp_path, [log_row(0, 40.0)], start + 2)
+        trackers.close()
         kept[start] = (tmp_path / "run" / "wandb-id.txt").read_text()
     assert kept[0] == kept[3]
 
@@ -197,5 +191,5 @@ def test_weights_and_biases_offline_goes_on_under_its_id(tmp_path, monkeypatch):
             (start + 1, 1 / (start + 1), None),
             (start + 2, None, 40.0),
         ]
-    Watch(asked, from_step=0).close()
-    assert (tmp_path / "run" / "wandb-id.txt").read_text() != kept[0]  # another run, begun anew
+    Trackers(asked, from_step=0).close()
+    assert (tmp_path / "run" / "wandb-id.txt").read_text() != kept[0]  # a new run

@@ -1,4 +1,4 @@
-"""A data set and a run small enough to repeat: 3 digits, 39 images to train on, 9 to evaluate on."""
+"""A small data set and settings for short runs: 3 digits, 39 training images, 9 validation images."""
 
 import shutil
 from pathlib import Path
@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from localvit.data.digits import write_digits
+from localvit.train.builder import build
 from localvit.train.config import TrainConfig
+from localvit.train.loop import fit
+from localvit.train.state import Row
 
 from timm.scheduler import PlateauLRScheduler  # isort: skip  (after localvit)
 
@@ -20,7 +23,7 @@ STILL = {
     "random_erasing": 0.0,
     "repeated_aug": False,
 }
-"""No augmentation but the shifted crop."""
+"""No augmentation except the padded random crop."""
 
 
 def write_some_digits(root: Path, *, classes: int, train: int, val: int) -> Path:
@@ -36,7 +39,7 @@ def write_some_digits(root: Path, *, classes: int, train: int, val: int) -> Path
 
 
 def tiny_config(data_path: Path, output_dir: Path, **changes) -> TrainConfig:
-    """Every augmentation at its published strength, and two steps an epoch."""
+    """Published augmentation, and two steps per epoch."""
     settings = {
         "model": "localvit_nano_patch4_32",
         "data_set": "DIGITS",
@@ -54,10 +57,17 @@ def tiny_config(data_path: Path, output_dir: Path, **changes) -> TrainConfig:
     return TrainConfig(**settings | changes)
 
 
+def train(config: TrainConfig, **arguments) -> list[Row]:
+    """Build and train; returns the rows of the log."""
+    training = build(config, **arguments)
+    fit(training)
+    return training.state.rows
+
+
 def skip_without_plateau() -> None:
-    """timm's plateau of before 2026 hands torch an argument that it no longer takes."""
+    """The plateau schedule of older timm passes torch an argument that newer torch does not accept."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     try:
         PlateauLRScheduler(optimizer)
     except TypeError:
-        pytest.skip("this version of timm's plateau does not run on this version of torch")
+        pytest.skip("the plateau schedule of this version of timm does not work with this version of torch")

@@ -20,7 +20,7 @@ from localvit.data.datasets import open_images
 from localvit.data.images import Images, UnreadableImage
 from localvit.data.preprocessing import Preprocessing
 from localvit.inference.runner import InferenceOptions, ModelSource, Runner
-from localvit.utils.distributed import gather, rank, world_size
+from localvit.utils.distributed import all_gather, rank, world_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +134,7 @@ def evaluate(
             progress(len(indices) + len(failed))
     except Exception as error:  # shared with every process below, so that none waits forever for this one
         failure = error
-    parts = gather((rows, skipped, None if failure is None else f"{type(failure).__name__}: {failure}"))
+    parts = all_gather((rows, skipped, None if failure is None else f"{type(failure).__name__}: {failure}"))
     if failure is not None:
         raise failure
     failures = [text for _, _, text in parts if text]

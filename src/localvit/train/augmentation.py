@@ -1,5 +1,6 @@
-"""What a model is shown: the images to train and to evaluate on, how they are augmented, and how they are mixed."""
+"""Training and validation images: opening them, augmentation, and mixing (mixup, CutMix)."""
 
+import logging
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
@@ -17,43 +18,44 @@ from localvit.data.training_batches import AugmentedImages, TrainingBatches
 from localvit.train.config import TrainConfig
 from localvit.utils.distributed import rank, world_size
 
+logger = logging.getLogger(__name__)
+
 REPEATS = 3
-"""How often repeated augmentation takes an image."""
+"""Number of times that repeated augmentation takes an image."""
 SMALL = 32
-"""Side in pixels up to which a shifted crop takes the place of the resized one."""
+"""Image side in pixels up to which a padded random crop replaces the random resized crop."""
 
 
-def open_both(config: TrainConfig, remark: Callable[[str], None]) -> tuple[Images, Images]:
-    """The images to train on and those to evaluate on.
+def open_train_and_val(config: TrainConfig) -> tuple[Images, Images]:
+    """The training images and the validation images.
 
-    A FOLDER of class folders alone is split by the seed; every other data set brings both. Raises DataError.
+    A FOLDER without train/ and val/ is split with the seed. All other data sets contain both. Raises DataError.
     """
 
     def images_of(split: str) -> Images:
-        category = config.inat_category
-        return open_images(config.data_set, config.data_path, split=split, inat_category=category)
+        return open_images(config.data_set, config.data_path, split=split, inat_category=config.inat_category)
 
     train_images = images_of("train")
     if config.data_set.upper() == "FOLDER" and config.data_path and not (config.data_path / "val").is_dir():
         parts = split_images(train_images, config.val_fraction, config.seed)
-        remark(
-            f"{config.data_path} has no val/: {len(parts[1]):,} of its {len(train_images):,} images, drawn by seed "
-            f"{config.seed}, are kept to evaluate on"
+        logger.info(
+            f"{config.data_path} has no val/: evaluating on {len(parts[1]):,} of its {len(train_images):,} images, "
+            f"selected with seed {config.seed}"
         )
         return parts
     val_images = images_of("val")
     if not train_images.root or train_images.root != val_images.root:
         return train_images, val_images
     raise DataError(
-        f"{train_images.root} would be trained and evaluated on alike: put the images to train on below train/ "
-        "there, and others, to evaluate on, below val/"
+        f"{train_images.root} would be used for both training and evaluation: move the training images to train/ in "
+        "this folder, and other images, for evaluation, to val/"
     )
 
 
 def training_batches(
     config: TrainConfig, images: Images, preprocessing: Preprocessing, *, pin_memory: bool
 ) -> TrainingBatches:
-    """The batches of this process. Raises ValueError when there are not enough images for a step."""
+    """The training batches of this process. Raises ValueError if there are not enough images for a step."""
     return TrainingBatches(
         AugmentedImages(
             images,
@@ -74,10 +76,10 @@ def training_batches(
 def augmentation(
     config: TrainConfig, preprocessing: Preprocessing, random_erasing: float
 ) -> Callable[[Image.Image], Tensor]:
-    """timm's training transform: PIL image to normalized tensor (3, H, W).
+    """timm's training transform, from a PIL image to a normalized tensor (3, H, W).
 
-    For images of 32 pixels or less a random crop with a padding of 4 takes the place of the resized one, as in the
-    published program; an image of another size is first resized as for evaluation.
+    For image sizes up to 32 pixels, a random crop with a padding of 4 replaces the random resized crop, as in the
+    published program. Images of another size are first resized as for evaluation.
     """
     size = preprocessing.input_size
     geometry, color, tensor = create_transform(
@@ -104,7 +106,7 @@ def augmentation(
 
 
 def _posterize_to_black(policy: Any) -> None:
-    """Let timm's policies posterize to no bits at all, that is to black, as they always did: Pillow 13 refuses it."""
+    """Let timm's policies posterize to 0 bits, which results in black. Pillow 13 raises an error for 0 bits."""
     operations = [*getattr(policy, "ops", ()), *chain(*getattr(policy, "policy", ()))]
     for operation in operations:
         if operation.aug_fn is auto_augment.posterize:
@@ -115,8 +117,8 @@ def _posterized(image: Image.Image, bits_to_keep: int, **unused: Any) -> Image.I
     return auto_augment.posterize(image, bits_to_keep) if bits_to_keep else Image.new(image.mode, image.size)
 
 
-def mixing(config: TrainConfig, num_classes: int) -> Mixup | None:
-    """timm's mixup and CutMix, which smooths the labels as well; None when both are off."""
+def build_mixup(config: TrainConfig, num_classes: int) -> Mixup | None:
+    """timm's mixup and CutMix, which also apply label smoothing. None if both are off."""
     if not config.mixes:
         return None
     return Mixup(

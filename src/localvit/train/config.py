@@ -1,258 +1,290 @@
-"""What a training run is told."""
+"""The settings of a training run: names, types, ranges, defaults and help, each stated once.
 
-import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+YAML files, command-line flags and Python use the same names. The defaults are the published recipe (LocalViT,
+arXiv 2104.05707, section 4.1), which follows DeiT (arXiv 2012.12877).
+"""
+
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from localvit.train.settings import check_kind, closest, converted
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+"""In [0, 1]."""
+Rate = Annotated[float, Field(ge=0, lt=1)]
+"""In [0, 1)."""
+LenientPath = Annotated[Path, Field(strict=False)]
+"""A path, also given as text."""
+LENIENT = Field(strict=False)
+"""A tuple, also given as a list."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """A training run. Defaults are the published program's (arXiv 2104.05707, section 4.1, after DeiT).
+def _lengths(*allowed: int, meaning: str) -> AfterValidator:
+    def check(values: tuple[Any, ...]) -> tuple[Any, ...]:
+        if len(values) not in allowed:
+            raise ValueError(f"must be {meaning}")
+        return values
 
-    Raises ValueError, with the field's name, for a value of another type or outside its range.
-    """
+    return AfterValidator(check)
 
-    model: str = "localvit_tiny"
-    """Name of the model: ours or timm's."""
-    model_args: dict[str, Any] = field(default_factory=dict)
-    """More arguments of the model, such as depthwise=false or local_blocks=1-4."""
-    localize: dict[str, Any] | None = None
-    """Put locality into the model by localvit.localize, with these arguments, such as kernel_size=5 or method=replace;
-    without any, its defaults."""
-    finetune: str | None = None
-    """Weights to begin with: a checkpoint file, or a model's name for its released ones."""
-    freeze: tuple[str, ...] = ()
-    """Parameters that stay as they are, by name, with * for anything, such as blocks.0.*"""
-    drop_rate: float = 0.0
-    """Dropout before the head and in the positions."""
-    drop_path_rate: float = 0.1
-    """Stochastic depth: rate of the last block, linear from 0 at the first."""
-    input_size: tuple[int, ...] = ()
-    """Side of the images, or height and width, in pixels; by default the model's own."""
+
+class SettingsGroup(BaseModel):
+    """Settings that belong together; each group is a section of `localvit train --help`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class DataSettings(SettingsGroup):
+    """The images to train and to evaluate on."""
 
     data_set: str = "IMNET"
-    """IMNET, CIFAR (100), CIFAR10, INAT, INAT19, FOLDER, DIGITS, or a timm name like hfds/NAME."""
-    data_path: Path | None = None
-    """Folder of the data set; only DIGITS has one by default."""
+    """IMNET, CIFAR (CIFAR-100), CIFAR10, INAT, INAT19, FOLDER, DIGITS, or a timm name such as hfds/NAME."""
+    data_path: LenientPath | None = None
+    """Folder of the data set. Only DIGITS has a default."""
     inat_category: str = "name"
-    """Level of the taxonomy that INAT and INAT19 are labeled at."""
-    val_fraction: float = 0.15
-    """Part of each class to evaluate on, where FOLDER has no val/; drawn by the seed."""
+    """Level of the taxonomy used as the label in INAT and INAT19."""
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Fraction of each class to evaluate on when FOLDER has no val/; the seed determines the split."""
 
-    epochs: int = 300
-    """Times that the training images are gone through."""
-    batch_size: int = 128
-    """Images a process and forward; those of an epoch that fill no batch are left out of it."""
-    grad_accum: int = 1
-    """Batches whose gradients make one step."""
+
+class ModelSettings(SettingsGroup):
+    """The model and its initial weights."""
+
+    model: str = "localvit_tiny"
+    """Name of the model, from localvit or timm."""
+    model_args: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments for the model, such as depthwise=false or local_blocks=1-4."""
+    localize: dict[str, Any] | None = None
+    """Add locality to the model with localvit.localize and these arguments, such as kernel_size=5 or method=replace.
+    Without arguments, use the defaults of localize."""
+    finetune: str | None = None
+    """Initial weights: a checkpoint file, or the name of a model with released weights."""
+    freeze: Annotated[tuple[str, ...], LENIENT] = ()
+    """Names of parameters that are not trained. * matches anything, as in blocks.0.*"""
+    drop_rate: Rate = 0.0
+    """Dropout rate before the head and after the position embedding."""
+    drop_path_rate: Rate = 0.1
+    """Stochastic depth rate of the last block. The rate grows linearly from 0 in the first block."""
+    input_size: Annotated[
+        tuple[Count, ...], LENIENT, _lengths(0, 1, 2, meaning="one side, or height and width, in pixels")
+    ] = ()
+    """Image size in pixels: one side, or height and width. Default: the model's own size."""
+    grad_checkpointing: bool = False
+    """Recompute activations in the backward pass, to save memory."""
+    sync_bn: bool = False
+    """Compute BatchNorm statistics over all processes."""
+
+
+class OptimizationSettings(SettingsGroup):
+    """The optimizer and how long to train."""
+
+    epochs: Count = 300
+    """Number of passes over the training images."""
+    batch_size: Count = 128
+    """Images per process and forward pass. Images that do not fill a batch are left out of the epoch."""
+    grad_accum: Count = 1
+    """Number of batches whose gradients are accumulated for one step."""
     opt: str = "adamw"
-    """timm's name of the optimizer."""
-    opt_eps: float = 1e-8
+    """Optimizer, by its name in timm."""
+    opt_eps: Positive = 1e-8
     """Epsilon of the optimizer."""
-    opt_betas: tuple[float, ...] = ()
-    """Betas of the optimizer; by default its own."""
-    momentum: float = 0.9
-    """Momentum of an optimizer that has one."""
-    lr: float = 5e-4
-    """Highest learning rate, for 512 images a step; scaled by the images a step over all processes."""
-    layer_decay: float | None = None
-    """Factor on the learning rate a layer further from the head; None is 1."""
-    locality_lr_scale: float = 1.0
-    """Factor on the learning rate of what brings locality; localize's branch starts at zero and wants more."""
-    weight_decay: float = 0.05
-    """Weight decay; none for 1-D parameters, biases and what the model's no_weight_decay names."""
-    clip_grad: float | None = None
-    """Largest norm of all gradients together; None leaves them."""
+    opt_betas: Annotated[
+        tuple[Rate, ...], LENIENT, _lengths(0, 2, 3, meaning="two numbers, or three for an optimizer that takes them")
+    ] = ()
+    """Betas of the optimizer. Default: the optimizer's own."""
+    momentum: Fraction = 0.9
+    """Momentum, for optimizers that have one."""
+    lr: Positive = 5e-4
+    """Peak learning rate for 512 images per step. It is scaled linearly with the images per step over all processes."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Factor on the learning rate for each layer further from the head. None means 1."""
+    locality_lr_scale: Positive = 1.0
+    """Factor on the learning rate of locality modules. Branches that localize adds start at zero and profit from a
+    larger rate."""
+    weight_decay: NonNegative = 0.05
+    """Weight decay. Biases, 1-D parameters and those in the model's no_weight_decay list are exempt."""
+    clip_grad: Positive | None = None
+    """Maximum norm of the gradient. None does not clip."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """What to do when a loss or gradient is not finite: stop the run, or skip the step (and stop after 10 in a row)."""
+    early_stopping: Count | None = None
+    """Stop after this many epochs without a better Acc@1. None trains all epochs."""
+
+
+class AverageSettings(SettingsGroup):
+    """Exponential moving average (EMA) of the weights."""
+
+    ema_decay: Rate | None = 0.99996
+    """Decay per step of the moving average of weights and buffers. None keeps no average."""
+    ema_on_cpu: bool = False
+    """Keep the average in CPU memory."""
+
+
+class ScheduleSettings(SettingsGroup):
+    """The schedule of the learning rate."""
 
     sched: Literal["cosine", "tanh", "step", "multistep", "poly", "plateau"] = "cosine"
-    """timm's schedule of the learning rate; plateau follows Acc@1."""
+    """Schedule, by its name in timm. plateau depends on Acc@1."""
     sched_on_updates: bool = False
-    """Move the learning rate every step rather than every epoch."""
-    warmup_epochs: float = 5
-    """Epochs in which the learning rate rises linearly."""
-    warmup_lr: float = 1e-6
-    """Learning rate that the rise starts from."""
-    min_lr: float = 1e-5
-    """Learning rate that the schedule falls to."""
-    decay_epochs: float = 30
-    """Epochs between the falls of a step schedule."""
-    decay_milestones: tuple[int, ...] = (90, 180, 270)
-    """Epochs of the falls of a multistep schedule."""
-    decay_rate: float = 0.1
-    """Factor of a fall (step, multistep, plateau), or the power of poly."""
-    patience_epochs: int = 10
-    """Epochs without a better Acc@1 before a plateau schedule falls."""
-    lr_noise: tuple[float, ...] = ()
-    """Parts of the schedule between which the learning rate is noisy."""
-    lr_noise_pct: float = 0.67
-    """Largest noise, as a part of the learning rate."""
-    lr_noise_std: float = 1.0
+    """Update the learning rate every step instead of every epoch."""
+    warmup_epochs: NonNegative = 5
+    """Epochs of linear warm-up."""
+    warmup_lr: NonNegative = 1e-6
+    """Learning rate at the start of the warm-up."""
+    min_lr: NonNegative = 1e-5
+    """Lowest learning rate of the schedule."""
+    decay_epochs: Positive = 30
+    """Epochs between decays, for sched=step."""
+    decay_milestones: Annotated[tuple[Count, ...], LENIENT] = (90, 180, 270)
+    """Epochs at which the learning rate decays, for sched=multistep."""
+    decay_rate: Positive = 0.1
+    """Factor of a decay (step, multistep, plateau), or the power (poly)."""
+    patience_epochs: Count = 10
+    """Epochs without a better Acc@1 before a decay, for sched=plateau."""
+    lr_noise: Annotated[
+        tuple[Fraction, ...], LENIENT, _lengths(0, 1, 2, meaning="one or two fractions of the schedule")
+    ] = ()
+    """Fractions of the schedule between which noise is added to the learning rate."""
+    lr_noise_pct: NonNegative = 0.67
+    """Limit of the noise, as a fraction of the learning rate."""
+    lr_noise_std: NonNegative = 1.0
     """Standard deviation of the noise."""
-    ema_decay: float | None = 0.99996
-    """Decay, a step, of the running average of weights and buffers; None keeps no average."""
-    ema_on_cpu: bool = False
-    """Keep the average in the CPU's memory."""
-    early_stopping: int | None = None
-    """End after so many epochs without a better Acc@1; None trains to the last."""
 
-    label_smoothing: float = 0.1
-    """Probability spread over all classes."""
-    class_weights: Literal["none", "balanced"] = "none"
-    """Weigh the loss of each class by one over its number of images, scaled to a mean of 1."""
-    mixup: float = 0.8
-    """Alpha of mixup (arXiv 1710.09412); 0 is off."""
-    cutmix: float = 1.0
-    """Alpha of CutMix (arXiv 1905.04899); 0 is off."""
-    cutmix_minmax: tuple[float, ...] = ()
-    """Smallest and largest side of the pasted rectangle, as parts of the image's, instead of cutmix's alpha."""
-    mixup_prob: float = 1.0
-    """Probability of mixing, where either is on."""
-    mixup_switch_prob: float = 0.5
-    """Probability of CutMix rather than mixup, where both are on."""
-    mixup_mode: Literal["batch", "pair", "elem"] = "batch"
-    """Draw how to mix for a batch, a pair, or each image."""
-    repeated_aug: bool = True
-    """Take each image three times in a row, differently augmented, and so fewer images an epoch."""
-    hflip: float = 0.5
+
+class AugmentationSettings(SettingsGroup):
+    """Augmentation of the training images."""
+
+    hflip: Fraction = 0.5
     """Probability of a horizontal flip."""
     auto_augment: str | None = "rand-m9-mstd0.5-inc1"
-    """timm's augmentation policy; None for none."""
-    color_jitter: float = 0.4
-    """Strength of color jitter, which acts only where auto_augment is None."""
+    """Augmentation policy, in timm's notation. None applies no policy."""
+    color_jitter: NonNegative = 0.4
+    """Strength of color jitter. Has an effect only without an augmentation policy."""
     interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
-    """Filter for resizing while training."""
-    random_erasing: float = 0.25
-    """Probability of erasing rectangles (arXiv 1708.04896)."""
+    """Resizing filter for training images."""
+    random_erasing: Fraction = 0.25
+    """Probability of random erasing (arXiv 1708.04896)."""
     random_erasing_mode: Literal["pixel", "rand", "const"] = "pixel"
-    """Fill a rectangle with noise, with one random color, or with the mean."""
-    random_erasing_count: int = 1
-    """Most rectangles of an image."""
+    """Fill an erased rectangle with noise per pixel (pixel), one random color (rand), or the mean (const)."""
+    random_erasing_count: Count = 1
+    """Maximum number of erased rectangles per image."""
+    repeated_aug: bool = True
+    """Repeated augmentation (arXiv 1902.05509): take each image three times, with different augmentation. An epoch
+    then contains fewer different images."""
     resplit: bool = False
-    """Leave the first of each image's repeats unerased."""
+    """Do not erase in the first of the repeats of an image."""
 
+
+class MixingSettings(SettingsGroup):
+    """Mixup and CutMix."""
+
+    mixup: NonNegative = 0.8
+    """Alpha of mixup (arXiv 1710.09412). 0 turns it off."""
+    cutmix: NonNegative = 1.0
+    """Alpha of CutMix (arXiv 1905.04899). 0 turns it off."""
+    cutmix_minmax: Annotated[
+        tuple[Fraction, ...], LENIENT, _lengths(0, 2, meaning="two fractions of a side, the smallest and the largest")
+    ] = ()
+    """Smallest and largest side of the pasted rectangle, as fractions of the image's sides, instead of an alpha."""
+    mixup_prob: Fraction = 1.0
+    """Probability of mixing, if mixup or CutMix is on."""
+    mixup_switch_prob: Fraction = 0.5
+    """Probability of CutMix instead of mixup when both are on."""
+    mixup_mode: Literal["batch", "pair", "elem"] = "batch"
+    """Choose the mixing parameters per batch, per pair of images, or per image (elem)."""
+
+
+class LossSettings(SettingsGroup):
+    """The loss, and distillation from a teacher."""
+
+    label_smoothing: Rate = 0.1
+    """Label smoothing: the probability that is spread over all classes."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """balanced weights the loss of each class by the inverse of its number of images, with a mean weight of 1."""
     distillation: Literal["none", "soft", "hard"] = "none"
-    """Learn from a teacher through the distillation token (DeiT, arXiv 2012.12877)."""
+    """Distillation through the distillation token (DeiT, arXiv 2012.12877, section 4)."""
     teacher: str = "regnety_160"
-    """Name of the teacher, or a checkpoint file of ours."""
-    teacher_checkpoint: Path | None = None
-    """Weights of the teacher of that name; by default its released ones."""
-    distillation_alpha: float = 0.5
-    """Weight of the teacher's part of the loss."""
-    distillation_tau: float = 1.0
+    """Teacher: the name of a model, or a localvit checkpoint file."""
+    teacher_checkpoint: LenientPath | None = None
+    """Weights of a teacher given by name. Default: its released weights."""
+    distillation_alpha: Fraction = 0.5
+    """Weight of the distillation term in the loss."""
+    distillation_tau: Positive = 1.0
     """Temperature of soft distillation."""
 
-    nonfinite: Literal["stop", "skip"] = "stop"
-    """When a loss is not finite: stop the run, or skip the step (and stop after 10 in a row)."""
-    checkpoint_steps: int | None = None
-    """Save the state every so many steps, beside every epoch."""
-    keep: int = 2
-    """How many of the newest states to keep."""
-    seed: int = 0
-    """What every random draw of the run follows from."""
-    device: str | None = None
-    """cuda, mps or cpu; by default the first of these that there is."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Half precisions run under autocast; by default bfloat16 on CUDA devices that have it."""
-    compile: bool = False
-    """Compile the model."""
-    channels_last: bool = False
-    """Lay images and weights out channels-last."""
-    grad_checkpointing: bool = False
-    """Compute activations anew in the backward pass, for less memory."""
-    sync_bn: bool = False
-    """BatchNorm over the images of all processes."""
-    workers: int = 2
-    """Processes that prepare images, beside each that trains; 0 prepares them there. It changes no result."""
-    output_dir: Path = Path("runs/train")
-    """Folder of everything that the run leaves."""
-    tensorboard: bool = False
-    """Write TensorBoard's event files."""
-    wandb: str | None = None
-    """Project of Weights & Biases to log to."""
 
-    def __post_init__(self) -> None:
-        for each in fields(self):
-            check_kind(each.name, getattr(self, each.name), each.type)
-        for rule, holds, names in _RULES:
-            for name in names:
-                value = getattr(self, name)
-                for number in value if isinstance(value, tuple) else (value,):
-                    if number is not None and not holds(number):
-                        raise ValueError(f"{name}={value} must be {rule}")
-        for name, lengths, rule in _LENGTHS:
-            if len(getattr(self, name)) not in lengths:
-                raise ValueError(f"{name}={getattr(self, name)} must be {rule}")
+class RunSettings(SettingsGroup):
+    """Device, precision, reproducibility and output."""
+
+    device: str | None = None
+    """cuda, mps or cpu. Default: the first of these that is available."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Precision. bfloat16 and float16 run under autocast. Default: bfloat16 on CUDA devices that support it, otherwise
+    float32."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    channels_last: bool = False
+    """Use the channels-last memory format for images and weights."""
+    workers: Annotated[int, Field(ge=0)] = 2
+    """Data loading processes per training process. 0 loads in the training process. Does not affect results."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of all random numbers of the run."""
+    output_dir: LenientPath = Path("runs/train")
+    """Folder for checkpoints, logs and all other output."""
+    checkpoint_steps: Count | None = None
+    """Save a checkpoint every this many steps, in addition to every epoch."""
+    keep: Count = 2
+    """Number of training checkpoints to keep."""
+    tensorboard: bool = False
+    """Write TensorBoard event files."""
+    wandb: str | None = None
+    """Log to this project of Weights & Biases."""
+
+
+# pydantic lists the fields of the last base first, so the bases are in reverse order of the printed settings.
+class TrainConfig(
+    RunSettings,
+    LossSettings,
+    MixingSettings,
+    AugmentationSettings,
+    AverageSettings,
+    ScheduleSettings,
+    OptimizationSettings,
+    ModelSettings,
+    DataSettings,
+):
+    """A training run. The defaults are the published recipe (arXiv 2104.05707, section 4.1, after DeiT).
+
+    The object is immutable, and prints as YAML. `localvit.train.build` makes a run from it.
+
+    Raises:
+        ValueError: pydantic's ValidationError, for an unknown name, a wrong type or a value out of range.
+    """
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> Self:
         if self.localize and self.localize.get("trainable") == "locality" and not self.finetune:
             raise ValueError(
-                "localize: trainable=locality keeps every other weight as it is, so finetune must name them"
+                "localize: trainable=locality freezes all other weights, so finetune must name pretrained ones"
             )
         if self.mixes and self.batch_size % 2:
             raise ValueError(f"batch_size={self.batch_size} must be even to mix images in pairs (mixup, cutmix)")
         if self.sched == "plateau" and self.sched_on_updates:
-            raise ValueError("sched=plateau follows the epochs' accuracy, so sched_on_updates must be false")
+            raise ValueError("sched=plateau depends on the accuracy of each epoch, so sched_on_updates must be false")
+        return self
 
     @property
     def mixes(self) -> bool:
-        """Whether images and labels are mixed."""
+        """Whether mixup or CutMix is on."""
         return bool(self.mixup or self.cutmix or self.cutmix_minmax)
 
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> "TrainConfig":
-        """A config of plain values, as YAML gives them. Raises ValueError, also for a name that is no field."""
-        kinds = {each.name: each.type for each in fields(cls)}
-        for name in values:
-            if name not in kinds:
-                raise ValueError(f"{name} is no training setting{closest(name, kinds)}")
-        return cls(**{name: converted(value, kinds[name]) for name, value in values.items()})
-
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, which `of` reads back."""
-        return {
-            name: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(self).items()
-        }
+        """The settings as plain values, as in YAML and JSON. `TrainConfig(**values)` restores them."""
+        return self.model_dump(mode="json")
 
-
-_RULES = (
-    (
-        "at least 1",
-        lambda value: value >= 1,
-        ("epochs", "batch_size", "grad_accum", "early_stopping", "checkpoint_steps", "keep", "patience_epochs"),
-    ),
-    ("at least 1", lambda value: value >= 1, ("random_erasing_count", "input_size", "decay_milestones")),
-    ("at least 0", lambda value: value >= 0, ("workers", "seed")),
-    (
-        "above 0 and finite",
-        lambda value: 0 < value < math.inf,
-        ("lr", "locality_lr_scale", "clip_grad", "opt_eps", "decay_epochs", "decay_rate", "distillation_tau"),
-    ),
-    (
-        "at least 0 and finite",
-        lambda value: 0 <= value < math.inf,
-        ("warmup_epochs", "warmup_lr", "min_lr", "weight_decay", "lr_noise_pct", "lr_noise_std"),
-    ),
-    ("at least 0 and finite", lambda value: 0 <= value < math.inf, ("mixup", "cutmix", "color_jitter")),
-    (
-        "in [0, 1]",
-        lambda value: 0 <= value <= 1,
-        ("mixup_prob", "mixup_switch_prob", "cutmix_minmax", "hflip", "random_erasing", "distillation_alpha"),
-    ),
-    ("in [0, 1]", lambda value: 0 <= value <= 1, ("lr_noise", "momentum")),
-    (
-        "in [0, 1)",
-        lambda value: 0 <= value < 1,
-        ("drop_rate", "drop_path_rate", "label_smoothing", "ema_decay", "opt_betas"),
-    ),
-    ("in (0, 1]", lambda value: 0 < value <= 1, ("layer_decay",)),
-    ("in (0, 1)", lambda value: 0 < value < 1, ("val_fraction",)),
-)
-_LENGTHS = (
-    ("input_size", (0, 1, 2), "one side, or height and width"),
-    ("cutmix_minmax", (0, 2), "two parts of a side, the smallest and the largest"),
-    ("lr_noise", (0, 1, 2), "one or two parts of the schedule"),
-    ("opt_betas", (0, 2, 3), "two numbers, or three for an optimizer that takes them"),
-)
+    def __str__(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)

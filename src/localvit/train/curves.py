@@ -1,4 +1,4 @@
-"""Images of runs, from their logs: the curves of one, and several runs beside each other."""
+"""Plots of runs from their logs: the curves of one run, and a comparison of several."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,29 +14,36 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 except ImportError as error:
-    raise ImportError('curves are drawn with matplotlib: pip install "localvit[plot]"') from error
+    raise ImportError('plotting curves needs matplotlib: pip install "localvit[plot]"') from error
 
 FORMATS = (".png", ".svg", ".pdf")
-"""Endings of the images that can be drawn."""
+"""Supported file formats."""
 TRAIN_COLOR = "#7a8794"
 VAL_COLOR = "#c0392b"
-# The colors of Okabe and Ito, which every kind of color vision tells apart, without the yellow, too pale for a line.
+# The color-blind safe palette of Okabe and Ito, without yellow, which is too pale for lines.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 _STYLES = [(color, line) for line, color in product(("-", "--", ":", "-."), _COLORS)]
-_MARKED = 40  # epochs up to which each has its marker
+_MAX_MARKERS = 40  # with more epochs, lines have no markers
 
 
 def draw_curves(log: Path, image: Path, title: str = "") -> Path:
-    """Draw loss and accuracy of a run by epoch into `image` (PNG, SVG or PDF by its ending), and return that path.
+    """Plot loss and accuracy of a run by epoch (from 1), and return the path of the image.
 
-    Raises FileNotFoundError or ValueError for a log that is none. Importing this module without matplotlib, which the
-    extra `plot` brings, raises ImportError.
+    Importing this module without matplotlib (the extra `plot`) raises ImportError.
+
+    Args:
+        log: the run's log.txt.
+        image: the file to write; its suffix determines the format (PNG, SVG or PDF).
+        title: title of the figure.
+
+    Raises:
+        FileNotFoundError, ValueError: if the log does not exist or is not a log.
     """
     rows = read_log(log)
     epochs = [row["epoch"] + 1 for row in rows]
-    marker = "o" if len(rows) <= _MARKED else None
+    marker = "o" if len(rows) <= _MAX_MARKERS else None
 
-    # A figure of its own and not pyplot's, which would choose a window system and keep the figure alive.
+    # pyplot would select a window system and keep a reference to the figure.
     figure = Figure(figsize=(9, 3.6), dpi=150)
     loss, accuracy = figure.subplots(1, 2)
     for key, label, color, line in (
@@ -53,29 +60,30 @@ def draw_curves(log: Path, image: Path, title: str = "") -> Path:
     accuracy.plot(epochs, accuracies, color=VAL_COLOR, marker=marker, ms=3, clip_on=False)
     accuracy.plot([best["epoch"] + 1], [best["test_acc1"]], "o", ms=7, mfc="none", color=VAL_COLOR, clip_on=False)
     accuracy.set_ylabel("validation Acc@1 (%)")
-    accuracy.set_title(f"best {best['test_acc1']:.2f} % (ringed), {accuracies[-1]:.2f} % at the end", fontsize=10)
+    accuracy.set_title(f"best {best['test_acc1']:.2f} % (circled), {accuracies[-1]:.2f} % at the end", fontsize=10)
     _limit_accuracy(accuracy, accuracies)
     for axes in (loss, accuracy):
-        _furnish(axes)
+        _style(axes)
     if title:
         figure.suptitle(title, fontsize=11)
     return _save(figure, image)
 
 
 def draw_comparison(runs: Mapping[str, Sequence[Sequence[Row]]], image: Path) -> Path:
-    """Draw accuracy and training loss of several runs into `image` (PNG, SVG or PDF by its ending); returns the path.
+    """Plot accuracy and training loss of several runs by epoch (from 1), and return the path of the image.
 
     Args:
-        runs: by the name that the legend gives them, the logs of one or several runs, which get the same line; each
-            has a finished epoch. The best at the end come first in the legend.
-        image: the file to write.
+        runs: by name for the legend, the logs of one or several runs that share a line style. Each log has at least
+            one epoch. The legend is sorted by the final accuracy.
+        image: the file to write; its suffix determines the format (PNG, SVG or PDF).
 
-    Raises ValueError when there is no run, or there are more names than lines that can be told apart.
+    Raises:
+        ValueError: if there is no run, or there are more names than line styles.
     """
     if not runs:
-        raise ValueError("there is no finished epoch to draw")
+        raise ValueError("there is no finished epoch to plot")
     if len(runs) > len(_STYLES):
-        raise ValueError(f"{len(runs)} lines cannot be told apart in one image; name {len(_STYLES)} runs at most")
+        raise ValueError(f"one plot shows at most {len(_STYLES)} lines, not {len(runs)}; name fewer runs")
     ends = {name: [rows[-1]["test_acc1"] for rows in logs] for name, logs in runs.items()}
     ranked = sorted(runs, key=lambda name: -sum(ends[name]) / len(ends[name]))
     labels = {name: f"{name}: {_range(ends[name])}" for name in runs}
@@ -92,18 +100,18 @@ def draw_comparison(runs: Mapping[str, Sequence[Sequence[Row]]], image: Path) ->
             for axes, key in ((accuracy, "test_acc1"), (loss, "train_loss")):
                 label = labels[name] if index == 0 and axes is accuracy else None
                 values = [row[key] for row in rows]
-                # A marker at the end shows where a run ends, and a run of one epoch at all.
+                # The marker at the end makes runs of one epoch visible.
                 axes.plot(epochs, values, line, color=color, lw=1.3, marker="o", ms=4, markevery=[-1], label=label)
     accuracy.set_ylabel("validation Acc@1 (%)")
-    # The steep first quarter of each run leaves no room for what sets them apart.
+    # Without the steep first quarter of each run, differences between the runs are visible.
     late = [row["test_acc1"] for logs in runs.values() for rows in logs for row in rows[len(rows) // 4 :]]
     _limit_accuracy(accuracy, late)
     if min(rows[0]["test_acc1"] for logs in runs.values() for rows in logs) < accuracy.get_ylim()[0]:
-        accuracy.set_title("the first epochs lie below", fontsize=9)
+        accuracy.set_title("the first epochs are below this range", fontsize=9)
     loss.set_ylabel("training loss (nats)")
     loss.set_ylim(bottom=0)
     for axes in (accuracy, loss):
-        _furnish(axes)
+        _style(axes)
     figure.legend(
         loc="outside lower center", ncols=ncols, frameon=False, fontsize=9, handlelength=3, title="Acc@1 (%) at the end"
     )
@@ -116,14 +124,14 @@ def _range(values: Sequence[float]) -> str:
 
 
 def _limit_accuracy(axes: Axes, values: Sequence[float]) -> None:
-    """Show what there is, but never less than some points, which would make a difference out of noise."""
+    """Limit the axis to the values, but to at least 4 points, so that noise does not look like a difference."""
     low, high = min(values), max(values)
     margin = max(2.0, 0.05 * (high - low))
     axes.set_ylim(max(0.0, low - margin), min(100.0, high + margin))
 
 
-def _furnish(axes: Axes) -> None:
-    axes.set_xlabel("epochs trained")
+def _style(axes: Axes) -> None:
+    axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e6e9ec")

@@ -1,34 +1,43 @@
-"""What a run would be: a few of its steps and part of an evaluation, taken for real and thrown away."""
+"""A dry run: a few training steps and part of an evaluation, to check a run and to estimate its duration."""
 
-import math
 import time
 from datetime import timedelta
 
 from localvit.evaluation.evaluate import evaluate
-from localvit.train.build import Training
+from localvit.train.builder import Training
 from localvit.train.loop import peak_memory_mb
 from localvit.train.optimization import scaled_learning_rate
 from localvit.train.step import train_step
 from localvit.utils.distributed import world_size
 
-STEPS = 2
+NUM_STEPS = 2
 
 
-def rehearse(training: Training) -> dict[str, str]:
-    """Take two steps and evaluate a batch a process; returns what to tell, by name. Nothing is written.
+def dry_run(training: Training) -> dict[str, str]:
+    """Take two steps and evaluate one batch per process. Changes the weights of `training`, but writes no files.
 
-    The times are of the second step and of that batch, so they are rough, and too long while a model is compiled.
-    Raises ValueError when the loss of a step is not finite, and what the loop raises.
+    Times are estimated from the second step and from that batch, so they are rough, and too long if the model is
+    compiled.
+
+    Args:
+        training: from `localvit.train.build`.
+
+    Returns:
+        Size, speed and duration of the run, as names and texts.
+
+    Raises:
+        ValueError: if the loss or a gradient is not finite.
+        UnreadableImage, RuntimeError: as `localvit.train.fit`.
     """
     config, state = training.config, training.state
     state.begin_epoch()
     batches = training.batches.epoch(state.epoch)
-    for _ in range(STEPS):
+    for _ in range(NUM_STEPS):
         started = time.monotonic()
         result = train_step(training, batches, stop=False)
         step_seconds = time.monotonic() - started
-        if not math.isfinite(result.loss):
-            raise ValueError(f"the loss of the first steps is {result.loss}: try a lower --lr, or another --dtype")
+        if result.nonfinite:
+            raise ValueError(f"{result.nonfinite} in the first steps: try a lower --lr, or another --dtype")
     started = time.monotonic()
     limit = min(config.batch_size * world_size(), len(training.val_images))
     evaluate(
@@ -40,23 +49,30 @@ def rehearse(training: Training) -> dict[str, str]:
         limit=limit,
     )
     evaluation_seconds = (time.monotonic() - started) * len(training.val_images) / limit
-    per_step, steps = training.images_per_step, config.epochs * training.steps_per_epoch
-    counts = [(each.numel(), each.requires_grad) for each in state.model.parameters()]
-    trained, parameters = sum(count for count, trains in counts if trains), sum(count for count, _ in counts)
-    evaluating = config.epochs * evaluation_seconds
+    return _describe(training, step_seconds, evaluation_seconds)
+
+
+def _describe(training: Training, step_seconds: float, evaluation_seconds: float) -> dict[str, str]:
+    config, per_step = training.config, training.images_per_step
+    num_steps = config.epochs * training.steps_per_epoch
+    num_parameters = sum(each.numel() for each in training.state.model.parameters())
+    evaluation_total = config.epochs * evaluation_seconds
+    total = num_steps * step_seconds + evaluation_total
     device, dtype = training.options.device, str(training.options.dtype).removeprefix("torch.")
+    peak = peak_memory_mb(device)
     return {
-        "model": f"{config.model}, {trained:,} of {parameters:,} parameters trained",
-        "images": f"{len(training.batches.images.images):,} to train on, {len(training.val_images):,} to check",
-        "runs on": f"{device} x {world_size()}, {dtype}",
-        "images a step": f"{per_step:,} = batch {config.batch_size} x {config.grad_accum} x processes {world_size()}",
-        "learning rate": f"{scaled_learning_rate(config, per_step):.3g} at its highest",
-        "steps": f"{steps:,} = epochs {config.epochs} x {training.steps_per_epoch:,}",
-        "time a step": f"{step_seconds:.3g} s, {per_step / step_seconds:,.0f} images/s",
-        "time in all": f"about {_time(steps * step_seconds + evaluating)}, of it {_time(evaluating)} evaluating",
-        "memory": f"{peak_memory_mb(device):,.0f} MB at most so far, a process",
+        "model": f"{config.model}, {training.state.num_trained_parameters:,} of {num_parameters:,} parameters trained",
+        "images": f"{len(training.batches.images.images):,} for training, {len(training.val_images):,} for validation",
+        "device": f"{device} x {world_size()}, {dtype}",
+        "images per step": f"{per_step:,} = {config.batch_size} per batch x {config.grad_accum} batches x "
+        f"{world_size()} processes",
+        "peak learning rate": f"{scaled_learning_rate(config, per_step):.3g}",
+        "steps": f"{num_steps:,} = {config.epochs} epochs x {training.steps_per_epoch:,}",
+        "time per step": f"{step_seconds:.3g} s, {per_step / step_seconds:,.0f} images/s",
+        "total time": f"about {_duration(total)}, including {_duration(evaluation_total)} for evaluation",
+        "peak memory": "unknown" if peak is None else f"{peak:,.0f} MB per process, so far",
     }
 
 
-def _time(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))

@@ -1,102 +1,148 @@
-"""The training loop: steps, epochs, evaluation, and a state saved wherever it may have to go on."""
+"""The training loop: steps, epochs, evaluation, and checkpoints to resume from."""
 
+import logging
 import math
-import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from statistics import fmean
+from types import FrameType
 from typing import Any
 
 import torch
 from timm.utils import distribute_bn
 
+from localvit.data.workers import STOP_SIGNALS
 from localvit.evaluation.evaluate import Evaluation, evaluate
-from localvit.train.build import Remark, Training
+from localvit.train.builder import Training
 from localvit.train.nonfinite import explain, nonfinite_parameter
 from localvit.train.run_folder import STATE, prepare_folder, save_epoch, save_state, write_config
-from localvit.train.state import Row
 from localvit.train.step import StepResult, train_step
-from localvit.train.stopping import Stopped, StopRequest
-from localvit.train.trackers import Watch
-from localvit.utils.distributed import gather, is_main, together, world_size
+from localvit.train.summary import RunResult
+from localvit.train.trackers import Trackers
+from localvit.utils.distributed import all_gather, is_main, run_on_all_ranks, world_size
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, str], None]
-"""Told how many images were just trained on, and the loss and learning rate for a person."""
+"""Called after each step with its number of images and a short text: epoch, loss and learning rate."""
 
 LOG_STEPS = 50
 """Steps between two entries of the trackers."""
-MOST_SKIPS = 10
-"""Steps in a row that may be skipped for a loss that is not finite."""
+MAX_SKIPPED_IN_ROW = 10
+"""Number of consecutive steps with a non-finite loss or gradient at which the run stops."""
 
 
-def fit(
-    training: Training,
-    progress: Progress = lambda done, note: None,
-    remark: Remark = lambda message: None,
-) -> list[Row]:
-    """Train to the last epoch, evaluating the raw weights and saving after each; returns the rows of the log.
+class Stopped(Exception):
+    """The run ended on a signal and saved a checkpoint."""
 
-    With several processes, evaluation and files use the first one's BatchNorm statistics, on every process.
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_status = 128 + number
+        """The status that shells report for a process ended by this signal."""
+
+
+def fit(training: Training, *, progress: Progress = lambda done, note: None) -> RunResult:
+    """Train to the last epoch. Evaluates the weights and saves a checkpoint after each epoch.
+
+    With several processes, evaluation and files use the BatchNorm statistics of rank 0 on all processes.
+
+    Args:
+        training: from `localvit.train.build`; its state is updated in place.
+        progress: called after each step.
+
+    Returns:
+        The result: best and last epoch, duration and speed. It prints as a table.
 
     Raises:
-        FloatingPointError: when a loss is not finite; that step has changed nothing, and the state before it is saved.
-        Stopped: when a signal asked for it; the state is saved.
-        OSError: when the output folder cannot be written to.
-        UnreadableImage: for an image that cannot be decoded.
-        RuntimeError: when a worker process dies.
+        FloatingPointError: if a loss or gradient is not finite. That step changed nothing, and a checkpoint is saved.
+        Stopped: after a signal; a checkpoint is saved.
+        OSError: if the output folder cannot be written.
+        UnreadableImage: if an image cannot be decoded.
+        RuntimeError: if a worker process dies.
     """
-    run = _Run(training, progress, remark)
-    with StopRequest() as run.stop_request:
+    loop = _Loop(training, progress)
+    with _StopRequest() as loop.stop_request:
         try:
-            together(run.open)
-            while not run.is_over():
-                run.train_epoch()
-                run.evaluate_epoch()
+            run_on_all_ranks(loop.open)
+            while not loop.is_over():
+                loop.train_epoch()
+                loop.evaluate_epoch()
         finally:
-            run.close()
-    return training.state.rows
+            loop.close()
+    return RunResult.of(training.state.metrics)
 
 
-class _Run:
-    """A training run on its way."""
+class _StopRequest:
+    """A context that records SIGINT, SIGTERM and SIGUSR1 (SLURM's usual warning), where they exist.
 
-    def __init__(self, training: Training, progress: Progress, remark: Remark) -> None:
+    The first signal is only recorded; a second one has its usual effect.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        """Number of the received signal; 0 if there was none."""
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "_StopRequest":
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers in no other thread
+            self._before = {number: signal.signal(number, self._record) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _record(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        signal.signal(number, self._before[number])
+
+
+class _Loop:
+    """A run in progress."""
+
+    def __init__(self, training: Training, progress: Progress) -> None:
         self.training = training
         self.config = training.config
         self.state = training.state
         self.progress = progress
-        self.remark = remark
         self.description = training.describe()
-        self.stop_request = StopRequest()
-        self.watch: Watch | None = None
+        self.stop_request = _StopRequest()
+        self.trackers: Trackers | None = None
 
     def open(self) -> None:
-        """Make the folder, or find out now that it cannot be written to."""
+        """Create the folder and its first files, so that a folder that is not writable stops the run now."""
         if not is_main():
             return
         prepare_folder(self.config.output_dir, self._entries(), self.config.keep)
-        self.watch = Watch(self.config, from_step=self._steps_done(), remark=self.remark)
-        self._save()  # so that a folder that cannot be written to stops the run now
+        self.trackers = Trackers(self.config, from_step=self._steps_done())
+        self._save()
         write_config(self.config, self.config.output_dir, world_size())
 
     def close(self) -> None:
-        if self.watch:
-            self.watch.close()
+        if self.trackers:
+            self.trackers.close()
 
     def is_over(self) -> bool:
-        """Whether the last epoch is trained, or so many went by without a better one."""
+        """Whether the last epoch is finished, or early stopping applies."""
         state, patience = self.state, self.config.early_stopping
         if state.epoch >= self.config.epochs:
             return True
         if patience is None or state.best is None or state.epoch - 1 - state.best["epoch"] < patience:
             return False
-        self.remark(f"no better Acc@1 for {patience} epochs: ending early")
+        logger.info(f"no better Acc@1 for {patience} epochs: stopping early")
         return True
 
     def train_epoch(self) -> None:
-        """Train on what is left of the state's epoch."""
+        """Train on the remaining batches of the current epoch."""
         training, state, config = self.training, self.state, self.config
         if state.step == 0:
             state.begin_epoch()
@@ -108,24 +154,27 @@ class _Run:
             result = train_step(training, batches, stop=self.stop_request.number != 0)
             self._count(result)
             state.seconds += time.monotonic() - started
-            lr = state.optimizer.param_groups[0]["lr"]
-            self.progress(training.images_per_step, f"epoch {state.epoch} loss {result.loss:.3f} lr {lr:.1e}")
-            if self._steps_done() % LOG_STEPS == 0 and self.watch:
-                self.watch.step(
-                    self._steps_done(),
-                    {
-                        "train/loss": result.loss,
-                        "train/lr": lr,
-                        "train/images_per_second": state.step * training.images_per_step / state.seconds,
-                    },
-                )
+            self._report(result)
             if result.stop:
                 self._stop()
             if config.checkpoint_steps and self._steps_done() % config.checkpoint_steps == 0:
                 self._save()
 
+    def _report(self, result: StepResult) -> None:
+        """Pass the numbers of a step to the progress display and the trackers."""
+        state, training = self.state, self.training
+        lr = state.optimizer.param_groups[0]["lr"]
+        self.progress(training.images_per_step, f"epoch {state.epoch + 1} loss {result.loss:.3f} lr {lr:.1e}")
+        if self._steps_done() % LOG_STEPS == 0 and self.trackers:
+            values = {
+                "train/loss": result.loss,
+                "train/lr": lr,
+                "train/images_per_second": state.step * training.images_per_step / state.seconds,
+            }
+            self.trackers.log_step(self._steps_done(), values)
+
     def evaluate_epoch(self) -> None:
-        """Evaluate, write the epoch down, and save."""
+        """Evaluate, log the epoch, and save."""
         state = self.state
         evaluation = self._evaluate()
         row = {
@@ -135,53 +184,51 @@ class _Run:
             "test_acc1": evaluation.acc1,
             "test_acc5": evaluation.acc5,
             "epoch": state.epoch,
-            "n_parameters": sum(each.numel() for each in state.model.parameters() if each.requires_grad),
+            "n_parameters": state.num_trained_parameters,
         }
-        trained_on = self.training.steps_per_epoch * self.training.images_per_step
-        measured = {
-            "seconds": state.seconds,
-            "images_per_second": trained_on / state.seconds,
-            "peak_memory_mb": peak_memory_mb(self.training.options.device),
-            "skipped_steps": state.skipped,
-        }
+        num_images = self.training.steps_per_epoch * self.training.images_per_step
+        measured = {"seconds": state.seconds, "images_per_second": num_images / state.seconds}
+        if (peak := peak_memory_mb(self.training.options.device)) is not None:
+            measured["peak_memory_mb"] = peak
+        measured["skipped_steps"] = state.skipped
         state.finish_epoch(row, measured)
-        self.remark(f"epoch {row['epoch']}: train loss {row['train_loss']:.3f} {evaluation.line()}")
-        if self.watch:
+        logger.info(f"epoch {state.epoch}: train loss {row['train_loss']:.3f} {evaluation.line()}")
+        if self.trackers:
             save_epoch(state, self.config.output_dir, self.description)
-            self.watch.epoch(state.metrics, self._steps_done())
+            self.trackers.log_epoch(state.metrics, self._steps_done())
         self._save()
-        if any(gather(self.stop_request.number)):
+        if any(all_gather(self.stop_request.number)):
             self._stop()
 
     def _steps_done(self) -> int:
-        """Steps of the whole run."""
+        """Number of finished steps of the run."""
         return self.state.epoch * self.training.steps_per_epoch + self.state.step
 
     def _count(self, result: StepResult) -> None:
-        """Note a step that was taken, or skipped. Raises FloatingPointError when the run cannot go on."""
+        """Count a step as finished or skipped. Raises FloatingPointError if the run must stop."""
         state = self.state
-        if math.isfinite(result.loss):
+        if result.nonfinite is None:
             state.losses.append(result.loss)
             state.skipped_in_row = 0
             state.step += 1
             return
-        if self.config.nonfinite == "skip" and state.skipped_in_row < MOST_SKIPS - 1:
+        if self.config.nonfinite == "skip" and state.skipped_in_row < MAX_SKIPPED_IN_ROW - 1:
             state.skipped += 1
             state.skipped_in_row += 1
-            self.remark(f"warning: the loss is {result.loss} in epoch {state.epoch}, step {state.step}: step skipped")
+            logger.warning(f"{result.nonfinite} in epoch {state.epoch + 1}, step {state.step + 1}: step skipped")
             state.step += 1
             return
-        why = explain(self.training, result.loss)
+        reason = explain(self.training, result)
         if self.config.nonfinite == "skip":
-            why += f"; that is the {MOST_SKIPS}th such step in a row"
+            reason += f"; this is the {MAX_SKIPPED_IN_ROW}th such step in a row"
         if nonfinite_parameter(state.model):
-            saved = f"the newest state in {self.config.output_dir} is of before"
+            saved = f"the newest checkpoint in {self.config.output_dir} is from an earlier step"
         else:
             self._save()
-            saved = f"{self.config.output_dir / STATE} is the state before that step"
+            saved = f"{self.config.output_dir / STATE} is the checkpoint before this step"
         advice = "--dtype bfloat16, " if self.training.options.dtype == torch.float16 else ""
         raise FloatingPointError(
-            f"{why}. The run has stopped; {saved}. Try {advice}--clip-grad 1, a lower --lr"
+            f"{reason}. The run stopped; {saved}. Try {advice}--clip-grad 1, a lower --lr"
             + ("" if self.config.nonfinite == "skip" else ", or --nonfinite skip")
         )
 
@@ -190,7 +237,7 @@ class _Run:
         if world_size() > 1:
             distribute_bn(self.state.model, world_size())
 
-        def look(done: int) -> None:  # one process can stop in between; several would wait for each other
+        def check_stop(done: int) -> None:  # with several processes, the others would wait for this one
             if self.stop_request.number and world_size() == 1:
                 self._stop()
 
@@ -200,7 +247,7 @@ class _Run:
             training.preprocessing,
             training.options,
             class_names=training.class_names,
-            progress=look,
+            progress=check_stop,
         )
 
     def _entries(self) -> dict[str, Any]:
@@ -211,18 +258,20 @@ class _Run:
             save_state(self._entries(), self.config.output_dir, self.config.keep)
 
     def _stop(self) -> None:
-        """Save and leave. Raises Stopped."""
+        """Save a checkpoint, and raise Stopped."""
         self._save()
         raise Stopped(
-            self.stop_request.number or signal.SIGTERM,  # which another process has heard
-            f"stopped in epoch {self.state.epoch}, {self.state.step} of {self.training.steps_per_epoch} steps done; "
-            f"go on with --resume auto --output-dir {self.config.output_dir}",
+            self.stop_request.number or signal.SIGTERM,  # another process may have received it
+            f"stopped in epoch {self.state.epoch + 1}, {self.state.step} of {self.training.steps_per_epoch} steps "
+            f"done; continue with --resume auto --output-dir {self.config.output_dir}",
         )
 
 
-def peak_memory_mb(device: torch.device) -> float:
-    """Most memory that was taken: of the device, or on a CPU of this process."""
+def peak_memory_mb(device: torch.device) -> float | None:
+    """Peak memory in MB: of a CUDA device, otherwise of this process; None if the platform does not report it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
+    if resource is None:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak / 1e3

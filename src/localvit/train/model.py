@@ -1,6 +1,6 @@
-"""The model in training: made, begun from other weights, frozen in part, averaged, and put over all processes."""
+"""The model in training: creation, initial weights, frozen parameters, moving average, and data parallelism."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,23 +18,19 @@ from localvit.train.optimization import freeze
 from localvit.utils.distributed import world_size
 
 
-def build_model(
-    config: TrainConfig,
-    num_classes: int,
-    class_names: Sequence[str] | None,
-    remark: Callable[[str], None] = lambda message: None,
-) -> tuple[Any, Preprocessing]:
-    """The model to train, on the CPU, and how its images are prepared.
+def build_model(config: TrainConfig, num_classes: int, class_names: Sequence[str] | None) -> tuple[Any, Preprocessing]:
+    """The model to train, on the CPU, and the preprocessing of its images.
 
-    Raises ValueError for a model or arguments that are not known, and for `freeze` that matches nothing;
-    FileNotFoundError or CheckpointError for weights to begin from that cannot be used.
+    Raises:
+        ValueError: for an unknown model or argument, or a pattern of `freeze` that matches nothing.
+        FileNotFoundError, CheckpointError: if the weights to start from cannot be used.
     """
     size = (config.input_size[0], config.input_size[-1]) if config.input_size else None
     model = _create(config, num_classes, size)
     preprocessing = Preprocessing.published(size or model.pretrained_cfg["input_size"][1:])
     if config.finetune:
-        learned_on = load_pretrained(model, config.finetune, class_names=class_names, remark=remark)
-        preprocessing = replace(preprocessing, mean=learned_on.mean, std=learned_on.std)
+        pretrained = load_pretrained(model, config.finetune, class_names=class_names)
+        preprocessing = replace(preprocessing, mean=pretrained.mean, std=pretrained.std)
     if config.grad_checkpointing:
         model.set_grad_checkpointing(True)
     freeze(model, config.freeze)
@@ -43,38 +39,41 @@ def build_model(
 
 def _create(config: TrainConfig, num_classes: int, size: tuple[int, int] | None) -> Any:
     seed_random(config.seed, RandomPurpose.WEIGHTS)
-    made: dict[str, Any] = {"drop_rate": config.drop_rate, "drop_path_rate": config.drop_path_rate} | config.model_args
-    made |= {"num_classes": num_classes, "localize": config.localize}
+    arguments: dict[str, Any] = {"drop_rate": config.drop_rate, "drop_path_rate": config.drop_path_rate}
+    arguments |= config.model_args | {"num_classes": num_classes, "localize": config.localize}
     try:
-        return create_model(config.model, **made | ({"img_size": size} if size else {}))
+        return create_model(config.model, **arguments | ({"img_size": size} if size else {}))
     except TypeError as error:
         if size is None or "img_size" not in str(error):
             raise
     seed_random(config.seed, RandomPurpose.WEIGHTS)
-    return create_model(config.model, **made)  # a convolutional network is of no size
+    return create_model(config.model, **arguments)  # convolutional networks take no image size
 
 
 def build_average(config: TrainConfig, model: nn.Module) -> ModelEmaV3 | None:
-    """The running average of parameters and buffers, if one is wanted."""
+    """The moving average of parameters and buffers; None if it is off."""
     if config.ema_decay is None:
         return None
     return ModelEmaV3(model, decay=config.ema_decay, device=torch.device("cpu") if config.ema_on_cpu else None)
 
 
-def over_processes(config: TrainConfig, model: nn.Module, device: torch.device, size: tuple[int, int]) -> Any:
-    """The model, if there are several processes with gradients averaged over them, compiled if asked for."""
-    trained = model
+def wrap_model(config: TrainConfig, model: nn.Module, device: torch.device, size: tuple[int, int]) -> Any:
+    """The model in DistributedDataParallel if there are several processes, and compiled if configured.
+
+    `size` is the height and width of the images in pixels.
+    """
+    wrapped = model
     if world_size() > 1:
-        trained = DistributedDataParallel(
+        wrapped = DistributedDataParallel(
             model,
             device_ids=[device] if device.type == "cuda" else None,
             find_unused_parameters=_has_unused_parameters(model, size, device),
         )
-    return torch.compile(trained) if config.compile else trained
+    return torch.compile(wrapped) if config.compile else wrapped
 
 
 def _has_unused_parameters(model: nn.Module, size: tuple[int, int], device: torch.device) -> bool:
-    """Whether some parameter gets no gradient (LocalViT-T2T's tokenizer keeps a published norm that nothing reads)."""
+    """Whether some parameter gets no gradient (the tokenizer of LocalViT-T2T has a published norm without a use)."""
     buffers_before = [buffer.clone() for buffer in model.buffers()]
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     outputs = model.train()(torch.zeros(2, 3, *size, device=device))
@@ -85,6 +84,6 @@ def _has_unused_parameters(model: nn.Module, size: tuple[int, int], device: torc
 
 
 def restore(tensors: Iterable[Tensor], values: Iterable[Tensor]) -> None:
-    """Give `tensors` their earlier values back."""
+    """Copy the earlier `values` back into `tensors`."""
     for tensor, value in zip(tensors, values, strict=True):
         tensor.copy_(value)

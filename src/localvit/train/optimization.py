@@ -1,4 +1,4 @@
-"""What moves the weights: timm's optimizer over the published parameter groups, and timm's schedule of its rate."""
+"""timm's optimizer with the published parameter groups, timm's learning rate schedules, and freezing."""
 
 from fnmatch import fnmatch
 from typing import Any
@@ -14,25 +14,26 @@ from localvit.train.config import TrainConfig
 
 
 def freeze(model: nn.Module, patterns: tuple[str, ...]) -> None:
-    """Keep the parameters whose names match a pattern (`*` is anything) out of training.
+    """Freeze the parameters whose names match a pattern, in which `*` matches anything.
 
-    Raises ValueError for a pattern that matches none, or when none is left to train.
+    Raises ValueError for a pattern that matches no parameter, or if none remains trainable.
     """
     for pattern in patterns:
         matching = [parameter for name, parameter in model.named_parameters() if fnmatch(name, pattern)]
         if not matching:
             some = ", ".join(name for name, _ in list(model.named_parameters())[:4])
-            raise ValueError(f"freeze={pattern} matches no parameter; they are called {some}, ...")
+            raise ValueError(f"freeze={pattern} matches no parameter; the parameters are {some}, ...")
         for parameter in matching:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(f"freeze={', '.join(patterns)} leaves no parameter to train")
+        raise ValueError(f"freeze={', '.join(patterns)} freezes all parameters")
 
 
 def build_optimizer(config: TrainConfig, model: nn.Module, images_per_step: int) -> torch.optim.Optimizer:
-    """timm's optimizer at the scaled rate, without decay for 1-D parameters, biases and the model's own list.
+    """timm's optimizer at the scaled learning rate.
 
-    Raises ValueError for an optimizer that timm does not know, or settings that it does not take.
+    Biases, 1-D parameters and the model's `no_weight_decay` list have no weight decay. Raises ValueError for an unknown
+    optimizer, or settings that it does not accept.
     """
     optimizer = _create_optimizer(config, model, images_per_step)
     if config.locality_lr_scale != 1:
@@ -41,10 +42,10 @@ def build_optimizer(config: TrainConfig, model: nn.Module, images_per_step: int)
 
 
 def _scale_locality(optimizer: torch.optim.Optimizer, model: nn.Module, factor: float) -> None:
-    """Put what brings locality into groups of its own, by whose `lr_scale` timm's schedules multiply the rate."""
+    """Move locality parameters to parameter groups with `lr_scale`, by which timm's schedules multiply the rate."""
     own = {id(parameter) for module in locality_modules(model).values() for parameter in module.parameters()}
     if not own:
-        raise ValueError(f"locality_lr_scale={factor} has nothing to act on: {type(model).__name__} has no locality")
+        raise ValueError(f"locality_lr_scale={factor} has no effect: {type(model).__name__} has no locality modules")
     groups = list(optimizer.param_groups)
     optimizer.param_groups.clear()
     for group in groups:
@@ -71,23 +72,23 @@ def _create_optimizer(config: TrainConfig, model: nn.Module, images_per_step: in
             **settings,
         )
     except TypeError as error:
-        raise ValueError(f"opt={config.opt} does not take the settings given: {error}") from error
+        raise ValueError(f"opt={config.opt} does not accept the given settings: {error}") from error
 
 
 def scaled_learning_rate(config: TrainConfig, images_per_step: int) -> float:
-    """The highest learning rate: the configured one is for 512 images a step (DeiT, arXiv 2012.12877, section 5)."""
+    """The peak learning rate. `config.lr` is for 512 images per step (DeiT, arXiv 2012.12877, section 5)."""
     return config.lr * images_per_step / 512
 
 
 def build_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Scheduler:
-    """timm's schedule with a linear warm-up. `set_learning_rate` puts it in force.
+    """timm's schedule with a linear warm-up. Apply it with `set_learning_rate`.
 
-    Raises ValueError for a plateau where timm is too old for torch.
+    Raises ValueError for sched=plateau if the version of timm is too old for torch.
     """
     noise: Any = list(config.lr_noise) or None
-    # timm's plateau begins with this rate even without a warm-up, and would stay there.
+    # timm's plateau schedule starts with this rate, and would keep it, even without a warm-up.
     warmup_lr = config.warmup_lr if config.warmup_epochs else optimizer.param_groups[0]["lr"]
-    warmup_epochs: Any = config.warmup_epochs  # a part of an epoch is fine where the rate moves every step
+    warmup_epochs: Any = config.warmup_epochs  # may be fractional if the rate changes every step
     try:
         scheduler, _ = create_scheduler_v2(
             optimizer,
@@ -107,14 +108,14 @@ def build_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, steps
             step_on_epochs=not config.sched_on_updates,
             updates_per_epoch=steps_per_epoch,
         )
-    except TypeError as error:  # older timm's plateau, on newer torch
-        raise ValueError(f"sched={config.sched} does not run on these versions: {error}; upgrade timm") from error
+    except TypeError as error:  # the plateau schedule of older timm with newer torch
+        raise ValueError(f"sched={config.sched} does not work with these versions: {error}; upgrade timm") from error
     return scheduler
 
 
 def set_learning_rate(scheduler: Scheduler, epoch: int, acc1: float | None = None) -> None:
-    """Put the learning rate of `epoch` in force: the published one, whose schedule first moves after two epochs.
+    """Set the learning rate of `epoch` (from 0): as published, it is still that of epoch 0 in epoch 1.
 
-    Call it once an epoch, with the accuracy of the epoch before, which a plateau schedule follows.
+    Call it once per epoch. `acc1` is the Acc@1 of the previous epoch, for a plateau schedule.
     """
     scheduler.step(max(epoch - 1, 0), acc1)

@@ -1,6 +1,7 @@
-"""What a run keeps: all that changes while it trains, and the entries of a file from which it goes on.
+"""The state of a run: all that changes during training, and the checkpoint entries that restore it.
 
-Random generators are no part of it, since every draw follows from where it is made (`localvit.data.training_batches`).
+The state of random generators is not part of it: they are seeded for each image and step
+(`localvit.data.training_batches`).
 """
 
 from argparse import Namespace
@@ -23,38 +24,43 @@ Row = dict[str, float]
 
 @dataclass(kw_only=True)
 class TrainState:
-    """All that changes from step to step and from epoch to epoch."""
+    """All that changes during training."""
 
     model: nn.Module
-    """The model in training, on its device."""
+    """The model, on its device."""
     ema: ModelEmaV3 | None
-    """Running average of its parameters and buffers."""
+    """Moving average of parameters and buffers."""
     optimizer: torch.optim.Optimizer
-    """Its parameters' optimizer."""
+    """The optimizer."""
     scheduler: Scheduler
-    """Sets the learning rate."""
+    """The learning rate schedule."""
     scaler: torch.amp.GradScaler
-    """Scales the loss in float16; idle in other precisions."""
+    """Scales the loss in float16; disabled in other precisions."""
 
     epoch: int = 0
-    """The epoch in training, from 0."""
+    """The current epoch, from 0."""
     step: int = 0
-    """Steps of that epoch that are done."""
+    """Number of steps finished in the current epoch."""
     losses: list[float] = field(default_factory=list)
-    """The loss of each of them that was not skipped, over all processes."""
+    """The loss of each finished step that was not skipped, averaged over all processes."""
     seconds: float = 0.0
-    """Time spent on them."""
+    """Duration of these steps."""
     skipped: int = 0
-    """Steps of the run that were skipped because their loss was not finite."""
+    """Number of steps of the run skipped because a loss or gradient was not finite."""
     skipped_in_row: int = 0
-    """Those of them that came last."""
+    """Number of the most recent steps that were skipped in a row."""
     rows: list[Row] = field(default_factory=list)
-    """For each finished epoch, its row of the log."""
+    """Row of the log for each finished epoch."""
     metrics: list[Row] = field(default_factory=list)
-    """For each finished epoch, what was measured beside: it may differ between two runs of one seed."""
+    """The same rows with measurements, which may differ between two runs with the same seed."""
+
+    @property
+    def num_trained_parameters(self) -> int:
+        """Number of parameters that are not frozen."""
+        return sum(each.numel() for each in self.model.parameters() if each.requires_grad)
 
     def finish_epoch(self, row: Row, measured: Row) -> None:
-        """Note the row of the epoch, and go to the next one."""
+        """Record the epoch's row, and advance to the next epoch."""
         self.rows.append(row)
         self.metrics.append(row | measured)
         self.epoch += 1
@@ -63,7 +69,7 @@ class TrainState:
         self.seconds = 0.0
 
     def begin_epoch(self) -> None:
-        """Put the learning rate of the epoch in force. Call it once an epoch."""
+        """Set the learning rate of the epoch. Call it once per epoch."""
         self._set_learning_rate(self.epoch)
 
     def _set_learning_rate(self, epoch: int) -> None:
@@ -76,13 +82,13 @@ class TrainState:
         return max(self.rows, key=lambda row: row["test_acc1"], default=None)
 
     def to_entries(self, description: Mapping[str, Any]) -> dict[str, Any]:
-        """The entries of the published program's checkpoints, and under `localvit` ours.
+        """The entries of a training checkpoint: those of the published program, and ours under `localvit`.
 
-        `epoch` is the last finished one, as there. Weights go by their published names; the optimizer's state is in the
-        order of `parameter_names`.
+        As published, `epoch` is the last finished epoch, from 0, and weights have their published names. The state of
+        the optimizer is in the order of `parameter_names`.
 
         Args:
-            description: what `checkpoints.make_header` says of the model; its `about` holds the config.
+            description: from `checkpoints.make_header`; its `about` contains the settings.
         """
         config = description["about"]["config"]
         return {
@@ -101,12 +107,14 @@ class TrainState:
         }
 
     def load_entries(self, entries: Mapping[str, Any]) -> None:
-        """Go on from the entries of `to_entries`, or from those of the published program's, after its last epoch.
+        """Restore the state from the entries of `to_entries`, or of the published program after its last epoch.
 
-        Raises CheckpointError when they are of another model or optimizer, or have no optimizer at all.
+        Raises CheckpointError if they are for another model or optimizer, or contain no optimizer.
         """
         if not isinstance(entries.get("optimizer"), Mapping):
-            raise CheckpointError("it holds weights but no optimizer: begin a new run from it with --finetune")
+            raise CheckpointError(
+                "the checkpoint contains weights but no optimizer: start a new run from it with --finetune"
+            )
         _load_weights(self.model, entries["model"])
         if self.ema:
             _load_weights(self.ema.module, entries.get("model_ema") or entries["model"])
@@ -116,7 +124,7 @@ class TrainState:
         progress = ours["progress"] if ours else {"epoch": entries["epoch"] + 1}
         for name, value in progress.items():
             setattr(self, name, value)
-        # A schedule follows from the epochs gone by, and timm's plateau does not save all that it counts.
+        # The schedule is replayed, because timm's plateau schedule does not save all of its state.
         for epoch in range(self.epoch + (self.step > 0)):
             self._set_learning_rate(epoch)
         names = ours["parameter_names"] if ours else _published_parameter_names(self, entries["model"])
@@ -131,7 +139,7 @@ def _load_weights(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     try:
         model.load_state_dict(own)
     except RuntimeError as error:
-        raise CheckpointError(f"its weights are of another model or image size: {error}") from error
+        raise CheckpointError(f"the checkpoint's weights are for another model or image size: {error}") from error
 
 
 def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
@@ -141,21 +149,21 @@ def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list
 
 
 def _published_parameter_names(state: TrainState, published: Mapping[str, Tensor]) -> list[str]:
-    """The names of a published optimizer's parameters: the same two groups as ours, each in the published order."""
+    """Parameter names in the order of a published optimizer: the same two groups as ours, in published order."""
     names = iter(_parameter_names(state.model, state.optimizer))
     groups = [{next(names) for _ in group["params"]} for group in state.optimizer.param_groups]
     return [name for group in groups for name in published if name in group]
 
 
 def _load_optimizer(state: TrainState, saved: Mapping[str, Any], names: list[str]) -> None:
-    """Load an optimizer's state dict whose parameters are called `names`, in its order."""
+    """Load the state dict of an optimizer whose parameters have these `names`, in its order."""
     own = state.optimizer.state_dict()
     own_order = _parameter_names(state.model, state.optimizer)
     counts = [len(group["params"]) for group in saved["param_groups"]]
     if set(own_order) != set(names) or counts != [len(group["params"]) for group in own["param_groups"]]:
         raise CheckpointError(
-            "its optimizer is of other parameters or groups: resume with the same model, freeze, weight_decay and "
-            "layer_decay"
+            "the checkpoint's optimizer has other parameters or groups: resume with the same model, freeze, "
+            "weight_decay and layer_decay"
         )
     number_of = {name: number for number, name in enumerate(names)}
     moments = {

@@ -1,4 +1,6 @@
-"""One step of training: some batches forward and backward, and the optimizer, unless the loss is not finite.
+"""One training step: forward and backward for some batches, then the update, unless a number is not finite.
+
+A step changes weights, optimizer, buffers and moving average, or none of them.
 
 Shapes: B images of a batch, C channels, H and W pixels, M classes.
 """
@@ -12,68 +14,95 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from localvit.data.training_batches import RandomPurpose, seed_random
-from localvit.train.build import Training
+from localvit.train.builder import Training
 from localvit.train.model import restore
 from localvit.utils.distributed import rank, world_size
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """How a step went."""
+    """The outcome of a step; the same on all processes."""
 
     loss: float
-    """Mean over its batches and all processes; the same number on each of them."""
+    """Mean over the batches of the step and all processes."""
     stop: bool
-    """Whether some process was asked to stop before the step ended."""
+    """Whether a process was asked to stop before the end of the step."""
+    nonfinite: str | None = None
+    """What was not finite, so that the step changed nothing: the loss, or the gradient of a parameter."""
 
 
 def train_step(training: Training, batches: Iterator[tuple[Tensor, Tensor]], *, stop: bool) -> StepResult:
-    """Take the next step of the state's epoch, which changes nothing at all when the loss is not finite.
+    """Take the next step of the current epoch. If the loss or a gradient is not finite, nothing changes.
 
-    The loss is read while the backward pass runs, so that an accelerator never waits for this process.
+    In float16, gradients may overflow because of the scaled loss. Such a step changes nothing but the scale, and is not
+    reported as nonfinite unless the loss is no longer scaled up.
 
     Args:
-        batches: the rest of the epoch's, of which this takes `grad_accum`.
-        stop: whether this process was asked to stop; told to all of them in passing.
+        training: the run; its state is updated in place.
+        batches: the remaining batches of the epoch, of which this takes `grad_accum`.
+        stop: whether this process was asked to stop; shared with all processes.
     """
-    config, state, device = training.config, training.state, training.options.device
+    state, scaler = training.state, training.state.scaler
     buffers_before = [buffer.clone() for buffer in state.model.buffers()]
-    state.model.train()
     state.optimizer.zero_grad()
+    loss, stops = _forward_backward(training, batches, stop=stop)
+    nonfinite = None if math.isfinite(loss) else f"the loss is {loss}"
+    is_applied = nonfinite is None
+    if is_applied:
+        scaler.unscale_(state.optimizer)
+        gradients = [each.grad for each in state.model.parameters() if each.grad is not None]
+        norm = get_total_norm(gradients)
+        if is_applied := bool(norm.isfinite()):
+            if training.config.clip_grad is not None:
+                clip_grads_with_norm_(state.model.parameters(), training.config.clip_grad, norm)
+            scaler.step(state.optimizer)
+            if state.ema:
+                state.ema.update(state.model)
+        elif scaler.get_scale() <= 1:
+            nonfinite = _describe_gradient(state.model, norm)
+        scaler.update()
+    if not is_applied:
+        restore(state.model.buffers(), buffers_before)
+        state.optimizer.zero_grad()
+    return StepResult(loss=loss, stop=stops > 0, nonfinite=nonfinite)
+
+
+def _forward_backward(
+    training: Training, batches: Iterator[tuple[Tensor, Tensor]], *, stop: bool
+) -> tuple[float, float]:
+    """Accumulate the gradients of a step. Returns its loss, and the number of processes that were asked to stop."""
+    config, state, device = training.config, training.state, training.options.device
+    state.model.train()
     total = torch.zeros((), device=device)
     for number in range(config.grad_accum):
         is_last = number == config.grad_accum - 1
         images_BCHW, targets = prepare_batch(training, *next(batches), state.step * config.grad_accum + number)
-        with contextlib.nullcontext() if is_last else _gradients_kept_here(training.trained):
+        with contextlib.nullcontext() if is_last else _no_gradient_exchange(training.wrapped_model):
             with training.options.autocast():
-                loss = training.criterion(images_BCHW, training.trained(images_BCHW), targets) / config.grad_accum
+                outputs = training.wrapped_model(images_BCHW)
+                loss = training.criterion(images_BCHW, outputs, targets) / config.grad_accum
             total = total + loss.detach()
             if is_last:
-                told = _OnItsWay(torch.stack((total, torch.full_like(total, float(stop)))))
+                sums = _AsyncSum(torch.stack((total, torch.full_like(total, float(stop)))))
             state.scaler.scale(loss).backward()
-    loss_sum, stops = told.read()
-    result = StepResult(loss=loss_sum / world_size(), stop=stops > 0)
-    if not math.isfinite(result.loss):
-        restore(state.model.buffers(), buffers_before)
-        state.optimizer.zero_grad()
-        return result
-    if config.clip_grad is not None:
-        state.scaler.unscale_(state.optimizer)
-        clip_grad_norm_(state.model.parameters(), config.clip_grad)
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
-    if state.ema:
-        state.ema.update(state.model)
-    return result
+    loss_sum, stops = sums.read()
+    return loss_sum / world_size(), stops
+
+
+def _describe_gradient(model: nn.Module, norm: Tensor) -> str:
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and not parameter.grad.isfinite().all():
+            return f"the gradient of {name} is not finite"
+    return f"the norm of the gradient is {norm.item()}, although each of its elements is finite"
 
 
 def prepare_batch(training: Training, images_BCHW: Tensor, labels_B: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """Batch `number` of the state's epoch as the model is shown it: on its device, and mixed.
+    """Move batch `number` of the current epoch to the device, and mix it.
 
-    Labels (B) become probabilities (B, M) where images are mixed. What the model itself draws follows from here too.
+    With mixing, labels (B) become probabilities (B, M). Also seeds the random numbers of the forward pass.
     """
     seed_random(training.config.seed, RandomPurpose.STEP, training.state.epoch, number, rank())
     options = training.options
@@ -83,25 +112,25 @@ def prepare_batch(training: Training, images_BCHW: Tensor, labels_B: Tensor, num
     return training.mixup(images_BCHW, labels_B) if training.mixup else (images_BCHW, labels_B)
 
 
-def _gradients_kept_here(trained: nn.Module) -> contextlib.AbstractContextManager:
-    """Processes exchange gradients at the last batch of a step alone."""
-    inner = getattr(trained, "_orig_mod", trained)
+def _no_gradient_exchange(wrapped_model: nn.Module) -> contextlib.AbstractContextManager:
+    """Gradients are averaged over processes only in the last batch of a step."""
+    inner = getattr(wrapped_model, "_orig_mod", wrapped_model)
     return inner.no_sync() if isinstance(inner, DistributedDataParallel) else contextlib.nullcontext()
 
 
-class _OnItsWay:
-    """Numbers summed over all processes, on their way to this one's memory while the device works on."""
+class _AsyncSum:
+    """Sums numbers over all processes and copies them to the CPU, while the device runs the backward pass."""
 
     def __init__(self, values: Tensor) -> None:
         if world_size() > 1:
             dist.all_reduce(values)
         self._values = values.to("cpu", non_blocking=values.is_cuda)
-        self._arrival = torch.cuda.Event() if values.is_cuda else None
-        if self._arrival:
-            self._arrival.record()
+        self._copied = torch.cuda.Event() if values.is_cuda else None
+        if self._copied:
+            self._copied.record()
 
     def read(self) -> list[float]:
-        """The numbers, once they are there."""
-        if self._arrival:
-            self._arrival.synchronize()
+        """The sums; waits until they are copied."""
+        if self._copied:
+            self._copied.synchronize()
         return self._values.tolist()

@@ -1,4 +1,4 @@
-"""What a run came to: its numbers in short, and the report for a person that lies beside its log."""
+"""The result of a run, and the report `summary.md` in its folder."""
 
 import json
 import platform
@@ -19,35 +19,43 @@ from localvit.train.state import Row
 from localvit.train.trackers import CURVES
 from localvit.utils.distributed import world_size
 from localvit.utils.files import atomic_write
+from localvit.utils.tables import format_table
 
 SUMMARY = "summary.md"
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunNumbers:
-    """A run's finished epochs in short; None for what was not measured in each of them."""
+@dataclass(frozen=True, kw_only=True, repr=False)
+class RunResult:
+    """The result of the finished epochs of a run. It prints as a table. None means not measured in every epoch.
 
+    Rows have the keys of the log: train_lr, train_loss, test_loss, test_acc1 and test_acc5 (percent), epoch (from 0),
+    n_parameters.
+    """
+
+    num_epochs: int
+    """Number of finished epochs."""
     best: Row
-    """The row of the first epoch with the highest accuracy."""
+    """Row of the first epoch with the highest Acc@1."""
     last: Row
-    """The row of the last epoch."""
+    """Row of the last epoch."""
     seconds: float | None
-    """Time of all training steps, without evaluation."""
+    """Duration of all training steps, without evaluation."""
     images_per_second: float | None
-    """Images trained on a second, over all processes: the median of the epochs."""
+    """Training speed over all processes: median over the epochs."""
     peak_memory_mb: float | None
-    """Most memory in use, in MB."""
+    """Peak memory in MB."""
     skipped_steps: float | None
-    """Steps of the run that were skipped because their loss was not finite, which each row counts from the start."""
+    """Number of steps skipped because a loss or gradient was not finite."""
 
     @classmethod
-    def of(cls, metrics: Sequence[Row]) -> "RunNumbers":
-        """Of at least one row, each of the log's keys and, where measured, those that metrics.csv has beside them."""
+    def of(cls, metrics: Sequence[Row]) -> "RunResult":
+        """The result from at least one row, with the keys of the log and, if measured, those of metrics.csv."""
 
-        def over_epochs(fold: Any, key: str) -> float | None:
-            return fold(row[key] for row in metrics) if all(key in row for row in metrics) else None
+        def over_epochs(reduce: Any, key: str) -> float | None:
+            return reduce(row[key] for row in metrics) if all(key in row for row in metrics) else None
 
         return cls(
+            num_epochs=len(metrics),
             best=max(metrics, key=lambda row: row["test_acc1"]),
             last=metrics[-1],
             seconds=over_epochs(sum, "seconds"),
@@ -56,34 +64,46 @@ class RunNumbers:
             skipped_steps=metrics[-1].get("skipped_steps"),
         )
 
+    def to_rows(self) -> list[tuple[str, str]]:
+        """Names and texts with units, for a table. Epochs count from 1."""
+        measured = (
+            (
+                "time",
+                self.seconds,
+                lambda seconds: f"{timedelta(seconds=round(seconds))} (h:mm:ss), without evaluation",
+            ),
+            ("speed", self.images_per_second, lambda rate: f"{rate:,.1f} images/s"),
+            ("peak memory", self.peak_memory_mb, lambda memory: f"{memory:,.0f} MB"),
+            ("skipped steps", self.skipped_steps, lambda steps: f"{steps:,.0f}"),
+        )
+        return [
+            ("best epoch", _epoch_text(self.best)),
+            ("last epoch", _epoch_text(self.last)),
+            *((name, text(value)) for name, value, text in measured if value is not None),
+        ]
 
-def summary_rows(config: TrainConfig, metrics: Sequence[Row], device: torch.device) -> list[tuple[str, str]]:
-    """What a run came to, as pairs of a name and a text with units; `metrics` has a row for each finished epoch."""
-    numbers = RunNumbers.of(metrics)
-    measured = (
-        ("time", numbers.seconds, lambda seconds: f"{timedelta(seconds=round(seconds))} (h:mm:ss), without evaluation"),
-        ("speed", numbers.images_per_second, lambda rate: f"{rate:,.1f} images/s"),
-        ("peak memory", numbers.peak_memory_mb, lambda memory: f"{memory:,.0f} MB"),
-        ("skipped steps", numbers.skipped_steps, lambda steps: f"{steps:,.0f}"),
-    )
+    def __repr__(self) -> str:
+        return format_table(self.to_rows())
+
+
+def summary_rows(config: TrainConfig, result: RunResult, device: torch.device) -> list[tuple[str, str]]:
+    """The run and its result, as names and texts with units."""
     return [
-        ("model", f"{config.model}, {numbers.last['n_parameters']:,.0f} parameters trained"),
+        ("model", f"{config.model}, {result.last['n_parameters']:,.0f} parameters trained"),
         ("data", config.data_set + (f", {config.data_path}" if config.data_path else "")),
-        ("epochs", f"{len(metrics)} of {config.epochs}"),
-        ("best epoch", _epoch_text(numbers.best)),
-        ("last epoch", _epoch_text(numbers.last)),
-        *((name, text(value)) for name, value, text in measured if value is not None),
+        ("epochs", f"{result.num_epochs} of {config.epochs}"),
+        *result.to_rows(),
         ("device", _device_text(device)),
     ]
 
 
-def write_summary(config: TrainConfig, metrics: Sequence[Row], device: torch.device) -> Path:
-    """Write the report of a run into its folder, as Markdown, and return its path.
+def write_summary(config: TrainConfig, result: RunResult, device: torch.device) -> Path:
+    """Write the report of a run to its folder as Markdown, and return the path.
 
     Args:
-        config: what the run was told.
-        metrics: a row for each finished epoch, at least one.
-        device: where the run ran.
+        config: the settings of the run.
+        result: of the finished epochs.
+        device: the device of the run.
     """
     defaults = TrainConfig().to_dict()
     settings = [
@@ -93,12 +113,12 @@ def write_summary(config: TrainConfig, metrics: Sequence[Row], device: torch.dev
     ]
     parts = [
         f"# {config.model} on {config.data_set}",
-        _table(("", ""), summary_rows(config, metrics, device)),
-        "Epochs are counted from 0, as in log.txt; losses are in nats.",
+        _table(("", ""), summary_rows(config, result, device)),
+        "Epochs count from 1 here, and from 0 in log.txt and metrics.csv. Losses are in nats.",
     ]
     if (config.output_dir / CURVES).exists():
         parts.append(f"![Loss and accuracy by epoch]({CURVES})")
-    parts += ["## What to do with it", *_commands(config, finished=len(metrics) == config.epochs)]
+    parts += ["## Next steps", *_commands(config, finished=result.num_epochs == config.epochs)]
     parts.append("## Settings that differ from the defaults")
     parts.append(_table(("setting", "value", "default"), settings) if settings else "None.")
     parts += ["## Versions", _table(("", ""), list(versions().items()))]
@@ -108,13 +128,13 @@ def write_summary(config: TrainConfig, metrics: Sequence[Row], device: torch.dev
 
 
 def setting_text(value: Any) -> str:
-    """The value of a setting in words, spelled as YAML reads it."""
+    """The value of a setting, written so that YAML can read it."""
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _epoch_text(row: Row) -> str:
     return (
-        f"{row['epoch']:.0f}: Acc@1 {row['test_acc1']:.3f} %, Acc@5 {row['test_acc5']:.3f} %, "
+        f"{row['epoch'] + 1:.0f}: Acc@1 {row['test_acc1']:.3f} %, Acc@5 {row['test_acc5']:.3f} %, "
         f"validation loss {row['test_loss']:.4f}, training loss {row['train_loss']:.4f}"
     )
 
@@ -130,21 +150,21 @@ def _device_text(device: torch.device) -> str:
 
 def _commands(config: TrainConfig, *, finished: bool) -> list[str]:
     evaluation = ["localvit", "eval", str(config.output_dir / BEST), "--data-set", config.data_set]
-    before = "Evaluate the best epoch:"
+    introduction = "Evaluate the best epoch:"
     if config.data_set.upper() == "FOLDER" and config.data_path and not (config.data_path / "val").is_dir():
-        before = (
-            "Evaluate the best epoch, on other images: the seed split those of this folder, and most of them were "
-            "trained on."
+        introduction = (
+            "Evaluate the best epoch on other images. Most images in this folder were used for training, because it "
+            "has no val/."
         )
         evaluation += ["--data-path", "OTHER_IMAGES"]
     elif config.data_path:
         evaluation += ["--data-path", str(config.data_path)]
     if config.data_set.upper() in ("INAT", "INAT19"):
         evaluation += ["--inat-category", config.inat_category]
-    texts = [before, _code(evaluation)]
+    texts = [introduction, _code(evaluation)]
     if not finished:
         resuming = ["localvit", "train", "--resume", "auto", "--output-dir", str(config.output_dir)]
-        texts += ["Go on to the last epoch:", _code(resuming)]
+        texts += ["Resume the run:", _code(resuming)]
     return texts
 
 

@@ -1,4 +1,4 @@
-"""BatchNorm over the images of all processes: torch's where there is an accelerator, and the same on CPUs.
+"""Synchronized BatchNorm: torch's on accelerators, and an equivalent on CPUs, which torch lacks.
 
 Shapes: N images of this process, C channels, S positions of an image (H x W, or any others).
 """
@@ -10,18 +10,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def synchronize_batch_norms(model: nn.Module, device: torch.device) -> nn.Module:
-    """`model` with every BatchNorm taking its statistics over all processes; names and values stay."""
+    """Make every BatchNorm in `model` compute its statistics over all processes. Names and values are unchanged."""
     if device.type != "cpu":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for parent in model.modules():
         for name, child in parent.named_children():
             if isinstance(child, _BatchNorm):
-                setattr(parent, name, _GatheredBatchNorm(child))
+                setattr(parent, name, _SyncBatchNorm(child))
     return model
 
 
-class _GatheredBatchNorm(_BatchNorm):
-    """A BatchNorm whose training statistics are of all processes, which torch's own has for accelerators alone."""
+class _SyncBatchNorm(_BatchNorm):
+    """A BatchNorm with training statistics over all processes, for any device."""
 
     def __init__(self, norm: _BatchNorm) -> None:
         super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
@@ -36,20 +36,20 @@ class _GatheredBatchNorm(_BatchNorm):
         if not self.training:
             return super().forward(input)
         x_NCS = input.float().flatten(2) if input.dtype != torch.float64 else input.flatten(2)
-        counted = x_NCS.new_tensor([x_NCS.shape[0] * x_NCS.shape[2]])
-        sums_and_count = all_reduce(torch.cat((x_NCS.sum((0, 2)), counted)))
+        count_1 = x_NCS.new_tensor([x_NCS.shape[0] * x_NCS.shape[2]])
+        sums_and_count = all_reduce(torch.cat((x_NCS.sum((0, 2)), count_1)))
         count = sums_and_count[-1]
         mean_C = sums_and_count[:-1] / count
-        centerd_NCS = x_NCS - mean_C[:, None]
-        var_C = all_reduce(centerd_NCS.square().sum((0, 2))) / count
+        centered_NCS = x_NCS - mean_C[:, None]
+        var_C = all_reduce(centered_NCS.square().sum((0, 2))) / count
         if self.running_mean is not None:
-            self._follow(mean_C.detach(), (var_C * count / (count - 1)).detach())
-        normal_NCS = centerd_NCS * (var_C + self.eps).rsqrt()[:, None]
+            self._update_running_statistics(mean_C.detach(), (var_C * count / (count - 1)).detach())
+        normal_NCS = centered_NCS * (var_C + self.eps).rsqrt()[:, None]
         if self.affine:
             normal_NCS = normal_NCS * self.weight[:, None] + self.bias[:, None]
         return normal_NCS.to(input.dtype).view_as(input)
 
-    def _follow(self, mean_C: Tensor, var_C: Tensor) -> None:
+    def _update_running_statistics(self, mean_C: Tensor, var_C: Tensor) -> None:
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None

@@ -1,7 +1,8 @@
-"""Watching a run: where its numbers go while it trains, beside the log and the live bar."""
+"""Trackers: where the numbers of a run are written during training, in addition to the log."""
 
 import csv
 import io
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -10,6 +11,8 @@ from uuid import uuid4
 from localvit.train.config import TrainConfig
 from localvit.train.run_folder import LOG
 from localvit.utils.files import atomic_write
+
+logger = logging.getLogger(__name__)
 
 METRICS = "metrics.csv"
 CURVES = "curves.png"
@@ -20,79 +23,74 @@ Values = Mapping[str, float]
 
 
 class Tracker(Protocol):
-    """One place that numbers go to; it may raise anything."""
+    """One destination of the numbers. Its methods may raise any exception."""
 
-    def step(self, step: int, values: Values) -> None: ...
-    def epoch(self, metrics: Sequence[Values], step: int) -> None: ...
+    def log_step(self, step: int, values: Values) -> None: ...
+    def log_epoch(self, metrics: Sequence[Values], step: int) -> None: ...
     def close(self) -> None: ...
 
 
-class Watch:
-    """Where a run's numbers go: metrics.csv, curves.png, TensorBoard, Weights & Biases.
+class Trackers:
+    """All trackers of a run: metrics.csv, curves.png, TensorBoard, Weights & Biases.
 
-    What cannot be begun stops the run before it trains. What fails later is told once and left out from there on, since
-    no image is worth a run.
+    A tracker that cannot start stops the run before training. One that fails later logs a warning and is turned off,
+    because a tracker must not end a run.
     """
 
-    def __init__(
-        self, config: TrainConfig, *, from_step: int, remark: Callable[[str], None] = lambda message: None
-    ) -> None:
-        """Begin, or go on with what is in `config.output_dir`.
+    def __init__(self, config: TrainConfig, *, from_step: int) -> None:
+        """Start, or continue what is in `config.output_dir`.
 
         Args:
-            config: says the folder, and which trackers are asked for.
-            from_step: optimizer steps that the run has done; points of later ones, from before it was killed, are
-                superseded.
-            remark: told what a person should know: what is left out, and why.
+            config: names the folder and the trackers.
+            from_step: number of finished steps. Points of later steps, from before the run was killed, are replaced.
 
         Raises:
-            ImportError: for a tracker that is asked for and not installed.
-            OSError: when the folder cannot be written.
+            ImportError: if a configured tracker is not installed.
+            OSError: if the folder cannot be written.
         """
         config.output_dir.mkdir(parents=True, exist_ok=True)
-        self._remark = remark
         self._trackers: dict[str, Tracker] = {METRICS: _MetricsFile(config.output_dir / METRICS)}
         try:
             self._trackers[CURVES] = _Curves(config)
         except ImportError as error:
-            remark(f"warning: there will be no {CURVES}: {error}")
+            logger.warning(f"{CURVES} is not drawn: {error}")
         if config.tensorboard:
             self._trackers["TensorBoard"] = _TensorBoard(config.output_dir / TENSORBOARD, from_step)
         if config.wandb is not None:
             self._trackers["Weights & Biases"] = _WeightsAndBiases(config, config.wandb, from_step)
 
-    def step(self, step: int, values: Values) -> None:
-        """Take numbers of a moment, such as `{"train/loss": 2.3}`; `step` counts the run's optimizer steps so far."""
-        self._each(lambda tracker: tracker.step(step, values))
+    def log_step(self, step: int, values: Values) -> None:
+        """Log numbers of a step, such as `{"train/loss": 2.3}`; `step` is the number of finished steps of the run."""
+        self._for_each(lambda tracker: tracker.log_step(step, values))
 
-    def epoch(self, metrics: Sequence[Values], step: int) -> None:
-        """Take the rows of all finished epochs, a dict an epoch, when `step` steps are done and log.txt is written."""
-        self._each(lambda tracker: tracker.epoch(metrics, step))
+    def log_epoch(self, metrics: Sequence[Values], step: int) -> None:
+        """Log an epoch: the rows of all finished epochs, after `step` steps. log.txt must already be written."""
+        self._for_each(lambda tracker: tracker.log_epoch(metrics, step))
 
     def close(self) -> None:
-        """Write what is waiting. Nothing can be taken afterwards."""
-        self._each(lambda tracker: tracker.close())
+        """Write pending data, and close all trackers."""
+        self._for_each(lambda tracker: tracker.close())
         self._trackers.clear()
 
-    def _each(self, tell: Callable[[Tracker], None]) -> None:
+    def _for_each(self, action: Callable[[Tracker], None]) -> None:
         for name, tracker in list(self._trackers.items()):
             try:
-                tell(tracker)
+                action(tracker)
             except Exception as error:
                 del self._trackers[name]
-                self._remark(f"warning: {name} is left out from here on: {error or type(error).__name__}")
+                logger.warning(f"{name} is turned off for the rest of the run: {error or type(error).__name__}")
 
 
 class _MetricsFile:
-    """All rows, written anew each epoch, so that a resumed run's file is right whatever was there."""
+    """metrics.csv. All rows are rewritten each epoch, so that the file of a resumed run is correct."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def step(self, step: int, values: Values) -> None:
+    def log_step(self, step: int, values: Values) -> None:
         pass
 
-    def epoch(self, metrics: Sequence[Values], step: int) -> None:
+    def log_epoch(self, metrics: Sequence[Values], step: int) -> None:
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, list(dict.fromkeys(key for row in metrics for key in row)), lineterminator="\n")
         writer.writeheader()
@@ -105,7 +103,7 @@ class _MetricsFile:
 
 
 class _Curves:
-    """The image of the log so far."""
+    """curves.png: loss and accuracy so far."""
 
     def __init__(self, config: TrainConfig) -> None:
         from localvit.train.curves import draw_curves
@@ -114,10 +112,10 @@ class _Curves:
         self.directory = config.output_dir
         self.title = f"{config.model}, {config.output_dir}"
 
-    def step(self, step: int, values: Values) -> None:
+    def log_step(self, step: int, values: Values) -> None:
         pass
 
-    def epoch(self, metrics: Sequence[Values], step: int) -> None:
+    def log_epoch(self, metrics: Sequence[Values], step: int) -> None:
         self.draw(self.directory / LOG, self.directory / CURVES, self.title)
 
     def close(self) -> None:
@@ -125,7 +123,7 @@ class _Curves:
 
 
 class _TensorBoard:
-    """TensorBoard's event files. A resumed run tells TensorBoard to hide what came after the step it goes on from."""
+    """TensorBoard event files. A resumed run hides the points after the step at which it resumes."""
 
     def __init__(self, directory: Path, from_step: int) -> None:
         try:
@@ -134,12 +132,12 @@ class _TensorBoard:
             raise ImportError('--tensorboard needs TensorBoard: pip install "localvit[tensorboard]"') from error
         self.writer = SummaryWriter(directory, purge_step=from_step + 1)
 
-    def step(self, step: int, values: Values) -> None:
+    def log_step(self, step: int, values: Values) -> None:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
-    def epoch(self, metrics: Sequence[Values], step: int) -> None:
-        self.step(step, _of_epoch(metrics))
+    def log_epoch(self, metrics: Sequence[Values], step: int) -> None:
+        self.log_step(step, _last_epoch(metrics))
         self.writer.flush()
 
     def close(self) -> None:
@@ -147,39 +145,39 @@ class _TensorBoard:
 
 
 class _WeightsAndBiases:
-    """A run of Weights & Biases, under an id that is kept in the folder so that a resumed run goes on with it."""
+    """A run of Weights & Biases. Its id is saved in the folder, so that a resumed run continues it."""
 
     def __init__(self, config: TrainConfig, project: str, from_step: int) -> None:
         try:
-            # By name: `import wandb` alone would take the folder of that name that an earlier run left.
+            # `import wandb` would succeed for a folder named wandb, which an earlier run may have created.
             from wandb import init
         except ImportError as error:
             raise ImportError('--wandb needs Weights & Biases: pip install "localvit[wandb]"') from error
-        kept = config.output_dir / WANDB_ID
-        if not from_step or not kept.exists():
-            with atomic_write(kept) as file:
+        id_file = config.output_dir / WANDB_ID
+        if not from_step or not id_file.exists():
+            with atomic_write(id_file) as file:
                 file.write_text(uuid4().hex)
         self.run = init(
             project=project,
-            id=kept.read_text().strip(),
+            id=id_file.read_text().strip(),
             resume="allow",
             name=config.output_dir.name,
             dir=config.output_dir,
             config=config.to_dict(),
         )
-        # Its own count only ever rises and would refuse the steps that a resumed run repeats.
+        # The default step counter must not decrease, and a resumed run repeats steps.
         self.run.define_metric("*", step_metric="step")
 
-    def step(self, step: int, values: Values) -> None:
+    def log_step(self, step: int, values: Values) -> None:
         self.run.log({**values, "step": step})
 
-    def epoch(self, metrics: Sequence[Values], step: int) -> None:
-        self.step(step, _of_epoch(metrics))
+    def log_epoch(self, metrics: Sequence[Values], step: int) -> None:
+        self.log_step(step, _last_epoch(metrics))
 
     def close(self) -> None:
         self.run.finish()
 
 
-def _of_epoch(metrics: Sequence[Values]) -> dict[str, float]:
-    """What the last epoch has to plot, by the log's keys."""
+def _last_epoch(metrics: Sequence[Values]) -> dict[str, float]:
+    """The numbers of the last epoch to plot, by the keys of the log."""
     return {f"epoch/{key}": value for key, value in metrics[-1].items() if key not in ("epoch", "n_parameters")}

@@ -1,33 +1,35 @@
-"""The few words of torch.distributed that the package needs, true in a single process too."""
+"""Helpers for torch.distributed that also work in a single process."""
 
 import os
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+T = TypeVar("T")
+
 
 def rank() -> int:
-    """This process's number, from 0."""
+    """Rank of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes there are."""
+    """Number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
-    """Whether this process speaks and writes for all; true to torchrun's word before the processes have met, too."""
+    """Whether this is rank 0, which prints and writes files. Also correct before the process group exists."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def gather(value: Any) -> list[Any]:
-    """Every process's `value`, in order of rank, on every process. Values are pickled between one's own processes."""
+def all_gather(value: T) -> list[T]:
+    """The `value` of each rank, in order of rank, on all ranks. Values are pickled."""
     if world_size() == 1:
         return [value]
     gathered: list[Any] = [None] * world_size()
@@ -35,53 +37,57 @@ def gather(value: Any) -> list[Any]:
     return gathered
 
 
-def together(work: Callable[[], Any]) -> Any:
-    """What `work` returns here; where it raises on any process, all of them stop, and none waits for another.
+def run_on_all_ranks(work: Callable[[], T]) -> T:
+    """Call `work` on all ranks, and return its result. If it raises on one rank, all ranks raise, so that none waits.
 
-    Raises what `work` raises here, or RuntimeError with what it raised elsewhere.
+    Raises:
+        Exception: whatever `work` raises on this rank.
+        RuntimeError: with the message of the other rank, if `work` raised there.
     """
     failure: Exception | None = None
-    result = None
     try:
         result = work()
     except Exception as error:
         failure = error
-    told = gather(None if failure is None else f"{type(failure).__name__}: {failure}")
+    messages = all_gather(None if failure is None else f"{type(failure).__name__}: {failure}")
     if failure is not None:
         raise failure
-    for process, words in enumerate(told):
-        if words:
-            raise RuntimeError(f"process {process} of {world_size()} failed: {words}")
+    for process, message in enumerate(messages):
+        if message:
+            raise RuntimeError(f"process {process} of {world_size()} failed: {message}")
     return result
 
 
-def broadcast_from_rank0(work: Callable[[], Any]) -> Any:
-    """What `work` returns on the first process, which alone calls it, on every process."""
-    told = [together(lambda: work() if rank() == 0 else None)]
+def broadcast_from_rank0(work: Callable[[], T]) -> T:
+    """Call `work` on rank 0 only, and return its result on all ranks. Raises on all ranks if `work` raises."""
+    result: list[Any] = [run_on_all_ranks(lambda: work() if rank() == 0 else None)]
     if world_size() > 1:
-        dist.broadcast_object_list(told)
-    return told[0]
+        dist.broadcast_object_list(result)
+    return result[0]
 
 
-def check_agreement(facts: Mapping[str, Any]) -> None:
-    """Raise ValueError on every process, naming what differs and where, unless all processes hold the same facts."""
-    everyone = gather(dict(facts))
-    for name in everyone[0]:
-        for process, theirs in enumerate(everyone):
-            if theirs.get(name) != everyone[0][name]:
+def check_same_on_all_ranks(values: Mapping[str, Any]) -> None:
+    """Raise ValueError on all ranks unless each named value is the same on all of them.
+
+    The message gives the name, both values and the rank. The names complete "the processes differ in".
+    """
+    by_rank = all_gather(dict(values))
+    for name, expected in by_rank[0].items():
+        for process, others in enumerate(by_rank):
+            if others.get(name) != expected:
                 raise ValueError(
-                    f"the processes disagree about {name}: {everyone[0][name]!r} on process 0, {theirs.get(name)!r} on "
-                    f"process {process}; start them all with the same flags, data and installation"
+                    f"the processes differ in {name}: {expected!r} on process 0, {others.get(name)!r} on process "
+                    f"{process}; start all of them with the same flags, data and installation"
                 )
 
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the processes that torchrun started, if it did; leave them at the end.
+    """Join the process group of torchrun, if there is one, and destroy it on exit.
 
-    Whatever holds the group, like DistributedDataParallel, must be gone by then, so it belongs to a function called
-    inside: were it the last to let go of the group, it would do so under Python's lock, which a thread of gloo may be
-    waiting for to let go of its last tensor, while it is itself waited for.
+    Objects that hold the group, such as DistributedDataParallel, must be deleted before the exit, so create them in a
+    function called inside the context. Otherwise Python may destroy the group while it holds the GIL and deadlock with
+    a gloo thread that needs the GIL to release its last tensor.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
@@ -90,14 +96,14 @@ def process_group(device: torch.device) -> Iterator[None]:
         torch.cuda.set_device(device)
     store, rank_here, processes = next(rendezvous("env://"))
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
-        # torchrun keeps one store over its restarts of one machine's processes, with the addresses of the dead in it.
+        # On one machine torchrun reuses the store after a restart, with the addresses of the dead processes in it.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank_here, world_size=processes)
     try:
         yield
     except BaseException as error:
-        traceback.clear_frames(error.__traceback__)  # they hold it too
+        traceback.clear_frames(error.__traceback__)  # the frames hold the group, too
         raise
     finally:
         dist.destroy_process_group()

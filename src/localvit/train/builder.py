@@ -1,0 +1,255 @@
+"""Building a run from its settings: data, model, loss, optimizer, and the state to start or resume from."""
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import Mixup
+from torch import nn
+
+from localvit.checkpoints import make_header, versions
+from localvit.data.classes import match_classes
+from localvit.data.images import Images
+from localvit.data.preprocessing import Preprocessing
+from localvit.data.training_batches import TrainingBatches
+from localvit.inference.runner import InferenceOptions
+from localvit.train.augmentation import build_mixup, open_train_and_val, training_batches
+from localvit.train.config import TrainConfig
+from localvit.train.losses import Criterion, DistillationLoss, Loss, cross_entropy, without_distillation
+from localvit.train.model import build_average, build_model, wrap_model
+from localvit.train.optimization import build_optimizer, build_scheduler
+from localvit.train.run_folder import LOG, STATE, newest_state, read_state
+from localvit.train.state import TrainState
+from localvit.train.sync_batch_norm import synchronize_batch_norms
+from localvit.train.teacher import build_teacher, check_student
+from localvit.utils.devices import DTYPES, choose_device
+from localvit.utils.distributed import broadcast_from_rank0, check_same_on_all_ranks, run_on_all_ranks, world_size
+from localvit.utils.weight_files import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+_MAY_DIFFER_BETWEEN_RANKS = ("data_path", "output_dir", "workers")
+_MAY_CHANGE_ON_RESUME = ("workers", "output_dir", "device", "keep")
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Training:
+    """A run that is ready to train with `localvit.train.fit`. Prints its model, images and steps."""
+
+    config: TrainConfig
+    """The settings."""
+    state: TrainState
+    """All that changes during training: model, optimizer, progress."""
+    wrapped_model: nn.Module
+    """The state's model as a training step calls it: in DistributedDataParallel, compiled."""
+    batches: TrainingBatches
+    """The training images."""
+    val_images: Images
+    """The images to evaluate on after each epoch."""
+    class_names: list[str] | None
+    """Names of the model's classes, if the data set has names."""
+    preprocessing: Preprocessing
+    """Preprocessing for evaluation."""
+    mixup: Mixup | None
+    """Mixes the images and labels of a batch."""
+    criterion: Criterion
+    """The loss that training minimizes."""
+    options: InferenceOptions
+    """Device, precision and memory format."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps per epoch."""
+        return len(self.batches) // self.config.grad_accum
+
+    @property
+    def images_per_step(self) -> int:
+        """Images per step, over all processes."""
+        return _images_per_step(self.config)
+
+    @property
+    def images_left(self) -> int:
+        """Images in the remaining steps of the run, over all processes."""
+        steps = (self.config.epochs - self.state.epoch) * self.steps_per_epoch - self.state.step
+        return steps * self.images_per_step
+
+    def describe(self) -> dict[str, Any]:
+        """The description that checkpoints hold: the model, its classes and preprocessing, and the settings."""
+        about = {"config": self.config.to_dict(), "images_per_step": self.images_per_step}
+        return make_header(self.state.model, self.class_names, self.preprocessing.to_dict(), about)
+
+    def __repr__(self) -> str:
+        config, options = self.config, self.options
+        height, width = self.preprocessing.input_size
+        dtype = str(options.dtype).removeprefix("torch.")
+        processes = f" x {world_size()} processes" if world_size() > 1 else ""
+        return (
+            f"{config.model}: {self.state.num_trained_parameters:,} trained parameters, images of {height} x {width} "
+            f"pixels\n"
+            f"{config.data_set}: {len(self.batches.images.images):,} training images, {len(self.val_images):,} "
+            f"validation images\n"
+            f"{config.epochs} epochs of {self.steps_per_epoch:,} steps with {self.images_per_step:,} images, on "
+            f"{options.device}{processes} in {dtype}"
+        )
+
+
+def build(config: TrainConfig, *, criterion: Loss | None = None, resume: str | None = None) -> Training:
+    """Open the images and build the model, the loss and the optimizer of a run.
+
+    Args:
+        config: the settings.
+        criterion: loss of logits (B, M) and targets, such as a module of `torch.nn`; by default cross entropy with the
+            configured label smoothing and class weights. Targets are classes (B), or probabilities (B, M) if mixup or
+            CutMix is on. A module is moved to the device. With distillation it is the loss of the class token.
+        resume: None for a new run; "auto" for the newest checkpoint in the output folder, if any; or the file of a
+            training checkpoint, from localvit or from the published program.
+
+    Returns:
+        The run, for `localvit.train.fit`.
+
+    Raises:
+        DataError: if the data set cannot be trained on.
+        ValueError: for an unknown model, optimizer or device, a batch larger than the data set, or processes with
+            different settings or images.
+        FileExistsError: if the output folder of a new run contains another run.
+        FileNotFoundError, CheckpointError: if a file to resume or fine-tune from cannot be used.
+    """
+    settings = {
+        f"the setting {name}": value
+        for name, value in config.to_dict().items()
+        if name not in _MAY_DIFFER_BETWEEN_RANKS
+    }
+    check_same_on_all_ranks({f"the version of {name}": number for name, number in versions().items()} | settings)
+    entries = broadcast_from_rank0(lambda: _entries_to_resume(config, resume))
+    device, warning = choose_device(config.device)
+    if warning:
+        logger.warning(warning)
+    else:
+        logger.info(f"device: {device}")
+    if config.warmup_epochs >= config.epochs:
+        logger.warning(
+            f"the learning rate never reaches its peak: the run has {config.epochs} epochs, and the warm-up takes "
+            f"{config.warmup_epochs:g}"
+        )
+    train_images, val_images = run_on_all_ranks(lambda: open_train_and_val(config))
+    check_same_on_all_ranks({"the images": {"train": _fingerprint(train_images), "val": _fingerprint(val_images)}})
+    training = run_on_all_ranks(lambda: _assemble(config, device, train_images, val_images, criterion))
+    if entries is not None:
+        run_on_all_ranks(lambda: _resume(training, entries))
+    return training
+
+
+def _entries_to_resume(config: TrainConfig, resume: str | None) -> dict[str, Any] | None:
+    """The entries of the checkpoint to resume from, if any."""
+    if resume not in (None, "auto"):
+        return read_state(Path(str(resume)))
+    if resume == "auto" and (entries := newest_state(config.output_dir)) is not None:
+        return entries
+    if (config.output_dir / LOG).exists() or (config.output_dir / STATE).exists():
+        raise FileExistsError(
+            f"{config.output_dir} contains another run: resume it with --resume auto, choose another --output-dir for "
+            "a new run, or remove the folder"
+        )
+    if resume == "auto":
+        logger.info(f"no checkpoint in {config.output_dir}: starting a new run")
+    return None
+
+
+def _fingerprint(images: Images) -> str:
+    """The number of images and a hash of their names, labels and classes."""
+    content = (images.class_names, list(images.labels), [images.name(index) for index in range(len(images))])
+    return f"{len(images):,} images, {hashlib.sha256(repr(content).encode()).hexdigest()[:12]}"
+
+
+def _assemble(
+    config: TrainConfig, device: torch.device, train_images: Images, val_images: Images, loss: Loss | None
+) -> Training:
+    class_names = train_images.class_names
+    num_classes = len(class_names) if class_names else max(train_images.labels) + 1
+    match_classes(val_images, class_names, num_classes)  # fails now rather than after the first epoch
+    model, preprocessing = build_model(config, num_classes, class_names)
+    model.to(device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
+    batches = training_batches(config, train_images, preprocessing, pin_memory=device.type == "cuda")
+    loss = loss or cross_entropy(config, train_images.labels, num_classes)
+    if isinstance(loss, nn.Module):
+        loss.to(device)
+    criterion = without_distillation(loss)
+    if config.distillation != "none":
+        criterion = _distillation(config, loss, model, preprocessing, num_classes, class_names, device)
+    if config.sync_bn and world_size() > 1:
+        synchronize_batch_norms(model, device)
+    optimizer = build_optimizer(config, model, _images_per_step(config))
+    dtype = _dtype(config, device)
+    return Training(
+        config=config,
+        state=TrainState(
+            model=model,
+            ema=build_average(config, model),
+            optimizer=optimizer,
+            scheduler=build_scheduler(config, optimizer, len(batches) // config.grad_accum),
+            scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+        ),
+        wrapped_model=wrap_model(config, model, device, preprocessing.input_size),
+        batches=batches,
+        val_images=val_images,
+        class_names=class_names,
+        preprocessing=preprocessing,
+        mixup=build_mixup(config, num_classes),
+        criterion=criterion,
+        options=InferenceOptions(
+            batch_size=config.batch_size,
+            workers=config.workers,
+            device=device,
+            dtype=dtype,
+            channels_last=config.channels_last,
+        ),
+    )
+
+
+def _distillation(
+    config: TrainConfig,
+    loss: Loss,
+    model: Any,
+    preprocessing: Preprocessing,
+    num_classes: int,
+    class_names: list[str] | None,
+    device: torch.device,
+) -> Criterion:
+    """The distillation loss; makes the model return the logits of both heads in training."""
+    check_student(model)
+    model.set_distilled_training(True)
+    teacher = build_teacher(
+        config.teacher, config.teacher_checkpoint, num_classes, class_names, device, preprocessing=preprocessing
+    )
+    assert config.distillation != "none"
+    alpha, tau = config.distillation_alpha, config.distillation_tau
+    return DistillationLoss(loss, teacher, config.distillation, alpha=alpha, tau=tau)
+
+
+def _dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    if config.dtype:
+        return DTYPES[config.dtype]
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def _images_per_step(config: TrainConfig) -> int:
+    return config.batch_size * config.grad_accum * world_size()
+
+
+def _resume(training: Training, entries: dict[str, Any]) -> None:
+    """Load a checkpoint's entries into the state, and log the settings that have changed since."""
+    about = entries.get("localvit", {}).get("about", {})
+    training.state.load_entries(entries)
+    before = about.get("images_per_step", training.images_per_step)
+    if training.state.step and before != training.images_per_step:
+        raise CheckpointError(
+            f"the checkpoint was saved within an epoch with {before} images per step, and this run has "
+            f"{training.images_per_step}: resume with the same --batch-size, --grad-accum and number of processes"
+        )
+    now = training.config.to_dict()
+    for name, value in about.get("config", {}).items():
+        if name in now and now[name] != value and name not in _MAY_CHANGE_ON_RESUME:
+            logger.warning(f"resuming with {name}={now[name]!r}; the run started with {value!r}")
