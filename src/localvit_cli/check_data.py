@@ -95,7 +95,8 @@ def _class_table(report: CheckReport) -> str:
     if len(names) > _CLASSES:
         half = _CLASSES // 2
         rows[half:-half] = [[f"... {len(names) - 2 * half:,} more ...", *("" for _ in splits)]]
-    total = [f"{len(names):,} classes", *(f"{sum(report.counts[split].values()):,}" for split in splits)]
+    label = "1 class" if len(names) == 1 else f"{len(names):,} classes"
+    total = [label, *(f"{sum(report.counts[split].values()):,}" for split in splits)]
     return format_table([*rows, total], headings=[title, *splits], right=range(1, len(splits) + 1))
 
 
