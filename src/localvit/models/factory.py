@@ -9,7 +9,7 @@ from timm.models import PretrainedCfg
 from torch import nn
 
 from localvit.models.registry import build, find_model, list_models
-from localvit.surgery.localize import localize as add_locality
+from localvit.surgery.localize import localize_with_options
 
 NOT_ARCHITECTURE = frozenset(
     (
@@ -43,7 +43,7 @@ def create_model(
     Args:
         name: the name, with or without a tag for the weights.
         pretrained: load the released weights.
-        localize: arguments for `localvit.localize`, which then adds locality to the model; {} for its defaults.
+        localize: options of `localvit.localize` as plain values, which add locality to the model; {} for its defaults.
         kwargs: arguments of the model. Those that are None are left out.
 
     Raises:
@@ -68,4 +68,4 @@ def create_model(
         "name": name,
         "args": {key: value for key, value in kwargs.items() if key not in NOT_ARCHITECTURE},
     }
-    return model if localize is None else add_locality(model, **localize)
+    return model if localize is None else localize_with_options(model, localize, inplace=True)
