@@ -24,7 +24,7 @@ from straightforward import straightforward
 from localvit.bench.measure import time_rounds
 from localvit.bench.prepare import BenchModel, BenchOptions, prepare
 from localvit.bench.result import Quartiles
-from localvit.checkpoints.checkpoint import versions
+from localvit.checkpoints import versions
 from localvit_cli.allocator import keep_freed_memory
 
 FAMILIES = {

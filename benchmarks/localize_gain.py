@@ -1,12 +1,11 @@
-"""Is it worth having: a trained ViT, fine-tuned as it is and with locality put into it?
+"""What does locality gain in fine-tuning a trained ViT?
 
     python benchmarks/localize_gain.py run --data-path cifar10 --seeds 0 1 2 --output-dir runs/gain
     python benchmarks/localize_gain.py report --output-dir runs/gain --figure docs/figures/localize_gain.png
 
-`run` trains a small plain ViT of timm's from scratch on all training images, and then, from that one checkpoint and
-on every fourth image, the arms, which differ in nothing but what `localize` does. Runs that are finished are left
-alone, those that were interrupted go on. `report` prints the accuracies as a Markdown table and draws them. cifar10/
-holds train/<class>/ and val/<class>/.
+`run` trains a small plain ViT of timm from scratch on all training images. From that checkpoint it fine-tunes the arms
+on every fourth image; they differ only in what `localize` does. Finished runs are skipped, and interrupted ones resume.
+`report` prints the accuracies as a Markdown table and plots them. cifar10/ contains train/<class>/ and val/<class>/.
 """
 
 import argparse
@@ -23,26 +22,40 @@ from localvit.train.run_folder import LOG, read_log
 
 MODEL = ["--recipe", "small_images_32", "--model", "vit_tiny_patch16_224", "--input-size", "32"]
 MODEL += ["--model-args", "patch_size=4", "embed_dim=96", "depth=6", "num_heads=3"]
-FASTER = ["--locality-lr-scale", "30"]  # A branch starts at zero: at the others' rate it hardly leaves it.
+FASTER = [
+    "--locality-lr-scale",
+    "30",
+]  # Adapters start at zero, and hardly change at the learning rate of trained weights.
 ARMS = {
     "plain": ("(a) as it is", [], "#7a8794"),
-    "branch": ("(b) localized, function kept", ["--localize", *FASTER], "#c0392b"),
-    "paper": ("(c) the paper's form", ["--localize", "preserve=false", "reduction=96"], "#d68910"),
+    "adapter": ("(b) `Adapter`", ["--localize", *FASTER], "#c0392b"),
+    "replace": ("(c) `Replace`", ["--localize", "method=replace", "reduction=96"], "#d68910"),
     "frozen": ("(d) as (b), only locality trained", ["--localize", "trainable=locality", *FASTER], "#8e44ad"),
     "control": ("(e) as (b), 1 x 1 kernel", ["--localize", "kernel_size=1", *FASTER], "#2471a3"),
 }
 
 
-def train(folder: Path, *told: str) -> None:
+def train(folder: Path, *arguments: str) -> None:
     subprocess.run(
-        [sys.executable, "-m", "localvit", "train", *MODEL, *told, "--output-dir", str(folder), "--resume", "auto"],
-        env={"OMP_NUM_THREADS": "1"} | os.environ,  # so that a seed gives the same bits on any machine
+        [
+            sys.executable,
+            "-m",
+            "localvit",
+            "train",
+            *MODEL,
+            *arguments,
+            "--output-dir",
+            str(folder),
+            "--resume",
+            "auto",
+        ],
+        env={"OMP_NUM_THREADS": "1"} | os.environ,  # so that a seed gives the same results on any machine
         check=True,
     )
 
 
 def every_fourth(data_path: Path, folder: Path) -> Path:
-    """A folder of links to every fourth training image of each class, and to all validation images."""
+    """Make a folder of links to every fourth training image of each class and to all validation images."""
     for source in sorted((data_path / "train").iterdir()):
         (folder / "train" / source.name).mkdir(parents=True, exist_ok=True)
         for image in sorted(source.iterdir())[::4]:
@@ -54,33 +67,33 @@ def every_fourth(data_path: Path, folder: Path) -> Path:
     return folder
 
 
-def run(asked: argparse.Namespace) -> None:
-    """Train the base, then what is not yet trained of the arms."""
-    base = asked.output_dir / "base"
-    if not (base / LOG).exists() or len(read_log(base / LOG)) < asked.base_epochs:
-        train(base, "--data-path", str(asked.data_path), "--epochs", str(asked.base_epochs))
-    images = every_fourth(asked.data_path, asked.output_dir / "every_fourth")
-    for seed in asked.seeds:
+def run(args: argparse.Namespace) -> None:
+    """Train the base, then the arms that are not trained yet."""
+    base = args.output_dir / "base"
+    if not (base / LOG).exists() or len(read_log(base / LOG)) < args.base_epochs:
+        train(base, "--data-path", str(args.data_path), "--epochs", str(args.base_epochs))
+    images = every_fourth(args.data_path, args.output_dir / "every_fourth")
+    for seed in args.seeds:
         for arm, (_, flags, _) in ARMS.items():
-            told = ["--data-path", str(images), "--finetune", str(base / "last.safetensors"), *flags]
-            told += ["--epochs", str(asked.epochs), "--lr", "0.002", "--seed", str(seed)]
-            train(asked.output_dir / f"{arm}-s{seed}", *told)
+            arguments = ["--data-path", str(images), "--finetune", str(base / "last.safetensors"), *flags]
+            arguments += ["--epochs", str(args.epochs), "--lr", "0.002", "--seed", str(seed)]
+            train(args.output_dir / f"{arm}-s{seed}", *arguments)
 
 
-def report(asked: argparse.Namespace) -> None:
-    """Print the table, and draw the figure."""
+def report(args: argparse.Namespace) -> None:
+    """Print the table, and plot the figure."""
     curves: dict[str, dict[int, list[float]]] = {arm: {} for arm in ARMS}
     seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
     trained: dict[str, int] = {}
     for arm in ARMS:
-        for folder in sorted(asked.output_dir.glob(f"{arm}-s*")):
+        for folder in sorted(args.output_dir.glob(f"{arm}-s*")):
             rows = read_log(folder / LOG)
             curves[arm][int(folder.name.rpartition("-s")[2])] = [row["test_acc1"] for row in rows]
             trained[arm] = rows[-1]["n_parameters"]
             with (folder / "metrics.csv").open(newline="") as file:
                 seconds[arm].append(sum(float(row["seconds"]) for row in csv.DictReader(file)))
     seeds = sorted(set.intersection(*(set(runs) for runs in curves.values())))
-    base = read_log(asked.output_dir / "base" / LOG)[-1]["test_acc1"]
+    base = read_log(args.output_dir / "base" / LOG)[-1]["test_acc1"]
     goal = statistics.mean(curves["plain"][seed][-1] for seed in seeds)
     print(f"Base: {base:.2f}. Seeds {', '.join(map(str, seeds))}.\n")
     print("| arm | parameters trained | Acc@1 | - (a) | epochs to (a)'s last | time |")
@@ -93,12 +106,12 @@ def report(asked: argparse.Namespace) -> None:
         time = f"{statistics.median(seconds[arm]):.0f} s"
         cells = [title, f"{trained[arm]:,}", spread(last), spread(gain) if arm != "plain" else "", reached, time]
         print(f"| {' | '.join(cells)} |")
-    if asked.figure:
-        draw({arm: [curves[arm][seed] for seed in seeds] for arm in ARMS}, base, asked.figure)
+    if args.figure:
+        draw({arm: [curves[arm][seed] for seed in seeds] for arm in ARMS}, base, args.figure)
 
 
 def draw(curves: dict[str, list[list[float]]], base: float, image: Path) -> None:
-    """Mean accuracy by epoch, from the base's, with a dot a seed."""
+    """Plot the mean accuracy by epoch, with a dot per seed."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -109,7 +122,7 @@ def draw(curves: dict[str, list[list[float]]], base: float, image: Path) -> None
         axes.plot(range(1, len(means) + 1), means, color=color, label=title)
         for acc1 in curves[arm]:
             axes.scatter(range(1, len(acc1) + 1), acc1, color=color, s=10)
-    axes.axhline(base, color="#b9c2c9", linestyle=":", label="the base, before")
+    axes.axhline(base, color="#b9c2c9", linestyle=":", label="before fine-tuning")
     axes.set(xlabel="epochs of fine-tuning", ylabel="Acc@1 (%)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, fontsize=8)
@@ -120,7 +133,7 @@ def draw(curves: dict[str, list[list[float]]], base: float, image: Path) -> None
 
 
 def main() -> None:
-    """Run or report, as asked."""
+    """Run the benchmark, or report its results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["run", "report"])
     parser.add_argument("--data-path", type=Path)
@@ -129,8 +142,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output-dir", type=Path, default=Path("runs/gain"))
     parser.add_argument("--figure", type=Path)
-    asked = parser.parse_args()
-    {"run": run, "report": report}[asked.what](asked)
+    args = parser.parse_args()
+    {"run": run, "report": report}[args.what](args)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,12 @@
 
     python benchmarks/localize_support.py [--doc docs/localize.md]
 
-Each model is made with random weights (deep or wide ones at two blocks), run in float64 on a random image, localized,
-and run again; then the paper's form is tried on another copy. No weights are downloaded. Without `--doc` the table goes
+Each model has random weights (large ones two blocks only). It is run in float64 on a random image, localized, and run
+again; then its feed-forwards are replaced by the paper's module. Nothing is downloaded. Without `--doc` the table goes
 to the standard output.
 """
 
 import argparse
-import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import localvit
+from localvit.surgery.localize import locality_modules
 
 START, END = "<!-- support table -->", "<!-- end of support table -->"
 
@@ -58,7 +58,7 @@ TIMM = {
     "volo": ("volo_d1_224", {}),
     "xcit": ("xcit_nano_12_p16_224", {}),
 }
-"""The smallest model of each family, with two blocks where that has more than 80 million parameters."""
+"""The smallest model of each family, with two blocks only if it has more than 80 million parameters."""
 
 SMALL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "patch_size": 16, "image_size": 224}
 SIGLIP2 = SMALL | {"intermediate_size": 96, "num_patches": 196}
@@ -74,11 +74,11 @@ TRANSFORMERS = {
     "SigLIP 2": ("Siglip2VisionModel", "Siglip2VisionConfig", SIGLIP2),
     "Swin": ("SwinModel", "SwinConfig", {"embed_dim": 24, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 3, 6]}),
 }
-"""Random configurations, small."""
+"""Small configurations."""
 
 
 def hosts() -> Iterator[tuple[str, str, nn.Module, tuple[Tensor, ...]]]:
-    """Library, family, a model, and what to run it on."""
+    """Yields library and name, family, model, and the inputs of the model."""
     for family, (name, kwargs) in TIMM.items():
         model: Any = localvit.create_model(name, **kwargs)
         yield f"timm: {name}", family, model, (torch.randn(1, *model.pretrained_cfg["input_size"]),)
@@ -101,31 +101,27 @@ def output_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
 
 @torch.no_grad()
 def row(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[str]:
-    """Feed-forwards, parameters added, change of the output, and the paper's form."""
-    for parameter in model.parameters():  # so that no layer scale or head of zeros hides anything
+    """Number of feed-forwards, parameters added, change of the output, and whether `Replace` is supported."""
+    for parameter in model.parameters():  # so that no layer scale or head of zeros hides a change
         parameter.add_(0.05 * torch.randn_like(parameter))
     model.double().eval()
-    paper = copy.deepcopy(model)
     before = output_of(model, inputs)
-    branches = [
-        module
-        for module in localvit.localize(model).modules()
-        if isinstance(module, localvit.surgery.branch.LocalityBranch)
-    ]
-    change = ((output_of(model, inputs) - before).abs().max() / before.abs().max()).item()
-    added = sum(parameter.numel() for branch in branches for parameter in branch.parameters())
+    localized = localvit.localize(model)
+    change = ((output_of(localized, inputs) - before).abs().max() / before.abs().max()).item()
+    adapters = locality_modules(localized).values()
+    added = sum(parameter.numel() for adapter in adapters for parameter in adapter.parameters())
     try:
-        localvit.localize(paper, preserve=False)
-        assert output_of(paper, inputs).isfinite().all()
-        form = "yes"
+        replaced = localvit.localize(model, localvit.Replace(), inplace=True)
+        assert output_of(replaced, inputs).isfinite().all()
+        supported = "yes"
     except ValueError as error:
-        form = str(error).partition(": ")[2].partition(": make the model")[0]
-    return [str(len(branches)), f"{added:,}", f"{change:.0e}" if change else "0", form]
+        supported = str(error).partition(": ")[2].partition(": create the model")[0]
+    return [str(len(adapters)), f"{added:,}", f"{change:.0e}" if change else "0", supported]
 
 
 def table() -> str:
     lines = [
-        "| family | model | feed-forwards | parameters added | change | paper's form |",
+        "| family | model | feed-forwards | parameters added | change | `Replace` |",
         "|---|---|---|---|---|---|",
     ]
     for name, family, model, inputs in hosts():
@@ -136,15 +132,15 @@ def table() -> str:
 
 
 def main() -> None:
-    """Make the table, and put it where it belongs."""
+    """Make the table, and write it into the document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--doc", type=Path)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     made = table()
-    if asked.doc:
-        text = asked.doc.read_text(encoding="utf-8")
+    if args.doc:
+        text = args.doc.read_text(encoding="utf-8")
         head, rest = text.split(START)
-        asked.doc.write_text(f"{head}{START}\n{made}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+        args.doc.write_text(f"{head}{START}\n{made}\n{END}{rest.split(END)[1]}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The published program's numbers, and the shared data that a user's machine may lack."""
+"""Results of the published program, and data outside the repository that may be missing."""
 
 import json
 from pathlib import Path
@@ -12,12 +12,12 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 
 def golden_model(name: str) -> dict:
-    """The published program's fixture of a model."""
+    """What the published program computed for a model, as `tests/golden` has it."""
     return json.loads((GOLDEN / "models" / f"{name}.json").read_text())
 
 
 def published_state(name: str) -> dict[str, torch.Tensor]:
-    """The stand-in weights of a model under the published names, float32."""
+    """The stand-in weights of a model under the published names, in float32."""
     state = {}
     for key, shape, _ in golden_model(name)["state_dict"]:
         if not key.endswith(("relative_position_index", "attn_mask")):

@@ -1,6 +1,6 @@
 """The command line: one module per command, imported only when that command is run.
 
-It is a package beside `localvit`, so that `localvit --help` need not import torch.
+It is a package of its own, so that `localvit --help` does not import torch, as any module of `localvit` would.
 """
 
 import argparse

@@ -16,7 +16,7 @@ from localvit.bench.tables import as_text, as_values
 from localvit.utils.devices import DTYPES, choose_device
 from localvit_cli import UsageError
 from localvit_cli.console import progress
-from localvit_cli.eval import square
+from localvit_cli.eval import image_size
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class Bench:
         """Measure, print the tables or JSON, and draw the plot if asked for. Raises RuntimeError if it is too noisy."""
         if not self.names:
             raise UsageError("no model given; give model names (`localvit models` lists ours) or checkpoint files")
-        size = square(self.input_size)
+        size = image_size(self.input_size)
         options = self._options()
         draw = _drawing_function(self.plot) if self.plot else None  # errors must come before minutes of measuring
         measured = self._measure(options, size)

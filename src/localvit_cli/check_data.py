@@ -1,89 +1,84 @@
-"""`localvit check-data`: what would hurt in a folder of images, before training on it."""
+"""`localvit check-data`: find what would harm training in a folder of images."""
 
 import io
 import json
+import logging
 import os
+import shutil
 import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 
+from localvit.dataset_check.findings import Finding
+from localvit.dataset_check.report import CheckReport, check_folder
+from localvit.utils.tables import format_table, wrap_text
 from localvit_cli import UsageError
+from localvit_cli.console import progress
 from localvit_cli.prediction_formats import printable
 
-if TYPE_CHECKING:
-    from localvit.dataset_check.findings import Finding
-    from localvit.dataset_check.report import CheckReport
+logger = logging.getLogger(__name__)
 
 _EXAMPLES = 5
+"""Locations shown of each finding."""
 _CLASSES = 20
-_WIDTH = 100
+"""Classes shown; of more, only the largest and the smallest."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckData:
-    """Find what would hurt in a folder of images before training on it. With errors found, the exit status is 1."""
+    """Find what would harm training on a folder of images. Exits with 1 on errors."""
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
-    """Folder with train/ and val/ (and test/, if there is one), or with a folder for each class."""
+    """Folder that contains train/ and val/ (and optionally test/), or one folder per class."""
     json: bool = False
-    """JSON with every place of every finding, instead of tables with the first few."""
-    workers: int | None = None
-    """Processes that decode images; by default one for each CPU core, and 0 decodes in the main one."""
+    """Print JSON with all locations of each finding, instead of tables with the first few."""
+    workers: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: one per CPU core)")] = None
+    """Number of processes that decode images. 0 decodes in the main process."""
 
     def run(self) -> int:
-        """Check, and print the report."""
-        from localvit.dataset_check.report import check_folder
-        from localvit_cli.console import progress, say
-
+        """Check the folder and print the report."""
         if self.workers is not None and self.workers < 0:
             raise UsageError(f"--workers {self.workers} must not be negative")
-        workers = _cores() if self.workers is None else self.workers
-        say(f"looking through {self.folder}")
+        workers = _cpu_cores() if self.workers is None else self.workers
+        logger.info(f"checking {self.folder}")
         report = check_folder(self.folder, workers=workers, progress=progress)
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")
-        print(json.dumps(report.to_dict(), indent=2) if self.json else _tables(report), flush=True)
-        return 1 if report.number("error") else 0
+        print(json.dumps(report.to_dict(), indent=2) if self.json else _text(report), flush=True)
+        return 1 if report.count("error") else 0
 
 
-def _cores() -> int:
-    """CPU cores that this process may use."""
+def _cpu_cores() -> int:
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _tables(report: "CheckReport") -> str:
-    """The report for a person."""
-    from localvit.utils.tables import format_table
-
+def _text(report: CheckReport) -> str:
     parts = []
     if report.counts:
-        parts += [_classes(report), _sizes(report)]
+        parts += [_class_table(report), _sizes(report)]
     if report.findings:
-        rows = [
-            (finding.severity, f"{len(finding.places):,}", finding.name, finding.title) for finding in report.findings
-        ]
-        parts.append(format_table(rows, headings=("severity", "count", "name", "finding"), right=(1,)))
+        rows = [(finding.severity, f"{len(finding.locations):,}", finding.name) for finding in report.findings]
+        parts.append(format_table(rows, headings=("severity", "count", "finding"), right=(1,)))
         parts += map(_details, report.findings)
-    errors, warnings = report.number("error"), report.number("warning")
+    errors, warnings = report.count("error"), report.count("warning")
     if errors or warnings:
-        parts.append(f"{_counted(errors, 'error')}, {_counted(warnings, 'warning')}")
+        parts.append(f"{_plural(errors, 'error')}, {_plural(warnings, 'warning')}")
     else:
-        parts.append("nothing found that would hurt")
+        parts.append("no problems found")
     return "\n\n".join(parts)
 
 
-def _counted(number: int, word: str) -> str:
+def _plural(number: int, word: str) -> str:
     return f"{number} {word}{'' if number == 1 else 's'}"
 
 
-def _classes(report: "CheckReport") -> str:
-    """Images by class and split; of many classes, the largest and the smallest."""
-    from localvit.utils.tables import format_table
-
+def _class_table(report: CheckReport) -> str:
+    """Number of images by class and split; of many classes, only the largest and the smallest."""
     splits = list(report.counts)
     names = sorted({name for classes in report.counts.values() for name in classes})
     title = "class"
@@ -104,24 +99,24 @@ def _classes(report: "CheckReport") -> str:
     return format_table([*rows, total], headings=[title, *splits], right=range(1, len(splits) + 1))
 
 
-def _sizes(report: "CheckReport") -> str:
-    told = report.to_dict()
+def _sizes(report: CheckReport) -> str:
+    values = report.to_dict()
     sides = []
     for side in ("width", "height"):
-        if told[side] is None:
+        if values[side] is None:
             return "no image could be read"
-        low, middle, high = (round(told[side][key]) for key in ("smallest", "median", "largest"))
-        sides.append(f"{side} {low}" if low == high else f"{side} {low} to {high}, median {middle}")
-    return f"pixels: {'; '.join(sides)}"
+        low, median, high = (round(values[side][key]) for key in ("smallest", "median", "largest"))
+        sides.append(f"{side} {low}" if low == high else f"{side} {low} to {high}, median {median}")
+    return f"size in pixels: {'; '.join(sides)}"
 
 
-def _details(finding: "Finding") -> str:
-    """What a finding means, and its first few places."""
-    advice = textwrap.indent(textwrap.fill(printable(finding.advice), _WIDTH, break_long_words=False), "  ")
-    lines = [f"{finding.severity}: {finding.title}", advice]
-    for place in finding.places[:_EXAMPLES]:
-        paths = ", ".join(map(printable, place.paths))
-        lines.append(f"    {paths}{f': {printable(place.note)}' if place.note else ''}")
-    if len(finding.places) > _EXAMPLES:
-        lines.append(f"    and {len(finding.places) - _EXAMPLES:,} more; --json has them all")
+def _details(finding: Finding) -> str:
+    """What a finding means, what to do, and its first few locations."""
+    advice = wrap_text(printable(finding.advice), width=shutil.get_terminal_size().columns - 2)
+    lines = [f"{finding.severity}: {finding.title}", textwrap.indent(advice, "  ")]
+    for location in finding.locations[:_EXAMPLES]:
+        paths = ", ".join(map(printable, location.paths))
+        lines.append(f"    {paths}{f': {printable(location.note)}' if location.note else ''}")
+    if len(finding.locations) > _EXAMPLES:
+        lines.append(f"    and {len(finding.locations) - _EXAMPLES:,} more; --json lists all of them")
     return "\n".join(lines)

@@ -1,43 +1,58 @@
 """`localvit eval`: exact accuracy of a model on labeled images."""
 
-from dataclasses import dataclass
+import logging
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
+from localvit.checkpoints import versions
+from localvit.data.classes import IMAGENET_SUBSETS, readable_class_names, subset_classes
+from localvit.data.datasets import open_images
+from localvit.evaluation.evaluate import Evaluation, evaluate
+from localvit.evaluation.metrics import real_accuracy
+from localvit.evaluation.report.files import write_report
+from localvit.inference.runner import InferenceOptions, LoadedModel, load_model
+from localvit.utils.devices import DTYPES, choose_device
+from localvit.utils.distributed import is_main, process_group, rank, world_size
 from localvit_cli import UsageError
+from localvit_cli.console import progress
+
+logger = logging.getLogger(__name__)
+
+
+def optional(metavar: str, default: str = "") -> Any:
+    """How the help shows a flag whose default is None or empty: the name of its value, and what the default means."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})" if default else "")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Running:
-    """Where and how a model runs."""
+class InferenceFlags:
+    """Where and how the model runs."""
 
-    device: str | None = None
-    """cuda, mps or cpu; by default the first of these that there is."""
+    device: Annotated[str | None, optional("NAME", "the first of these that is available")] = None
+    """cuda, mps or cpu."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Half precisions run under autocast."""
-    batch_size: int | None = None
-    """Images a batch and process; by default 16 on a CPU and 128 elsewhere."""
+    """Precision. bfloat16 and float16 use autocast."""
+    batch_size: Annotated[int | None, optional("N", "16 on a CPU, else 128")] = None
+    """Images per batch and process."""
     workers: int = 2
-    """Processes that decode images; 0 decodes in the main one."""
+    """Number of processes that decode images. 0 decodes in the main process."""
     channels_last: bool = False
-    """Lay images and weights out channels-last."""
+    """Use the channels-last memory format."""
     compile: bool = False
-    """Compile the model first; pays off over many batches."""
+    """Compile the model first, which pays off over many batches."""
     fuse: bool = True
-    """Run the model's inference form; without, the model as it was trained."""
+    """Run the fused model, which is faster. --no-fuse runs the model as it was trained."""
 
-    def options(self):
-        """The package's `InferenceOptions`, with the device chosen and said."""
-        from localvit.inference.runner import InferenceOptions
-        from localvit.utils.devices import DTYPES, choose_device
-        from localvit_cli.console import say
-
+    def options(self) -> InferenceOptions:
+        """The package's options, with the device chosen and logged. Raises UsageError for values out of range."""
         try:
             device, warning = choose_device(self.device)
             options = InferenceOptions(
-                batch_size=(16 if device.type == "cpu" else 128) if self.batch_size is None else self.batch_size,
+                batch_size=self.batch_size,
                 workers=self.workers,
                 device=device,
                 dtype=DTYPES[self.dtype],
@@ -47,117 +62,106 @@ class Running:
             )
         except ValueError as error:
             raise UsageError(str(error)) from error
-        say(f"warning: {warning}" if warning else f"device: {device}")
+        if warning:
+            logger.warning(warning)
+        else:
+            logger.info(f"device: {device}")
         return options
 
 
 @dataclass(frozen=True, kw_only=True)
 class Eval:
-    """Evaluate a model: each image exactly once, on one process or many (under torchrun)."""
+    """Evaluate a model on labeled images, each exactly once; works under torchrun."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """A checkpoint file, or a model's name (its released weights are downloaded unless --checkpoint is given)."""
-    data_path: Path | None = None
-    """Folder of the data set; only DIGITS has one by default."""
-    data_set: str = "IMNET"
-    """IMNET, IMNET-A, IMNET-R, CIFAR (100), CIFAR10, INAT, INAT19, FOLDER, DIGITS, or a timm name like hfds/NAME."""
-    inat_category: str = "name"
-    """Level of the taxonomy that INAT and INAT19 are labeled at."""
-    checkpoint: Path | None = None
-    """Weights for the model of the given name."""
+    """A checkpoint file, or a model's name (downloads its released weights, unless --checkpoint is given)."""
+    data_path: Annotated[Path | None, optional("DIR")] = None
+    """Folder of the data set; required, except for DIGITS."""
+    data_set: Annotated[str, tyro.conf.arg(metavar="NAME")] = "IMNET"
+    """IMNET, IMNET-A, IMNET-R, CIFAR (100), CIFAR10, INAT, INAT19, FOLDER, DIGITS, or a timm name such as hfds/NAME."""
+    inat_category: Annotated[str, tyro.conf.arg(metavar="LEVEL")] = "name"
+    """Level of the taxonomy that provides the labels of INAT and INAT19."""
+    checkpoint: Annotated[Path | None, optional("FILE")] = None
+    """Weights for the named model."""
     weights: Literal["raw", "ema"] = "raw"
-    """Raw or averaged weights of a checkpoint."""
-    input_size: tuple[int, ...] = ()
-    """Side of the images, or height and width, in pixels; by default the model's own."""
-    running: Annotated[Running, tyro.conf.arg(name="")] = Running()
-    limit: int | None = None
-    """Only the first so many images."""
+    """Use the raw or the averaged (EMA) weights of a checkpoint."""
+    input_size: Annotated[tuple[int, ...], optional("PIXELS...", "the model's own")] = ()
+    """Side of the input, or its height and width, in pixels."""
+    running: Annotated[InferenceFlags, tyro.conf.arg(name="")] = InferenceFlags()
+    limit: Annotated[int | None, optional("N")] = None
+    """Evaluate only the first N images."""
     skip_unreadable: bool = False
-    """Leave images that cannot be read out, and say how many, instead of stopping."""
+    """Skip and count unreadable images instead of stopping."""
     real_labels: bool = False
-    """Also score ImageNet-1k val on the reassessed labels (ImageNet-ReaL, arXiv 2006.07159)."""
-    report: Path | None = None
-    """Write results.json, per_class.csv and report.html into this folder."""
+    """Also report accuracy on the reassessed labels of ImageNet-1k val (ImageNet-ReaL, arXiv 2006.07159)."""
+    report: Annotated[Path | None, optional("DIR")] = None
+    """Folder to write results.json, per_class.csv and report.html to."""
 
     def run(self) -> None:
-        """Evaluate, and print the published program's line last."""
-        from localvit.inference.runner import ready_model
-
-        size = square(self.input_size)
-        ready = ready_model(self.model, checkpoint=self.checkpoint, weights=self.weights, input_size=size)
-        run_evaluation(self, ready, self.running.options())
+        """Evaluate and print the result; the last line has the published program's format."""
+        size = image_size(self.input_size)
+        loaded = load_model(self.model, checkpoint=self.checkpoint, weights=self.weights, input_size=size)
+        run_evaluation(self, loaded, self.running.options())
 
 
-def square(sides: tuple[int, ...]) -> tuple[int, int] | None:
-    """Height and width from one side, both, or none. Raises UsageError for more, or for sides below 1."""
+def image_size(sides: tuple[int, ...]) -> tuple[int, int] | None:
+    """Height and width from `--input-size`: one side, both, or none. Raises UsageError for anything else."""
     if len(sides) > 2 or any(side < 1 for side in sides):
         raise UsageError(f"--input-size {' '.join(map(str, sides))}: give one side, or height and width, in pixels")
     return (sides[0], sides[-1]) if sides else None
 
 
-def run_evaluation(asked: Eval, ready, options) -> None:
-    """Evaluate a ready model as `asked`, report, and print the published program's line last."""
-    import time
-    from dataclasses import replace
-
-    from localvit.checkpoints.checkpoint import versions
-    from localvit.data.classes import IMAGENET_SUBSETS, subset_classes
-    from localvit.data.datasets import open_images
-    from localvit.evaluation.evaluate import evaluate
-    from localvit.evaluation.predict import readable_class_names
-    from localvit.evaluation.real_labels import real_accuracy
-    from localvit.evaluation.report import write_report
-    from localvit.utils.distributed import is_main, process_group, rank, world_size
-    from localvit_cli.console import progress, say
-
+def run_evaluation(command: Eval, loaded: LoadedModel, options: InferenceOptions) -> None:
+    """Evaluate a loaded model with the settings of `command`, print the result and write the report."""
     with process_group(options.device):
-        say(f"model: {ready.description}; {ready.preprocessing}")
-        images = open_images(
-            asked.data_set,
-            asked.data_path,
-            inat_category=asked.inat_category,
-            remark=lambda message: say(f"warning: {message}"),
-        )
-        subset = asked.data_set.upper()
-        total = len(images) if asked.limit is None else min(asked.limit, len(images))
+        logger.info(f"model: {loaded}")
+        images = open_images(command.data_set, command.data_path, inat_category=command.inat_category)
+        data_set = command.data_set.upper()
+        total = len(images) if command.limit is None else min(command.limit, len(images))
         started = time.monotonic()
         with progress("eval", len(range(rank(), total, world_size()))) as advance:
             evaluation = evaluate(
-                ready.place(options),
+                loaded,
                 images,
-                ready.preprocessing,
-                options,
-                class_names=ready.class_names,
-                valid_classes=subset_classes(subset) if subset in IMAGENET_SUBSETS else None,
-                limit=asked.limit,
-                skip_unreadable=asked.skip_unreadable,
+                options=options,
+                valid_classes=subset_classes(data_set) if data_set in IMAGENET_SUBSETS else None,
+                limit=command.limit,
+                skip_unreadable=command.skip_unreadable,
                 progress=advance,
             )
-        if not is_main():
-            return
-        seconds = time.monotonic() - started
-        for reason in evaluation.skipped:
-            say(f"warning: left out {reason}")
-        about = {
-            "model": ready.name,
-            "weights": ready.description,
-            "data_set": asked.data_set,
-            "data_path": str(asked.data_path) if asked.data_path else None,
-            "preprocessing": ready.preprocessing.to_dict(),
-            "device": str(options.device),
-            "dtype": str(options.dtype).removeprefix("torch."),
-            "seconds": round(seconds, 3),
-            "versions": versions(),
-        }
-        if asked.real_labels:
-            real1, real5, count = real_accuracy(evaluation)
-            about["real"] = {"acc1": real1, "acc5": real5, "count": count}
-            print(f"ReaL Acc@1 {real1:.3f} Acc@5 {real5:.3f} over {count} images")
-        if asked.report is not None:
-            words = readable_class_names(ready.class_names, len(evaluation.class_names))
-            told = replace(evaluation, class_names=words)
-            written = write_report(told, asked.report, dataset_root=images.root, about=about)
-            say(f"report: {', '.join(str(path) for path in written)}")
-        if evaluation.skipped:
-            print(f"{len(evaluation.skipped)} unreadable images left out of {total}")
-        print(evaluation.line(), flush=True)
+        if is_main():
+            about = _about(command, loaded, options, time.monotonic() - started)
+            _print_result(command, loaded, evaluation, images.root, about)
+
+
+def _about(command: Eval, loaded: LoadedModel, options: InferenceOptions, seconds: float) -> dict[str, Any]:
+    return {
+        "model": loaded.name,
+        "weights": loaded.description,
+        "data_set": command.data_set,
+        "data_path": str(command.data_path) if command.data_path else None,
+        "preprocessing": loaded.preprocessing.to_dict(),
+        "device": str(options.device),
+        "dtype": str(options.dtype).removeprefix("torch."),
+        "seconds": round(seconds, 3),
+        "versions": versions(),
+    }
+
+
+def _print_result(
+    command: Eval, loaded: LoadedModel, evaluation: Evaluation, root: Path | None, about: dict[str, Any]
+) -> None:
+    for reason in evaluation.skipped:
+        logger.warning(f"skipped {reason}")
+    if command.real_labels:
+        real1, real5, count = real_accuracy(evaluation)
+        about["real"] = {"acc1": real1, "acc5": real5, "count": count}
+        print(f"ReaL Acc@1 {real1:.3f} Acc@5 {real5:.3f} ({count:,} images)")
+    if command.report is not None:
+        names = readable_class_names(loaded.class_names, len(evaluation.class_names))
+        paths = write_report(replace(evaluation, class_names=names), command.report, dataset_root=root, about=about)
+        logger.info(f"report: {', '.join(str(path) for path in paths)}")
+    if evaluation.skipped:
+        count = len(evaluation.paths) + len(evaluation.skipped)
+        print(f"skipped {len(evaluation.skipped):,} unreadable of {count:,} images")
+    print(evaluation.line(), flush=True)

@@ -9,11 +9,12 @@ from typing import Annotated, Any
 
 import tyro
 
-from localvit.checkpoints.checkpoint import Checkpoint, read_checkpoint, versions
+from localvit.checkpoints import Checkpoint, read_checkpoint, versions
 from localvit.data.preprocessing import Preprocessing
 from localvit.inference.cost import count_multiply_adds, count_parameters, locality_report, summarize_blocks
-from localvit.inference.runner import names_file, ready_model
-from localvit.models.zoo import create_model, published_model
+from localvit.inference.runner import is_checkpoint_path, load_model
+from localvit.models.factory import create_model
+from localvit.models.registry import find_model
 from localvit.utils.tables import format_table
 from localvit_cli import UsageError
 from localvit_cli.tyro_rules import named_values
@@ -34,14 +35,17 @@ class Info:
 
     def run(self) -> int:
         """Print the description. The exit status is 1 for a file that can be read but fits no known model."""
-        if names_file(self.model):
+        if is_checkpoint_path(self.model):
             if self.localize is not None:
                 raise UsageError(f"--localize needs the name of a model; {self.model} is a checkpoint file")
             facts = _file_facts(Path(self.model))
         else:
             localize = None if self.localize is None else named_values(self.localize)
             model: Any = create_model(self.model, device="meta", localize=localize)
-            facts = {"file": None, "model": _model_facts(model, Preprocessing.of_cfg(model.pretrained_cfg))}
+            facts = {
+                "file": None,
+                "model": _model_facts(model, Preprocessing.from_pretrained_cfg(model.pretrained_cfg)),
+            }
         # Metrics in a checkpoint may be NaN, which JSON does not have.
         facts = json.loads(json.dumps(facts), parse_constant=lambda constant: None)
         print(json.dumps(facts, indent=2) if self.json else _text(facts))
@@ -53,7 +57,7 @@ def _file_facts(path: Path) -> dict[str, Any]:
     checkpoint = read_checkpoint(path)
     problem = model = None
     try:
-        ready = ready_model(str(path))
+        ready = load_model(str(path))
         class_names = ready.class_names
         model = _model_facts(ready.model, ready.preprocessing)
     except (ValueError, TypeError) as error:  # the file is still worth describing
@@ -83,14 +87,15 @@ def _contents(checkpoint: Checkpoint, class_names: list[str] | None) -> dict[str
 
 def _model_facts(model: Any, preprocessing: Preprocessing) -> dict[str, Any]:
     name = model.made_from["name"]
-    published = published_model(name)
+    registered = find_model(name)
+    published = registered if registered and registered.paper_name else None
     cfg = model.pretrained_cfg
     in_chans = model.made_from["args"].get("in_chans", cfg["input_size"][0])
     input_size = (in_chans, *preprocessing.input_size)
     return {
         "name": name,
         "published_name": published.name if published else None,
-        "friendly_name": published.friendly if published else None,
+        "friendly_name": published.alias if published else None,
         "paper_name": published.paper_name if published else None,
         "architecture": type(model).__name__,
         "num_classes": model.num_classes,

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from localvit.inference.cost import count_multiply_adds, count_parameters
-from localvit.models.zoo import OWN_MODELS, ZOO, create_model, published_model
+from localvit.models.factory import create_model
+from localvit.models.registry import ModelInfo, registered_models
 from localvit.utils.tables import format_table, wrap_text
 
 _HEADINGS = ("model", "paper", "params (M)", "GMACs", "input", "Acc@1", "Acc@5")
@@ -25,25 +26,23 @@ class Models:
 
     def run(self) -> None:
         """Count the parameters and multiply-adds of every model, and print the list."""
-        models = [_facts(name) for name in (*(model.name for model in ZOO), *OWN_MODELS)]
+        models = [_facts(info) for info in registered_models()]
         print(json.dumps(models, indent=2) if self.json else _text(models))
 
 
-def _facts(name: str) -> dict[str, Any]:
-    published = published_model(name)
-    model: Any = create_model(name, device="meta")
-    input_size = model.pretrained_cfg["input_size"]
+def _facts(info: ModelInfo) -> dict[str, Any]:
+    model: Any = create_model(info.name, device="meta")
     return {
-        "name": name,
-        "friendly_name": published.friendly if published else None,
-        "paper_name": published.paper_name if published else None,
+        "name": info.name,
+        "friendly_name": info.alias,
+        "paper_name": info.paper_name,
         "parameters": count_parameters(model),
-        "multiply_adds": count_multiply_adds(model, input_size),
-        "input_size": list(input_size),
-        "acc1": published.acc1 if published else None,
-        "acc5": published.acc5 if published else None,
-        "loss": published.loss if published else None,
-        "weights_url": published.url if published else None,
+        "multiply_adds": count_multiply_adds(model, info.input_size),
+        "input_size": list(info.input_size),
+        "acc1": info.acc1,
+        "acc5": info.acc5,
+        "loss": info.loss,
+        "weights_url": info.url,
     }
 
 

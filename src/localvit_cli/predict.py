@@ -1,84 +1,85 @@
-"""`localvit predict`: the classes that a model sees in images."""
+"""`localvit predict`: the classes of images."""
 
 import io
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TextIO
+from typing import Annotated, Literal, TextIO
 
 import tyro
 
+from localvit.data.folders import PathImages
+from localvit.evaluation.predict import Prediction, predict
+from localvit.inference.runner import load_model
+from localvit.utils.files import atomic_write
 from localvit_cli import UsageError
-from localvit_cli.eval import Running, square
+from localvit_cli.console import progress
+from localvit_cli.eval import InferenceFlags, image_size, optional
 from localvit_cli.prediction_formats import WRITERS, printable
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Predict:
-    """Tell the best classes of images. An image that cannot be read is named, the rest are done; the status is 1."""
+    """Predict the top classes of images. Exits with 1 if an image is unreadable."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """A checkpoint file, or a model's name (its released weights are downloaded unless --checkpoint is given)."""
-    paths: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH...")]
-    """Files, folders (with their sub-folders, hidden ones left out) and patterns like 'photos/**/*.jpg'."""
+    """A checkpoint file, or a model's name (downloads its released weights, unless --checkpoint is given)."""
+    paths: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH...", help_behavior_hint="")]
+    """Files, folders (including their subfolders, without hidden ones) and patterns such as 'photos/**/*.jpg'."""
     topk: int = 5
-    """How many classes of each image."""
+    """Number of classes per image."""
     format: Literal["table", "csv", "json", "jsonl"] = "table"
-    """csv has a line a class; json and jsonl an object an image. Unreadable images are in each, with their error."""
-    output: Path | None = None
-    """File to write, whole or not at all; by default standard output."""
-    checkpoint: Path | None = None
-    """Weights for the model of the given name."""
+    """csv has one line per class, json and jsonl one object per image. All include unreadable images."""
+    output: Annotated[Path | None, optional("FILE", "standard output")] = None
+    """File to write, atomically."""
+    checkpoint: Annotated[Path | None, optional("FILE")] = None
+    """Weights for the named model."""
     weights: Literal["raw", "ema"] = "raw"
-    """Raw or averaged weights of a checkpoint."""
-    input_size: tuple[int, ...] = ()
-    """Side of the images, or height and width, in pixels; by default the model's own."""
-    running: Annotated[Running, tyro.conf.arg(name="")] = field(default_factory=Running)
+    """Use the raw or the averaged (EMA) weights of a checkpoint."""
+    input_size: Annotated[tuple[int, ...], optional("PIXELS...", "the model's own")] = ()
+    """Side of the input, or its height and width, in pixels."""
+    running: Annotated[InferenceFlags, tyro.conf.arg(name="")] = field(default_factory=InferenceFlags)
 
     def run(self) -> int:
-        """Predict and write as the predictions come; 1 if any image could not be done."""
-        from localvit.data.paths import MentionedImages
-        from localvit.evaluation.predict import Prediction, predict, readable_class_names
-        from localvit.inference.runner import ready_model
-        from localvit_cli.console import progress, say
-
+        """Predict, writing each prediction as it is computed. Returns 1 if any image has no prediction."""
         if not self.paths:
-            raise UsageError("no image is named; give files, folders or patterns after the model")
-        size = square(self.input_size)
-        images = MentionedImages(self.paths)
-        ready = ready_model(self.model, checkpoint=self.checkpoint, weights=self.weights, input_size=size)
+            raise UsageError("no images given; add files, folders or patterns after the model")
+        size = image_size(self.input_size)
+        images = PathImages(self.paths)
+        loaded = load_model(self.model, checkpoint=self.checkpoint, weights=self.weights, input_size=size)
         options = self.running.options()
-        say(f"model: {ready.description}; {ready.preprocessing}")
-        predictions = predict(ready.place(options), images, ready.preprocessing, options, topk=self.topk)
-        num_classes: Any = ready.model.num_classes
-        names = readable_class_names(ready.class_names, num_classes)
+        logger.info(f"model: {loaded}")
+        predictions = predict(loaded, images, options=options, topk=self.topk)
         failures = 0
 
-        def counted() -> Iterator[Prediction]:
+        def reported() -> Iterator[Prediction]:
             nonlocal failures
             for prediction in predictions:
                 if prediction.error:
                     failures += 1
-                    say(f"{printable(prediction.file)}: {printable(prediction.error)}")
+                    logger.warning(f"{printable(prediction.file)}: {printable(prediction.error)}")
                 advance(1)
                 yield prediction
 
-        on_terminal = self.output is None and sys.stdout.isatty()  # where the rows themselves are the progress
+        to_terminal = self.output is None and sys.stdout.isatty()  # there the output itself shows the progress
         with (
-            _destination(self.output) as stream,
-            nullcontext(lambda done: None) if on_terminal else progress("predict", len(images)) as advance,
+            _open_output(self.output) as stream,
+            nullcontext(lambda done: None) if to_terminal else progress("predict", len(images)) as advance,
         ):
-            WRITERS[self.format](counted(), names, stream)
+            WRITERS[self.format](reported(), stream)
         if failures:
-            say(f"{failures:,} of {len(images):,} images have no prediction")
+            logger.warning(f"{failures:,} of {len(images):,} images have no prediction")
         return 1 if failures else 0
 
 
 @contextmanager
-def _destination(output: Path | None) -> Iterator[TextIO]:
-    """Standard output, or a file that takes its name once it is whole; names that are not UTF-8 are written escaped."""
+def _open_output(output: Path | None) -> Iterator[TextIO]:
+    """Standard output, or a file that is written atomically. Names that are not valid UTF-8 are written escaped."""
     if output is None:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")
@@ -86,9 +87,7 @@ def _destination(output: Path | None) -> Iterator[TextIO]:
         sys.stdout.flush()
         return
     if output.exists() and not output.is_file():
-        raise ValueError(f"--output {output} is no ordinary file; give the path of one, or leave --output out")
-    from localvit.utils.files import atomic_write
-
+        raise ValueError(f"--output {output} is not a regular file; give another path, or omit --output")
     with (
         atomic_write(output) as unfinished,
         unfinished.open("w", encoding="utf-8", errors="backslashreplace", newline="") as stream,

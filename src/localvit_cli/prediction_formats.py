@@ -1,53 +1,54 @@
-"""How predictions are written: one after another as they come, so that no format holds more than one."""
+"""Output formats for predictions. Each writes one prediction at a time, so memory stays bounded."""
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TextIO
+from collections.abc import Callable, Iterable
+from typing import Any, TextIO
 
-if TYPE_CHECKING:
-    from localvit.evaluation.predict import Prediction
+from localvit.evaluation.predict import Prediction
 
 
 def _rounded(probability: float) -> float:
-    """To six digits: the rest is rounding that differs between machines."""
+    """Rounded to six digits, because the others differ between machines."""
     return float(f"{probability:.6g}")
 
 
-def _row(prediction: "Prediction", names: Sequence[str]) -> dict[str, Any]:
+def _row(prediction: Prediction) -> dict[str, Any]:
     best = [
-        {"class": index, "name": names[index], "probability": _rounded(probability)}
-        for index, probability in zip(prediction.classes, prediction.probabilities, strict=True)
+        {"class": index, "name": name, "probability": _rounded(probability)}
+        for index, name, probability in zip(
+            prediction.classes, prediction.class_names, prediction.probabilities, strict=True
+        )
     ]
     return {"file": prediction.file, "predictions": best, "error": prediction.error}
 
 
-def write_jsonl(predictions: Iterable["Prediction"], names: Sequence[str], stream: TextIO) -> None:
-    """An object a line: `file`, `predictions` (best first, of `class`, `name`, `probability`) and `error` or null."""
+def write_jsonl(predictions: Iterable[Prediction], stream: TextIO) -> None:
+    """One object per line: `file`, `predictions` (best first; `class`, `name`, `probability`), `error` or null."""
     for prediction in predictions:
-        stream.write(json.dumps(_row(prediction, names)) + "\n")
+        stream.write(json.dumps(_row(prediction)) + "\n")
         stream.flush()
 
 
-def write_json(predictions: Iterable["Prediction"], names: Sequence[str], stream: TextIO) -> None:
-    """One JSON array of `write_jsonl`'s objects, which is closed whatever stops it."""
+def write_json(predictions: Iterable[Prediction], stream: TextIO) -> None:
+    """One JSON array of the objects of `write_jsonl`. It is closed even if an exception ends it early."""
     separator = ""
     stream.write("[")
     try:
         for prediction in predictions:
-            stream.write(f"{separator}\n{json.dumps(_row(prediction, names))}")
+            stream.write(f"{separator}\n{json.dumps(_row(prediction))}")
             stream.flush()
             separator = ","
     finally:
         stream.write("\n]\n")
 
 
-def write_csv(predictions: Iterable["Prediction"], names: Sequence[str], stream: TextIO) -> None:
-    """A line for each class of each image: file, rank from 1, class, name, probability; or one with the error."""
-    writer = csv.writer(stream, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)  # a bare \r would stay unquoted
+def write_csv(predictions: Iterable[Prediction], stream: TextIO) -> None:
+    """One line per class and image: file, rank from 1, class, name, probability; or one line with the error."""
+    writer = csv.writer(stream, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)  # else a bare \r is not quoted
     writer.writerow(("file", "rank", "class", "name", "probability", "error"))
     for prediction in predictions:
-        row = _row(prediction, names)
+        row = _row(prediction)
         for rank, best in enumerate(row["predictions"], start=1):
             writer.writerow((row["file"], rank, best["class"], best["name"], best["probability"], ""))
         if row["error"]:
@@ -55,26 +56,26 @@ def write_csv(predictions: Iterable["Prediction"], names: Sequence[str], stream:
         stream.flush()
 
 
-def write_table(predictions: Iterable["Prediction"], names: Sequence[str], stream: TextIO) -> None:
-    """For people: each image with its classes below each other."""
+def write_table(predictions: Iterable[Prediction], stream: TextIO) -> None:
+    """For people: the file name of each image, and a line for each of its classes."""
     stream.write(f"{'probability':>11}  class\n")
     for prediction in predictions:
         stream.write(f"{printable(prediction.file)}\n")
-        for index, probability in zip(prediction.classes, prediction.probabilities, strict=True):
-            stream.write(f"{100 * probability:9.2f} %  {printable(names[index])}\n")
+        for name, probability in zip(prediction.class_names, prediction.probabilities, strict=True):
+            stream.write(f"{100 * probability:9.2f} %  {printable(name)}\n")
         if prediction.error:
             stream.write(f"{'error':>11}  {printable(prediction.error)}\n")
         stream.flush()
 
 
 def printable(text: str) -> str:
-    """`text` with what would upset a terminal written as escapes: control characters, and bytes that were no UTF-8."""
+    """`text` with control characters and invalid UTF-8 escaped, so that it cannot affect a terminal."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
     )
 
 
-WRITERS: dict[str, Callable[[Iterable["Prediction"], Sequence[str], TextIO], None]] = {
+WRITERS: dict[str, Callable[[Iterable[Prediction], TextIO], None]] = {
     "table": write_table,
     "csv": write_csv,
     "json": write_json,

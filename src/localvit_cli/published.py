@@ -18,11 +18,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from timm.models._hub import download_cached_file, get_cache_dir
 
 from localvit.data.preprocessing import Preprocessing
-from localvit.inference.runner import ready_model
+from localvit.inference.runner import load_model
 from localvit.train.config import TrainConfig
 from localvit.train.recipe import describe_errors
 from localvit_cli import UsageError, run
-from localvit_cli.eval import Eval, Running, run_evaluation
+from localvit_cli.eval import Eval, InferenceFlags, run_evaluation
 from localvit_cli.train import run_training
 from localvit_cli.tyro_rules import REGISTRY
 
@@ -139,10 +139,12 @@ class _ProgramFlags(BaseModel):
             data_set=flags["data_set"],
             inat_category=flags["inat_category"],
             input_size=(flags["input_size"],),
-            running=Running(device=flags["device"], batch_size=flags["batch_size"], workers=flags["num_workers"]),
+            running=InferenceFlags(
+                device=flags["device"], batch_size=flags["batch_size"], workers=flags["num_workers"]
+            ),
         )
         size = (flags["input_size"], flags["input_size"])
-        ready = ready_model(flags["model"], checkpoint=evaluation.checkpoint, input_size=size)
+        ready = load_model(flags["model"], checkpoint=evaluation.checkpoint, input_size=size)
         published = replace(ready, preprocessing=Preprocessing.published(size))
         run_evaluation(evaluation, published, evaluation.running.options())
         return 0

@@ -13,8 +13,8 @@ from localvit.bench.measure import LATENCY_CALLS, measure, number_of_rounds
 from localvit.bench.prepare import BenchModel, BenchOptions, prepare, saved_bytes
 from localvit.bench.result import Latency, Quartiles
 from localvit.bench.tables import as_text, as_values
-from localvit.checkpoints.checkpoint import save_checkpoint
-from localvit.models.zoo import create_model
+from localvit.checkpoints import save_checkpoint
+from localvit.models.factory import create_model
 
 NANO = "localvit_nano_patch4_32"
 CPU = torch.device("cpu")
@@ -128,10 +128,10 @@ def test_drift_shared_by_all_models_is_not_noise(clock):
     compared = measure(models, options, baseline="b")
     assert compared.models[0].batches[0].ratio == Quartiles(median=2, first_quartile=2, third_quartile=2)
     assert compared.noise() == []
-    alone = measure([clocked("a", clock, drift, options)], options)
+    single = measure([clocked("a", clock, drift, options)], options)
     # Of 1, 1/1.5, 1/2, 1/2.5 and 1/3 the quartiles are the fourth and the second.
-    assert alone.models[0].batches[0].images_per_second.relative_range == pytest.approx((1 / 1.5 - 1 / 2.5) / 0.5)
-    assert alone.noise() == ["a at batch size 1: the interquartile range of its images/s is 53.3% of the median"]
+    assert single.models[0].batches[0].images_per_second.relative_range == pytest.approx((1 / 1.5 - 1 / 2.5) / 0.5)
+    assert single.noise() == ["a at batch size 1: the interquartile range of its images/s is 53.3% of the median"]
 
 
 @pytest.mark.parametrize(("off", "noisy"), [(0.04, False), (0.06, True)])
@@ -337,5 +337,5 @@ def test_tables_fit_80_columns_and_leave_out_what_was_not_measured(clock, monkey
     assert max(map(len, shown.splitlines())) <= 80
     assert shown.count(names[0]) == 2  # one line of speeds, one of facts
     assert "peak MiB" not in shown
-    alone = as_text(measure(models[:1], options))
-    assert "speedup" not in alone.lower()
+    single = as_text(measure(models[:1], options))
+    assert "speedup" not in single.lower()

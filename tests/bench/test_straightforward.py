@@ -112,7 +112,7 @@ def test_no_shortcut_is_taken(name):
         (lambda: localvit.fuse(small("localvit_nano_patch4_32")), "LocalViT has no locality feed-forward"),
         (
             lambda: localvit.localize(
-                localvit.create_model("beit_base_patch16_224", depth=1, embed_dim=24, num_heads=3), preserve=False
+                localvit.create_model("beit_base_patch16_224", depth=1, embed_dim=24, num_heads=3), localvit.Replace()
             ),
             "there is no straightforward forward for Block: add it to FORWARDS",
         ),

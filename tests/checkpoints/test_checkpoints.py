@@ -1,4 +1,4 @@
-"""Checkpoints: both layouts there and back, and every file that must be refused."""
+"""Checkpoints: both layouts written and read, and every kind of file that is refused."""
 
 import argparse
 import json
@@ -15,7 +15,7 @@ from published import golden_model, published_state
 NANO = "localvit_nano_patch4_32"
 
 
-class Boom:
+class RunsCode:
     """Runs code when it is unpickled."""
 
     def __reduce__(self):
@@ -28,19 +28,19 @@ def nano():
     return localvit.create_model(NANO, num_classes=3)
 
 
-def test_published_checkpoint_loads_strictly_with_no_option(tmp_path):
+def test_a_published_checkpoint_loads_strictly_without_options(tmp_path):
     state = published_state("localvit_tiny_mlp4_act3_r192")
-    other = {key: value + 1 for key, value in state.items()}
-    everything = {
+    averaged = {key: value + 1 for key, value in state.items()}
+    content = {
         "model": state,
-        "model_ema": other,
+        "model_ema": averaged,
         "optimizer": {"state": {}, "param_groups": []},
         "lr_scheduler": {},
         "scaler": {},
         "epoch": 299,
         "args": argparse.Namespace(model="localvit_tiny_mlp4_act3_r192", lr=5e-4),
     }
-    torch.save(everything, tmp_path / "localvit_t.pth")
+    torch.save(content, tmp_path / "localvit_t.pth")
     model = localvit.create_model("localvit_tiny")
     checkpoint = localvit.load_checkpoint(model, tmp_path / "localvit_t.pth")
     assert checkpoint.layout == "published"
@@ -48,11 +48,13 @@ def test_published_checkpoint_loads_strictly_with_no_option(tmp_path):
     assert checkpoint.about["epoch"] == 299
     torch.testing.assert_close(model.blocks[3].mlp.conv[0].weight, state["blocks.3.conv.conv.0.weight"], rtol=0, atol=0)
     localvit.load_checkpoint(model, tmp_path / "localvit_t.pth", weights="ema")
-    torch.testing.assert_close(model.blocks[3].mlp.conv[0].weight, other["blocks.3.conv.conv.0.weight"], rtol=0, atol=0)
+    torch.testing.assert_close(
+        model.blocks[3].mlp.conv[0].weight, averaged["blocks.3.conv.conv.0.weight"], rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize("name", ["localvit_tiny_mlp4_act3_r4", "localvit_swin_tiny_patch4_window7_224"])
-def test_published_layout_out_has_the_published_keys_and_loads_again(name, tmp_path):
+def test_the_published_layout_has_the_published_entries_and_loads_again(name, tmp_path):
     torch.manual_seed(1)
     model = localvit.create_model(name)
     localvit.save_checkpoint(model, tmp_path / "out.pth", layout="published")
@@ -60,13 +62,13 @@ def test_published_layout_out_has_the_published_keys_and_loads_again(name, tmp_p
     assert {key: list(value.shape) for key, value in written.items()} == {
         key: shape for key, shape, _ in golden_model(name)["state_dict"]
     }
-    again, _ = localvit.model_from_checkpoint(tmp_path / "out.pth")  # names no model: found by its entries
+    again, _ = localvit.model_from_checkpoint(tmp_path / "out.pth")  # the file does not name its model
     assert again.made_from["name"] == name
     for key, value in model.state_dict().items():
         torch.testing.assert_close(again.state_dict()[key], value, rtol=0, atol=0)
 
 
-def test_our_layout_carries_everything_needed(nano, tmp_path):
+def test_our_layout_has_everything_needed_to_use_the_model(nano, tmp_path):
     averaged = {key: value * 2 if value.is_floating_point() else value for key, value in nano.state_dict().items()}
     path = localvit.save_checkpoint(
         nano,
@@ -89,7 +91,7 @@ def test_our_layout_carries_everything_needed(nano, tmp_path):
     assert checkpoint.img_size == (32, 32)
 
 
-def test_ablation_arguments_are_rebuilt(tmp_path):
+def test_the_rebuilt_model_has_the_same_arguments(tmp_path):
     model = localvit.create_model(NANO, act="relu6", local_blocks="2-3", num_classes=5, img_size=(24, 40))
     path = localvit.save_checkpoint(model, tmp_path / "a.safetensors")
     again, _ = localvit.model_from_checkpoint(path)
@@ -97,17 +99,17 @@ def test_ablation_arguments_are_rebuilt(tmp_path):
     torch.testing.assert_close(again.eval()(x), model.eval()(x), rtol=0, atol=0)
 
 
-def test_positions_are_resampled_for_another_size(nano, tmp_path):
+def test_positions_are_resampled_to_another_size(nano, tmp_path):
     path = localvit.save_checkpoint(nano, tmp_path / "a.safetensors")
     x = torch.randn(1, 3, 20, 44)
     other = localvit.create_model(NANO, num_classes=3, img_size=(20, 44))
     localvit.load_checkpoint(other, path)
-    # The same resampling as in a forward at that size, so the same numbers.
+    # The same resampling as in a forward at that size.
     torch.testing.assert_close(other.eval()(x), nano.eval()(x), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["localvit_tiny", "localvit_tnt_tiny", "localvit_pvt_tiny", "localvit_t2t_7"])
-def test_every_family_keeps_its_size_and_takes_another(name, tmp_path):
+def test_every_family_is_rebuilt_at_its_size_or_at_another(name, tmp_path):
     torch.manual_seed(4)
     model = localvit.create_model(name, num_classes=3).eval()
     model.set_input_size((64, 96))
@@ -119,11 +121,11 @@ def test_every_family_keeps_its_size_and_takes_another(name, tmp_path):
     torch.testing.assert_close(again.eval()(images), model(images), rtol=0, atol=0)
     larger, _ = localvit.model_from_checkpoint(path, img_size=(128, 96))
     taller = torch.randn(1, 3, 128, 96)
-    # The same resampling, once and for all or in the forward; float32 sums in another order.
+    # The same resampling, once or in each forward; float32 sums in another order.
     torch.testing.assert_close(larger.eval()(taller), model(taller), rtol=1e-4, atol=1e-5)
 
 
-def test_a_failed_load_leaves_the_model_unchanged(nano, tmp_path):
+def test_a_failed_load_does_not_change_the_model(nano, tmp_path):
     path = localvit.save_checkpoint(nano, tmp_path / "a.safetensors")
     other = localvit.create_model(NANO, num_classes=4)
     before = {key: value.clone() for key, value in other.state_dict().items()}
@@ -146,12 +148,12 @@ def _truncated_safetensors(tmp_path, nano):
 
 
 def _code(tmp_path, nano):
-    torch.save({"model": nano.state_dict(), "args": Boom()}, tmp_path / "code.pth")
+    torch.save({"model": nano.state_dict(), "args": RunsCode()}, tmp_path / "code.pth")
     return tmp_path / "code.pth"
 
 
 def _bare_pickle(tmp_path, nano):
-    (tmp_path / "bare.pth").write_bytes(pickle.dumps({"model": Boom()}, protocol=2))
+    (tmp_path / "bare.pth").write_bytes(pickle.dumps({"model": RunsCode()}, protocol=2))
     return tmp_path / "bare.pth"
 
 
@@ -189,7 +191,7 @@ def _other_architecture(tmp_path, nano):
     return tmp_path / "swin.pth"
 
 
-def _missing_and_surplus(tmp_path, nano):
+def _missing_and_unexpected(tmp_path, nano):
     state = nano.state_dict()
     del state["norm.bias"]
     torch.save({"model": state | {"extra.weight": torch.zeros(2)}}, tmp_path / "keys.pth")
@@ -203,41 +205,41 @@ def _newer(tmp_path, nano):
 
 
 @pytest.mark.parametrize(
-    ("make", "says"),
+    ("make", "parts"),
     [
-        (_truncated, ["cut.pth", "cut off"]),
-        (_truncated_safetensors, ["cut.safetensors", "cut off"]),
-        (_code, ["code.pth", "asks to run code", "print"]),
-        (_bare_pickle, ["bare.pth", "asks to run code"]),
-        (_empty, ["empty.pth", "cut off"]),
-        (_text, ["page.pth", "no checkpoint", "16 bytes"]),
+        (_truncated, ["cut.pth", "truncated"]),
+        (_truncated_safetensors, ["cut.safetensors", "truncated"]),
+        (_code, ["code.pth", "would run code", "print"]),
+        (_bare_pickle, ["bare.pth", "would run code"]),
+        (_empty, ["empty.pth", "truncated"]),
+        (_text, ["page.pth", "not a checkpoint", "16 bytes"]),
         (_no_weights, ["none.pth", "no weights"]),
         (_list, ["list.pth", "list"]),
         (_folder, ["folder"]),
         (_classes, ["7 classes", "num_classes=7", "reset_classifier(3)"]),
         (_other_architecture, ["localvit_swin_tiny_patch4_window7_224", "missing"]),
-        (_missing_and_surplus, ["1 missing (norm.bias)", "1 surplus (extra.weight)"]),
+        (_missing_and_unexpected, ["1 missing (norm.bias)", "1 unexpected (extra.weight)"]),
         (_newer, ["newer localvit", "upgrade"]),
     ],
 )
-def test_refused_with_one_clear_line(make, says, nano, tmp_path, capsys):
+def test_a_bad_file_is_refused_with_a_one_line_message(make, parts, nano, tmp_path, capsys):
     path = make(tmp_path, nano)
     model = localvit.create_model(NANO, num_classes=3)
     with pytest.raises(CheckpointError) as refusal:
         localvit.load_checkpoint(model, path)
     message = str(refusal.value)
     assert "\n" not in message
-    for part in says:
+    for part in parts:
         assert part in message
     assert "ran code" not in capsys.readouterr().out
 
 
-def test_no_such_file(nano, tmp_path):
+def test_a_missing_file_raises(nano, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         localvit.load_checkpoint(nano, tmp_path / "nowhere.pth")
 
 
-def test_averaged_weights_are_never_guessed(nano, tmp_path):
+def test_raw_weights_never_replace_missing_averaged_ones(nano, tmp_path):
     path = localvit.save_checkpoint(nano, tmp_path / "a.safetensors")
     with pytest.raises(CheckpointError, match="no averaged weights"):
         localvit.load_checkpoint(nano, path, weights="ema")
@@ -246,19 +248,19 @@ def test_averaged_weights_are_never_guessed(nano, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         ({"layout": "onnx"}, "layout='onnx'"),
         ({"class_names": ["one"]}, "1 class names for a model of 3"),
     ],
 )
-def test_bad_save(arguments, says, nano, tmp_path):
-    with pytest.raises(ValueError, match=says):
+def test_invalid_arguments_of_save_raise_and_write_nothing(arguments, message, nano, tmp_path):
+    with pytest.raises(ValueError, match=message):
         localvit.save_checkpoint(nano, tmp_path / "a.safetensors", **arguments)
     assert not list(tmp_path.iterdir())
 
 
-def test_an_interrupted_write_keeps_the_previous_file(nano, tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_previous_file(nano, tmp_path, monkeypatch):
     path = localvit.save_checkpoint(nano, tmp_path / "a.safetensors")
     before = path.read_bytes()
 

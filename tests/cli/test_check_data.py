@@ -1,4 +1,4 @@
-"""`localvit check-data` as a person and as a program meet it: what is printed where, and the exit status."""
+"""`localvit check-data`: what goes to standard output and standard error, and the exit status."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def save(path: Path, seed: int) -> Path:
 
 @pytest.fixture
 def root(tmp_path) -> Path:
-    """A data set that nothing is wrong with."""
+    """A data set without problems."""
     for number, path in enumerate(("train/ape/1", "train/ape/2", "train/bat/3", "val/ape/4", "val/bat/5")):
         save(tmp_path / "data" / f"{path}.png", number)
     return tmp_path / "data"
@@ -30,11 +30,11 @@ def root(tmp_path) -> Path:
 
 def check(capsys, *arguments: object) -> tuple[int, str, str]:
     status = main(["check-data", *map(str, arguments)])
-    said = capsys.readouterr()
-    return status, said.out, said.err
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
 
 
-def test_nothing_wrong(root, capsys):
+def test_a_data_set_without_problems(root, capsys):
     status, out, err = check(capsys, root, "--workers", 0)
     assert status == 0
     assert [line.split() for line in out.splitlines()] == [
@@ -43,28 +43,28 @@ def test_nothing_wrong(root, capsys):
         ["bat", "1", "1"],
         ["2", "classes", "3", "2"],
         [],
-        ["pixels:", "width", "41;", "height", "37"],
+        ["size", "in", "pixels:", "width", "41;", "height", "37"],
         [],
-        ["nothing", "found", "that", "would", "hurt"],
+        ["no", "problems", "found"],
     ]
     assert "5 of 5 images" in err
 
 
-def test_warnings_alone_are_no_failure(root, capsys):
+def test_warnings_do_not_change_the_exit_status(root, capsys):
     save(root / "train" / "cat" / "1.png", 99)
     status, out, _ = check(capsys, root, "--workers", 0)
     assert status == 0
     assert out.endswith("0 errors, 1 warning\n")
 
 
-def test_errors_are_told_first_and_fail(root, capsys):
+def test_errors_come_first_and_set_the_exit_status(root, capsys):
     save(root / "train" / "a cat" / "1.png", 99)
     for number in range(7):
         (root / "val" / "ape" / f"broken_{number}.jpg").write_bytes(b"")
     status, out, _ = check(capsys, root)
     assert status == 1
     lines = out.splitlines()
-    table = lines.index("severity  count  name        finding")
+    table = lines.index("severity  count  finding")
     assert [line.split()[:3] for line in lines[table + 1 : table + 3]] == [
         ["error", "7", "unreadable"],
         ["warning", "1", "not-in-val"],
@@ -73,32 +73,32 @@ def test_errors_are_told_first_and_fail(root, capsys):
     assert [line for line in lines if "broken" in line] == [
         f"    val/ape/broken_{number}.jpg: an empty file" for number in range(5)
     ]
-    assert "    and 2 more; --json has them all" in lines
+    assert "    and 2 more; --json lists all of them" in lines
     assert lines[-1] == "1 error, 1 warning"
-    assert max(map(len, lines)) <= 110
+    assert max(map(len, lines)) <= 80
 
 
-def test_json_has_everything(root, capsys):
+def test_json_contains_all_locations(root, capsys):
     for number in range(7):
         (root / "val" / "ape" / f"broken_{number}.jpg").write_bytes(b"")
     status, out, _ = check(capsys, root, "--json", "--workers", 2)
     assert status == 1
-    told = json.loads(out)
-    assert told == json.loads(json.dumps(check_folder(root).to_dict()))
-    assert told["folder"] == str(root)
-    assert told["images"] == {"train": 3, "val": 9}
-    assert told["classes"] == {"train": {"ape": 2, "bat": 1}, "val": {"ape": 8, "bat": 1}}
-    assert told["width"] == {"smallest": 41, "median": 41, "largest": 41}
-    assert told["height"] == {"smallest": 37, "median": 37, "largest": 37}
-    assert (told["errors"], told["warnings"]) == (1, 0)
-    (finding,) = told["findings"]
+    report = json.loads(out)
+    assert report == json.loads(json.dumps(check_folder(root).to_dict()))
+    assert report["folder"] == str(root)
+    assert report["images"] == {"train": 3, "val": 9}
+    assert report["classes"] == {"train": {"ape": 2, "bat": 1}, "val": {"ape": 8, "bat": 1}}
+    assert report["width"] == {"smallest": 41, "median": 41, "largest": 41}
+    assert report["height"] == {"smallest": 37, "median": 37, "largest": 37}
+    assert (report["errors"], report["warnings"]) == (1, 0)
+    (finding,) = report["findings"]
     assert (finding["severity"], finding["name"], finding["count"]) == ("error", "unreadable", 7)
-    assert finding["places"] == [
+    assert finding["locations"] == [
         {"paths": [f"val/ape/broken_{number}.jpg"], "note": "an empty file"} for number in range(7)
     ]
 
 
-def test_of_many_classes_the_ends(tmp_path, capsys):
+def test_of_many_classes_only_the_largest_and_smallest_are_shown(tmp_path, capsys):
     for number in range(23):
         for image in range(2 if number == 11 else 1):
             save(tmp_path / f"c{number:02}" / f"{image}.png", 100 * number + image)
@@ -112,14 +112,14 @@ def test_of_many_classes_the_ends(tmp_path, capsys):
     assert lines[22].split() == ["23", "classes", "24"]
 
 
-def test_a_folder_without_an_image(tmp_path, capsys):
+def test_a_folder_without_images(tmp_path, capsys):
     status, out, _ = check(capsys, tmp_path)
     assert status == 1
     assert "has no class folders" in out
     assert out.endswith("1 error, 0 warnings\n")
 
 
-def test_no_image_can_be_read(tmp_path, capsys):
+def test_no_readable_image(tmp_path, capsys):
     for name in ("ape", "bat"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "1.png").write_bytes(b"")
@@ -129,51 +129,51 @@ def test_no_image_can_be_read(tmp_path, capsys):
     assert "no image could be read" in out
 
 
-@pytest.mark.parametrize("form", [[], ["--json"]])
-def test_names_that_upset_a_terminal(root, capfd, form):
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_control_characters_in_names_are_escaped(root, capfd, flags):
     name = os.fsdecode(b"caf\xe9\x1b[31m\n.png")
     try:
         (root / "train" / "ape" / name).write_bytes(b"")
     except OSError:
-        pytest.skip("this file system takes UTF-8 names only")
-    status, text, _ = check(capfd, root, "--workers", 0, *form)
+        pytest.skip("this file system only supports UTF-8 names")
+    status, text, _ = check(capfd, root, "--workers", 0, *flags)
     assert status == 1
     assert "\x1b" not in text
-    if form:
-        (place,) = json.loads(text)["findings"][0]["places"]
-        assert os.fsencode(place["paths"][0]) == os.fsencode(f"train/ape/{name}")
+    if flags:
+        (location,) = json.loads(text)["findings"][0]["locations"]
+        assert os.fsencode(location["paths"][0]) == os.fsencode(f"train/ape/{name}")
     else:
         assert r"caf\udce9\x1b[31m\n.png" in text
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status", "says"),
+    ("arguments", "status", "message"),
     [
         (["@/none"], 1, "no folder"),
         (["@/file"], 1, "is a file"),
         (["@", "--workers", "-1"], 2, "--workers -1"),
     ],
 )
-def test_one_clear_line_for_what_is_wrong(tmp_path, capsys, arguments, status, says):
+def test_each_error_is_one_clear_line(tmp_path, capsys, arguments, status, message):
     (tmp_path / "file").write_text("")
-    told, out, err = check(capsys, *(argument.replace("@", str(tmp_path)) for argument in arguments))
-    assert (told, out) == (status, "")
+    exit_status, out, err = check(capsys, *(argument.replace("@", str(tmp_path)) for argument in arguments))
+    assert (exit_status, out) == (status, "")
     (line,) = [line for line in err.splitlines() if line.startswith("localvit: error: ")]
-    assert says in line
+    assert message in line
     assert "Traceback" not in err
 
 
 @pytest.mark.parametrize("arguments", [[], ["a", "--nonsense"], ["a", "b"], ["a", "--workers", "many"]])
-def test_bad_usage_is_status_2(arguments, capsys):
+def test_bad_usage_exits_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["check-data", *arguments])
     assert exit_.value.code == 2
 
 
-# Ctrl-C may fall between the opening of a file and the block that closes it.
+# Ctrl-C may come between opening a file and the block that closes it.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_interrupt_is_one_line(root, capsys):
-    """The main process waits for a pipe that is called an image when Ctrl-C comes."""
+    """Ctrl-C comes while the main process reads from a named pipe, which has an image's name."""
     pipe = root / "train" / "ape" / "waits.png"
     os.mkfifo(pipe)
 
@@ -187,4 +187,4 @@ def test_an_interrupt_is_one_line(root, capsys):
     status, out, err = check(capsys, root, "--workers", 0)
     thread.join()
     assert (status, out) == (130, "")
-    assert err.splitlines() == [f"looking through {root}", "localvit: interrupted"]
+    assert err.splitlines() == [f"checking {root}", "localvit: interrupted"]

@@ -5,7 +5,7 @@ import json
 from PIL import Image
 from tiny import write_some_digits
 
-from localvit.checkpoints.checkpoint import read_checkpoint
+from localvit.checkpoints import read_checkpoint
 from localvit.train.config import TrainConfig
 from localvit.train.recipe import read_recipe
 from localvit_cli.console import log_to_stderr

@@ -1,4 +1,4 @@
-"""`localvit eval` as a person meets it: what is printed where, and one clear line for whatever is wrong."""
+"""`localvit eval`: what goes to standard output and standard error, and one clear line for each error."""
 
 import io
 import json
@@ -18,7 +18,7 @@ from localvit_cli import main
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A checkpoint of two classes and folders of images, good and bad."""
+    """A checkpoint of two classes, and folders of good and bad images."""
     root = tmp_path_factory.mktemp("eval")
     torch.manual_seed(0)
     model = localvit.create_model("localvit_nano_patch4_32", num_classes=2)
@@ -46,21 +46,21 @@ def evaluate(workplace, capsys, *arguments) -> tuple[int, str, str]:
             "0",
         ]
     )
-    said = capsys.readouterr()
-    return status, said.out, said.err
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
 
 
-def test_the_line_is_all_of_standard_output(workplace, capsys):
+def test_standard_output_is_one_line(workplace, capsys):
     status, out, err = evaluate(
         workplace, capsys, "@/good.safetensors", "--data-set", "FOLDER", "--data-path", "@/good"
     )
     assert status == 0
     assert len(out.splitlines()) == 1
     assert out.startswith("* Acc@1 ")
-    assert "raw weights of" in err  # which weights were used is said
+    assert "raw weights of" in err
 
 
-def test_a_published_layout_without_names_counts_folders(workplace, capsys):
+def test_without_class_names_classes_are_matched_by_position(workplace, capsys):
     named = evaluate(workplace, capsys, "@/good.safetensors", "--data-set", "FOLDER", "--data-path", "@/good")
     arguments = [
         "localvit_nano_patch4_32",
@@ -76,31 +76,31 @@ def test_a_published_layout_without_names_counts_folders(workplace, capsys):
     assert nameless[1] == named[1]
 
 
-def test_options_that_change_no_result(workplace, capsys):
-    asked = ["@/good.safetensors", "--data-set", "FOLDER", "--data-path", "@/good"]
-    plain = evaluate(workplace, capsys, *asked)[1]
+def test_options_that_do_not_change_the_result(workplace, capsys):
+    arguments = ["@/good.safetensors", "--data-set", "FOLDER", "--data-path", "@/good"]
+    plain = evaluate(workplace, capsys, *arguments)[1]
     for more in (["--batch-size", "1"], ["--channels-last"], ["--limit", "3"], ["--input-size", "32", "32"]):
-        assert evaluate(workplace, capsys, *asked, *more)[1] == plain, more
+        assert evaluate(workplace, capsys, *arguments, *more)[1] == plain, more
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_is_near(workplace, capsys, dtype):
-    asked = ["@/good.safetensors", "--data-set", "FOLDER", "--data-path", "@/good"]
-    plain, half = (evaluate(workplace, capsys, *asked, *more)[1] for more in ([], ["--dtype", dtype]))
+def test_half_precision_is_close_to_float32(workplace, capsys, dtype):
+    arguments = ["@/good.safetensors", "--data-set", "FOLDER", "--data-path", "@/good"]
+    plain, half = (evaluate(workplace, capsys, *arguments, *more)[1] for more in ([], ["--dtype", dtype]))
     losses = [float(line.split()[-1]) for line in (plain, half)]
     assert losses[0] == pytest.approx(losses[1], abs=0.02)  # bfloat16 keeps 8 bits of logits of about 0.1
 
 
-def test_another_size_resamples_the_positions(workplace, capsys):
-    asked = ["@/good.safetensors", "--data-set", "FOLDER", "--data-path", "@/good", "--input-size", "24", "40"]
-    status, _, err = evaluate(workplace, capsys, *asked)
+def test_another_input_size_resamples_the_position_embedding(workplace, capsys):
+    arguments = ["@/good.safetensors", "--data-set", "FOLDER", "--data-path", "@/good", "--input-size", "24", "40"]
+    status, _, err = evaluate(workplace, capsys, *arguments)
     assert status == 0
     assert "24 x 40" in err
 
 
 def test_report(workplace, capsys, tmp_path):
-    asked = ["@/good.safetensors", "--data-set", "FOLDER", "--data-path", "@/good", "--report", str(tmp_path / "r")]
-    status, _, err = evaluate(workplace, capsys, *asked)
+    arguments = ["@/good.safetensors", "--data-set", "FOLDER", "--data-path", "@/good", "--report", str(tmp_path / "r")]
+    status, _, err = evaluate(workplace, capsys, *arguments)
     assert status == 0
     assert sorted(path.name for path in (tmp_path / "r").iterdir()) == ["per_class.csv", "report.html", "results.json"]
     results = json.loads((tmp_path / "r" / "results.json").read_text())
@@ -110,10 +110,10 @@ def test_report(workplace, capsys, tmp_path):
 
 
 def test_skipped_images_are_counted(workplace, capsys):
-    asked = ["@/good.safetensors", "--data-set", "FOLDER", "--data-path", "@/broken", "--skip-unreadable"]
-    status, out, err = evaluate(workplace, capsys, *asked)
+    arguments = ["@/good.safetensors", "--data-set", "FOLDER", "--data-path", "@/broken", "--skip-unreadable"]
+    status, out, err = evaluate(workplace, capsys, *arguments)
     assert status == 0
-    assert out.splitlines()[0] == "1 unreadable images left out of 2"
+    assert out.splitlines()[0] == "skipped 1 unreadable of 2 images"
     assert "2.jpg" in err
 
 
@@ -121,7 +121,7 @@ GOOD = ["@/good.safetensors", "--data-set", "FOLDER", "--data-path", "@/good"]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         ([*GOOD, "--batch-size", "0"], "batch_size=0"),
         ([*GOOD, "--workers", "-1"], "workers=-1"),
@@ -130,19 +130,19 @@ GOOD = ["@/good.safetensors", "--data-set", "FOLDER", "--data-path", "@/good"]
         ([*GOOD, "--device", "abacus"], "--device abacus"),
     ],
 )
-def test_flags_that_make_no_sense_are_status_2(workplace, arguments, says, capsys):
+def test_invalid_flag_values_exit_with_2(workplace, arguments, message, capsys):
     arguments = [argument.replace("@", str(workplace)) for argument in arguments]
     assert main(["eval", *arguments]) == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert says in said.err
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert message in captured.err
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["@/nowhere.pth"], "no checkpoint at"),
-        (["@/cut.safetensors"], "cut off"),
+        (["@/cut.safetensors"], "truncated"),
         (["localvit_tiyn"], "did you mean localvit_tiny"),
         (["@/good.safetensors", "--data-path", "@/nowhere"], "no such folder"),
         (["@/good.safetensors", "--data-path", "@/good"], "no val/ folder"),
@@ -151,6 +151,7 @@ def test_flags_that_make_no_sense_are_status_2(workplace, arguments, says, capsy
         (["@/good.safetensors", "--data-set", "FOLDER", "--data-path", "@/other"], "'cat'"),
         (["@/good.safetensors", "--data-set", "FOLDER", "--data-path", "@/broken"], "2.jpg"),
         (["@/good.safetensors", "--data-set", "NONE", "--data-path", "@/good"], "--data-set NONE is not known"),
+        (["@/good.safetensors", "--data-set", "imgnet"], "did you mean IMNET?"),
         (["@/good.safetensors", "--data-set", "FOLDER", "--data-path", "@/good", "--weights", "ema"], "no averaged"),
         (["@/good.safetensors", "--data-set", "FOLDER", "--data-path", "@/good", "--input-size", "30"], "30"),
         (["@/good.safetensors", "--data-set", "FOLDER", "--data-path", "@/good", "--real-labels"], "ILSVRC2012"),
@@ -158,31 +159,31 @@ def test_flags_that_make_no_sense_are_status_2(workplace, arguments, says, capsy
         (["localvit_nano_patch4_32", "--data-set", "FOLDER", "--data-path", "@/good"], "No pretrained weights exist"),
     ],
 )
-def test_one_clear_line_for_what_is_wrong(workplace, capsys, arguments, says):
+def test_each_error_is_one_clear_line(workplace, capsys, arguments, message):
     status, out, err = evaluate(workplace, capsys, *arguments)
     assert status == 1
     assert out == ""
     errors = [line for line in err.splitlines() if line.startswith("localvit: error:")]
     assert len(errors) == 1
-    assert says in errors[0]
+    assert message in errors[0]
     assert "Traceback" not in err
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device, so asking for one works")
-def test_asking_for_a_missing_device_falls_back_with_a_warning(workplace, capsys):
-    asked = [argument.replace("@", str(workplace)) for argument in ("@/good.safetensors", "--data-path", "@/good")]
-    assert main(["eval", *asked, "--data-set", "FOLDER", "--device", "cuda", "--workers", "0"]) == 0
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_a_missing_device_falls_back_to_the_cpu_with_a_warning(workplace, capsys):
+    arguments = [argument.replace("@", str(workplace)) for argument in ("@/good.safetensors", "--data-path", "@/good")]
+    assert main(["eval", *arguments, "--data-set", "FOLDER", "--device", "cuda", "--workers", "0"]) == 0
     assert "warning: no CUDA device on this machine; running on cpu" in capsys.readouterr().err
 
 
-def test_bad_usage_is_status_2(capsys):
+def test_unknown_flags_exit_with_2(capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["eval", "model", "--nonsense"])
     assert exit_.value.code == 2
 
 
-def test_a_terminal_gets_a_bar(workplace):
-    """On a pseudo terminal the progress is a bar that is redrawn; in a pipe it is lines."""
+def test_a_terminal_shows_a_progress_bar(workplace):
+    """On a pseudo terminal, progress is a bar that is redrawn."""
     command = [
         sys.executable,
         "-m",
@@ -202,7 +203,7 @@ def test_a_terminal_gets_a_bar(workplace):
         try:
             while chunk := os.read(leader, 4096):
                 seen.write(chunk)
-        except OSError:  # Linux's way to say that the other end is closed
+        except OSError:  # on Linux, the other end is closed
             pass
         out = process.stdout.read().decode()
     os.close(leader)

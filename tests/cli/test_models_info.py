@@ -13,7 +13,7 @@ from localvit import create_model, list_models, save_checkpoint
 from localvit.data.preprocessing import Preprocessing
 from localvit.inference.cost import count_multiply_adds, count_parameters, summarize_blocks
 from localvit.inference.fusion import fuse
-from localvit.models.zoo import ZOO
+from localvit.models.registry import registered_models
 from localvit_cli import UsageError
 from localvit_cli.info import Info
 from localvit_cli.models import Models
@@ -103,7 +103,7 @@ def test_parameter_counts_are_the_published_ones(listed):
 def test_the_list_has_every_name_and_published_number(listed):
     names = {name for model in listed for name in (model["name"], model["friendly_name"]) if name}
     assert names == set(list_models())
-    published = {model.name: model for model in ZOO}
+    published = {model.name: model for model in registered_models()}
     for model in listed[:-1]:
         expected = published[model["name"]]
         assert (model["acc1"], model["acc5"], model["weights_url"]) == (expected.acc1, expected.acc5, expected.url)
@@ -112,7 +112,8 @@ def test_the_list_has_every_name_and_published_number(listed):
 
 def test_the_list_fits_80_columns_with_a_model_per_line(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr("localvit_cli.models.ZOO", ZOO[:1])
+    first = registered_models()[:1]
+    monkeypatch.setattr("localvit_cli.models.registered_models", lambda: first)
     tyro.cli(Models, args=[]).run()
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 80

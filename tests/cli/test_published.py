@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from localvit.checkpoints.checkpoint import read_checkpoint
+from localvit.checkpoints import read_checkpoint
 from localvit.train.config import TrainConfig
 from localvit_cli.published import Published, main, parse, to_config
 

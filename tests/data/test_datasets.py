@@ -1,4 +1,4 @@
-"""The data sets by name, each on a small copy laid out as the real one is."""
+"""The data sets by name, each with a small copy in the layout of the real one."""
 
 import hashlib
 import io
@@ -25,22 +25,31 @@ def write(root, *names):
         IMAGE.save(path)
 
 
-def test_imnet_is_the_val_folder(tmp_path):
+def test_imnet_reads_the_val_folder(tmp_path):
     write(tmp_path, "val/n01440764/a.JPEG", "train/n01440764/b.JPEG")
     assert open_images("IMNET", tmp_path).paths == ["n01440764/a.JPEG"]
     assert open_images("imnet", tmp_path, split="train").paths == ["n01440764/b.JPEG"]
 
 
-def test_folder_is_val_or_the_folder_itself(tmp_path):
+def test_folder_reads_val_or_the_folder_itself(tmp_path):
     write(tmp_path / "split", "val/ape/a.png", "train/ape/b.png")
     write(tmp_path / "plain", "ape/c.png")
     assert open_images("FOLDER", tmp_path / "split").paths == ["ape/a.png"]
     assert open_images("FOLDER", tmp_path / "plain").paths == ["ape/c.png"]
 
 
+def test_skipped_folders_are_logged(tmp_path, caplog):
+    write(tmp_path, "ape/a.png", ".hidden/b.png")
+    (tmp_path / "bat").mkdir()
+    open_images("FOLDER", tmp_path)
+    assert [(record.name, record.levelname) for record in caplog.records] == [("localvit.data.datasets", "WARNING")] * 2
+    assert str(tmp_path / ".hidden") in caplog.text
+    assert str(tmp_path / "bat") in caplog.text
+
+
 @pytest.fixture
 def cifar(tmp_path, monkeypatch):
-    """CIFAR-10 and -100 with seven images each, in the archives' own format."""
+    """CIFAR-10 and -100 with seven images each, in the format of the archives."""
     from torchvision.datasets import CIFAR10, CIFAR100
 
     pixels = np.random.default_rng(1).integers(0, 256, (7, 3072), dtype=np.uint8)
@@ -78,7 +87,7 @@ def test_cifar(cifar, name, labels, count):
 
 @pytest.mark.parametrize("supercategories", [True, False])
 def test_inat(tmp_path, supercategories):
-    """Classes are counted as the training annotations first mention them, at the asked level."""
+    """Classes are numbered by their first training annotation, at the requested level of the taxonomy."""
     categories = [
         {"id": 0, "name": "Pica pica", "kingdom": "Animalia", "order": "Passeriformes"},
         {"id": 1, "name": "Quercus robur", "kingdom": "Plantae", "order": "Fagales"},
@@ -107,14 +116,14 @@ def test_inat(tmp_path, supercategories):
     assert by_kingdom.labels == [0, 1, 0]
 
 
-def test_digits_are_written_once_and_split_fairly(tmp_path):
+def test_digits_are_written_once_and_split_by_class(tmp_path):
     from sklearn.datasets import load_digits
 
     root = write_digits(tmp_path / "digits")
     train, val = (open_images("DIGITS", root, split=split) for split in ("train", "val"))
     assert (len(train), len(val)) == (1437, 360)
     assert not {path.split("/")[1] for path in train.paths} & {path.split("/")[1] for path in val.paths}
-    assert all(33 <= val.labels.count(digit) <= 38 for digit in range(10))  # 174 to 183 of each, a fifth
+    assert all(33 <= val.labels.count(digit) <= 38 for digit in range(10))  # a fifth of 174 to 183 of each
     digits = load_digits()
     for images in (train, val):
         for index in range(0, len(images), 97):
@@ -128,14 +137,14 @@ def test_digits_are_written_once_and_split_fairly(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["digits"]
 
 
-def test_a_name_of_timms_factory(cifar):
+def test_a_timm_data_set(cifar):
     root, pixels = cifar
     images = open_images("torch/cifar10", root)
     assert images.labels == [3, 1, 4, 1, 5, 9, 2]
     np.testing.assert_array_equal(np.asarray(images.load(2)), pixels[2].reshape(3, 32, 32).transpose(1, 2, 0))
 
 
-def test_a_streamed_set_becomes_a_fixed_sequence(tmp_path):
+def test_a_streamed_data_set_can_be_indexed(tmp_path):
     """Five images of distinct widths in a webdataset shard."""
     pytest.importorskip("webdataset", reason="webdataset is an extra that is not installed")
     with tarfile.open(tmp_path / "validation-0000.tar", "w") as shard:
@@ -153,8 +162,8 @@ def test_a_streamed_set_becomes_a_fixed_sequence(tmp_path):
     assert [images.load(index).width for index in (4, 0, 2)] == [12, 8, 10]
 
 
-def test_a_hugging_face_set(tmp_path, monkeypatch):
-    """A local folder, which the `datasets` library reads as it reads a hub's."""
+def test_a_hugging_face_data_set(tmp_path, monkeypatch):
+    """A local folder, which the `datasets` library reads like one on the hub."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     pytest.importorskip("datasets", reason="datasets is an extra that is not installed")
     write(tmp_path / "set", "train/ape/a.png", "validation/ape/b.png", "validation/bat/c.png", "validation/bat/d.png")
@@ -165,7 +174,7 @@ def test_a_hugging_face_set(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("data_set", "path", "says"),
+    ("data_set", "path", "message"),
     [
         ("IMNET", "nowhere", "no such folder"),
         ("IMNET", ".", "no val/ folder"),
@@ -181,8 +190,8 @@ def test_a_hugging_face_set(tmp_path, monkeypatch):
         ("FOLDER", ".", "no class folders"),
     ],
 )
-def test_bad_data_sets(data_set, path, says, tmp_path):
-    with pytest.raises(DataError, match=says):
+def test_errors_for_unusable_data_sets(data_set, path, message, tmp_path):
+    with pytest.raises(DataError, match=message):
         open_images(data_set, tmp_path / path if path else None)
 
 
@@ -197,7 +206,7 @@ def names(*class_names, fixed=False):
     return FileImages(None, [], list(class_names))
 
 
-def test_labels_go_by_name():
+def test_classes_are_matched_by_name():
     assert match_classes(names("cow", "ape"), ["ape", "bat", "cow"], 3) == [2, 0]
     shark, cock = "n01484850", "n01514668"
     assert match_classes(names(shark, cock), imagenet_synsets(), 1000) == [2, 7]
@@ -206,14 +215,14 @@ def test_labels_go_by_name():
 
 
 @pytest.mark.parametrize(
-    ("images", "model_names", "num_classes", "says"),
+    ("images", "model_names", "num_classes", "message"),
     [
         (names("ape", "bta"), ["ape", "bat"], 2, r"1 of the data set's 2 classes.*'bta'.*did you mean 'bat'"),
-        (names("cat"), imagenet_synsets(), 1000, "no ImageNet-1k synset"),
+        (names("cat"), imagenet_synsets(), 1000, "not ImageNet-1k synsets"),
         (names("a", "b", "c"), None, 2, "3 classes, the model 2"),
         (names("a", "b", "c", fixed=True), ["x", "y"], 2, "'a', 'b', 'c'"),
     ],
 )
-def test_classes_that_do_not_fit(images, model_names, num_classes, says):
-    with pytest.raises(DataError, match=says):
+def test_errors_for_classes_that_do_not_match(images, model_names, num_classes, message):
+    with pytest.raises(DataError, match=message):
         match_classes(images, model_names, num_classes)

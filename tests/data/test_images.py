@@ -1,4 +1,4 @@
-"""Images as users have them: every odd file either works as PIL does it or gives one clear line."""
+"""Unusual image files: each is decoded like PIL does it, or gives a one-line error."""
 
 import io
 from pathlib import Path
@@ -8,13 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
+from localvit.data.folders import scan_folder
 from localvit.data.images import (
     DataError,
     FileImages,
     PreparedImages,
     UnreadableImage,
     load_image,
-    scan_folder,
 )
 from localvit.data.preprocessing import Preprocessing
 
@@ -50,7 +50,7 @@ WORKS = {
 
 
 @pytest.mark.parametrize("name", WORKS)
-def test_works_as_pil_does_it(name, tmp_path):
+def test_images_are_decoded_like_pil_does_it(name, tmp_path):
     (tmp_path / name).write_bytes(WORKS[name])
     images = FileImages(tmp_path, [(name, 0)], ["a"])
     expected = np.asarray(Image.open(tmp_path / name).convert("RGB"))
@@ -62,7 +62,7 @@ def test_works_as_pil_does_it(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["sixteen_bit.png", "sixteen_bit.tiff"])
-def test_sixteen_bits_keep_their_upper_eight(name, tmp_path):
+def test_16_bit_images_keep_the_upper_8_bits(name, tmp_path):
     """PIL's own conversion would clip them to white."""
     values = RNG.integers(0, 65536, (29, 37), dtype=np.uint16)
     Image.fromarray(values).save(tmp_path / name)
@@ -82,7 +82,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_unreadable_in_one_clear_line(name, tmp_path):
+def test_unreadable_images_give_a_one_line_error(name, tmp_path):
     content, reason = BROKEN[name]
     (tmp_path / name).write_bytes(content)
     images = FileImages(tmp_path, [(name, 0)], ["a"])
@@ -93,16 +93,16 @@ def test_unreadable_in_one_clear_line(name, tmp_path):
     assert PreparedImages(images, lambda image: image)[0] == (0, str(error.value))
 
 
-def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
-    """PIL's own limit, lowered so that the test need not write 180 million pixels."""
+def test_a_decompression_bomb_is_an_error(tmp_path, monkeypatch):
+    """PIL's limit, lowered so that the test need not write 180 million pixels."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
     (tmp_path / "huge.png").write_bytes(png(Image.new("RGB", (50, 50))))
     with pytest.raises(UnreadableImage, match=r"huge\.png.*decompression bomb"):
         load_image(FileImages(tmp_path, [("huge.png", 0)], ["a"]), 0)
 
 
-def test_a_file_that_went_away(tmp_path):
-    with pytest.raises(UnreadableImage, match=r"gone\.png: no such file any more"):
+def test_a_missing_file_is_an_error(tmp_path):
+    with pytest.raises(UnreadableImage, match=r"gone\.png: no such file"):
         load_image(FileImages(tmp_path, [("gone.png", 0)], ["a"]), 0)
 
 
@@ -113,33 +113,33 @@ def write(root: Path, *names: str) -> None:
         path.write_bytes(WORKS["rgb.png"])
 
 
-def test_scan_equals_torchvision(tmp_path):
+def test_scan_folder_equals_torchvision(tmp_path):
     """The same classes, files and order as ImageFolder, which the published program reads with."""
     from torchvision.datasets import ImageFolder
 
     write(tmp_path, "b/2.png", "b/10.png", "b/sub/x.JPEG", "a/é ü.png", "10/a.png", "9/a.png", "B/upper.PNG")
-    images, remarks = scan_folder(tmp_path)
+    images, warnings = scan_folder(tmp_path)
     theirs = ImageFolder(str(tmp_path))
     assert images.class_names == theirs.classes
     assert [
         (str(tmp_path / path), label) for path, label in zip(images.paths, images.labels, strict=True)
     ] == theirs.samples
-    assert remarks == []
+    assert warnings == []
 
 
-def test_hidden_and_empty_are_left_out_with_a_remark(tmp_path):
+def test_hidden_files_are_skipped_and_empty_classes_kept(tmp_path):
     write(tmp_path, "ape/1.png", "ape/.hidden.png", "ape/.cache/2.png", ".git/3.png")
     (tmp_path / "bat").mkdir()
     (tmp_path / "ape" / "notes.txt").write_text("not an image")
-    images, remarks = scan_folder(tmp_path)
+    images, warnings = scan_folder(tmp_path)
     assert images.paths == ["ape/1.png"]
     assert images.class_names == ["ape", "bat"]
-    assert len(remarks) == 2
-    assert any(".git" in remark for remark in remarks)
-    assert any("bat" in remark and "no images" in remark for remark in remarks)
+    assert len(warnings) == 2
+    assert any(".git" in warning for warning in warnings)
+    assert any("bat" in warning and "no images" in warning for warning in warnings)
 
 
-def test_links_are_followed_once(tmp_path):
+def test_symbolic_links_are_followed_once(tmp_path):
     write(tmp_path / "elsewhere", "1.png")
     (tmp_path / "root").mkdir()
     (tmp_path / "root" / "ape").symlink_to(tmp_path / "elsewhere")
@@ -149,7 +149,7 @@ def test_links_are_followed_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("build", "says"),
+    ("build", "message"),
     [
         (lambda root: None, "no folder"),
         (lambda root: root.write_text(""), "is a file"),
@@ -159,8 +159,8 @@ def test_links_are_followed_once(tmp_path):
         (lambda root: (root / "ape").mkdir(parents=True), "no images"),
     ],
 )
-def test_folders_that_hold_nothing(build, says, tmp_path):
+def test_errors_for_folders_without_images(build, message, tmp_path):
     build(tmp_path / "data")
-    with pytest.raises(DataError, match=says) as error:
+    with pytest.raises(DataError, match=message) as error:
         scan_folder(tmp_path / "data")
     assert str(tmp_path / "data") in str(error.value)

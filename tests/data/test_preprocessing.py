@@ -1,4 +1,4 @@
-"""Preprocessing equals the published rule, and survives being written to JSON."""
+"""Preprocessing equals the published rule, and can be saved as JSON."""
 
 import json
 
@@ -37,20 +37,20 @@ def test_small_images_are_not_resized():
     np.testing.assert_allclose(ours.permute(1, 2, 0), normalized, rtol=1e-5, atol=1e-6)  # float32 against float64
 
 
-def test_every_published_model_is_evaluated_alike():
-    """TNT's own configuration says otherwise; the published numbers were not made with it."""
+def test_all_published_models_share_the_preprocessing():
+    """The published numbers of TNT were not computed with the configuration in timm either."""
     for name in localvit.list_models():
         if name == "localvit_nano_patch4_32":
             continue
         cfg = localvit.create_model(name, device="meta").pretrained_cfg
-        assert Preprocessing.of_cfg(cfg) == Preprocessing.published((224, 224)), name
+        assert Preprocessing.from_pretrained_cfg(cfg) == Preprocessing.published((224, 224)), name
 
 
-def test_timm_agrees_on_a_timm_model():
-    """A model of timm's own is evaluated as its configuration says."""
+def test_a_timm_model_has_timms_preprocessing():
+    """A timm model is evaluated with its own configuration."""
     model = localvit.create_model("vit_tiny_patch16_224")
     theirs = resolve_data_config(model.pretrained_cfg)
-    ours = Preprocessing.of_cfg(model.pretrained_cfg)
+    ours = Preprocessing.from_pretrained_cfg(model.pretrained_cfg)
     assert (ours.crop_pct, ours.mean, ours.std) == (theirs["crop_pct"], theirs["mean"], theirs["std"])
     assert ours.interpolation == theirs["interpolation"]
 
@@ -61,9 +61,9 @@ def test_json_round_trip():
 
 
 @pytest.mark.parametrize(
-    ("fields", "says"),
+    ("fields", "message"),
     [({"input_size": (0, 3)}, "input_size"), ({"crop_pct": 0.0}, "crop_pct"), ({"crop_pct": 1.2}, "crop_pct")],
 )
-def test_bad_fields(fields, says):
-    with pytest.raises(ValueError, match=says):
+def test_invalid_values(fields, message):
+    with pytest.raises(ValueError, match=message):
         Preprocessing(**fields)

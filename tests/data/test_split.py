@@ -1,4 +1,4 @@
-"""A folder without val/ split in two: class by class, by the seed alone."""
+"""Splitting a folder without val/: by class, depending on the seed only."""
 
 import math
 import os
@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from localvit.data.folders import scan_folder
 from localvit.data.images import (
     DataError,
     DatasetImages,
     FileImages,
     UnreadableImage,
     load_image,
-    scan_folder,
 )
 from localvit.data.split import split_images
 
@@ -23,7 +23,7 @@ COUNTS = {"ape": 23, "bat": 2, "cat": 101, "dog": 7}
 
 
 def folder_images(counts, root="root", order_seed=None):
-    """Images that are not there, of so many of each class, in the folder's order or another."""
+    """Image names without files, `counts` of each class, in the folder's order or shuffled."""
     names = sorted(counts)
     samples = [(f"{name}/{number}.png", names.index(name)) for name in names for number in range(counts[name])]
     if order_seed is not None:
@@ -40,7 +40,7 @@ def of_class(images, name):
 
 
 @pytest.mark.parametrize("val_fraction", [0.15, 0.5, 0.01, 0.99])
-def test_every_class_on_both_sides_in_proportion(val_fraction):
+def test_each_class_is_split_in_proportion(val_fraction):
     images = folder_images(COUNTS)
     train, val = split_images(images, val_fraction, seed=3)
     assert names_of(train) | names_of(val) == names_of(images)
@@ -49,22 +49,22 @@ def test_every_class_on_both_sides_in_proportion(val_fraction):
     for name, count in COUNTS.items():
         share = len(of_class(val, name))
         assert 1 <= share <= count - 1
-        # To the nearest image, unless a side would be left with none.
-        wanted = val_fraction * count
-        assert abs(share - wanted) <= 0.5 or (wanted < 1 and share == 1) or (wanted > count - 1 and share == count - 1)
+        # Rounded to the nearest image, unless a set would have none.
+        target = val_fraction * count
+        assert abs(share - target) <= 0.5 or (target < 1 and share == 1) or (target > count - 1 and share == count - 1)
 
 
-def test_the_seed_alone_decides():
+def test_the_split_depends_on_the_seed_only():
     reference = [names_of(side) for side in split_images(folder_images(COUNTS), 0.15, seed=3)]
     for order_seed in (None, 1, 2):
         moved = folder_images(COUNTS, root="elsewhere", order_seed=order_seed)
         assert [names_of(side) for side in split_images(moved, 0.15, seed=3)] == reference
     assert [names_of(side) for side in split_images(folder_images(COUNTS), 0.15, seed=4)] != reference
-    # Written down, so that neither another version of this package nor of any other may change a recorded split.
+    # A literal, so that no version of this or another package can change the split of an earlier run.
     assert of_class(split_images(folder_images(COUNTS), 0.15, seed=3)[1], "dog") == {"dog/1.png"}
 
 
-def test_other_classes_change_nothing():
+def test_other_classes_do_not_change_the_split_of_a_class():
     _, val = split_images(folder_images(COUNTS), 0.15, seed=3)
     more = folder_images(COUNTS | {"aardvark": 40, "bee": 12})
     _, val_of_more = split_images(more, 0.15, seed=3)
@@ -72,40 +72,40 @@ def test_other_classes_change_nothing():
         assert of_class(val_of_more, name) == of_class(val, name)
 
 
-def test_classes_are_drawn_independently():
-    """Files of one name in two classes do not go to the same side."""
+def test_classes_are_split_independently():
+    """Files with the same name in two classes are not always in the same set."""
     counts = {"ape": 200, "bat": 200}
     _, val = split_images(folder_images(counts), 0.5, seed=0)
     apes, bats = ({name.split("/")[1] for name in of_class(val, each)} for each in counts)
-    # Of 100 files drawn from 200, chance puts 50 +- 3.5 on the same side: five deviations.
+    # If 100 of 200 files are chosen at random twice, 50 +- 3.5 are chosen both times; five standard deviations.
     assert abs(len(apes & bats) - 50) < 18
 
 
-def test_every_image_has_the_same_chance():
+def test_each_image_has_the_same_probability():
     images = folder_images({"ape": 20})
-    draws = 2000
+    seeds = 2000
     times = np.zeros(20)
-    for seed in range(draws):
+    for seed in range(seeds):
         _, val = split_images(images, 0.15, seed)
         for index in range(len(val)):
             times[int(val.name(index).split("/")[1].removesuffix(".png"))] += 1
-    # Binomial: 300 +- 16; five deviations, for 20 images.
-    assert np.abs(times - 0.15 * draws).max() < 5 * math.sqrt(draws * 0.15 * 0.85)
+    # Binomial: 300 +- 16; five standard deviations, for 20 images.
+    assert np.abs(times - 0.15 * seeds).max() < 5 * math.sqrt(seeds * 0.15 * 0.85)
 
 
-def test_one_image_is_trained_on_and_remarked_on():
-    remarks = []
-    train, val = split_images(folder_images({"ape": 1, "bat": 5, "cat": 1}), 0.15, 0, remarks.append)
+def test_the_only_image_of_a_class_goes_to_train_with_a_warning(caplog):
+    train, val = split_images(folder_images({"ape": 1, "bat": 5, "cat": 1}), 0.15, 0)
     assert {"ape/0.png", "cat/0.png"} < names_of(train)
     assert set(val.labels) == {1}
-    assert len(remarks) == 1
-    assert remarks[0].startswith("2 classes have one image each")
-    assert remarks[0].endswith("ape, cat")
-    split_images(folder_images(COUNTS), 0.15, 0, remarks.append)
-    assert len(remarks) == 1
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("localvit.data.split", "WARNING")
+    assert record.getMessage().startswith("2 classes have a single image")
+    assert record.getMessage().endswith("ape, cat")
+    split_images(folder_images(COUNTS), 0.15, 0)
+    assert len(caplog.records) == 1
 
 
-def test_both_sides_work_as_the_whole_does(tmp_path):
+def test_both_sets_load_the_same_images_as_the_whole(tmp_path):
     for name, count in {"ape": 4, "bat": 3, "empty": 0}.items():
         (tmp_path / name).mkdir()
         for number in range(count):
@@ -126,7 +126,7 @@ def test_both_sides_work_as_the_whole_does(tmp_path):
             load_image(side, 0)
 
 
-def test_a_data_set_without_names_or_files():
+def test_a_data_set_without_class_names_or_files():
     images = DatasetImages(lambda index: Image.new("L", (2, 3), index), [0, 1, 0, 1, 1, 0], None, "some")
     train, val = split_images(images, 0.3, seed=0)
     assert sorted(val.labels) == [0, 1]
@@ -137,14 +137,14 @@ def test_a_data_set_without_names_or_files():
     assert len(train) == 4
 
 
-def test_a_name_that_is_no_text():
+def test_a_file_name_that_is_not_valid_utf8():
     name = os.fsdecode(b"ape/\xff.png")
     train, val = split_images(FileImages(Path("root"), [(name, 0), ("ape/0.png", 0)], ["ape"]), 0.5, 0)
     assert names_of(train) | names_of(val) == {name, "ape/0.png"}
 
 
 @pytest.mark.parametrize(
-    ("counts", "val_fraction", "error", "says"),
+    ("counts", "val_fraction", "error", "message"),
     [
         ({"ape": 3}, 0.0, ValueError, "val_fraction=0.0 must be in"),
         ({"ape": 3}, 1.0, ValueError, "val_fraction=1.0 must be in"),
@@ -152,6 +152,6 @@ def test_a_name_that_is_no_text():
         ({"ape": 1, "bat": 1}, 0.15, DataError, "root has no class with two images"),
     ],
 )
-def test_bad_input(counts, val_fraction, error, says):
-    with pytest.raises(error, match=says):
+def test_bad_input(counts, val_fraction, error, message):
+    with pytest.raises(error, match=message):
         split_images(folder_images(counts), val_fraction, seed=0)

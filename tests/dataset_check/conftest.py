@@ -1,4 +1,4 @@
-"""A data set that the tests of its check begin with."""
+"""A data set without problems, which the tests modify."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from data_sets import GOOD, save, scene
 
 @pytest.fixture
 def root(tmp_path) -> Path:
-    """A data set that nothing is wrong with."""
+    """A data set without problems."""
     for number, path in enumerate(GOOD):
         save(tmp_path / "data" / f"{path}.png", scene(number))
     return tmp_path / "data"

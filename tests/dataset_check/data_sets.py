@@ -1,4 +1,4 @@
-"""Small data sets to check, and what a check says of them."""
+"""Helpers that build small data sets and read the findings of a check."""
 
 import os
 from pathlib import Path
@@ -9,11 +9,11 @@ from PIL import Image
 from localvit.dataset_check.report import CheckReport
 
 GOOD = ("train/ape/1", "train/ape/2", "train/bat/3", "train/bat/4", "val/ape/5", "val/bat/6")
-"""The images of a data set that nothing is wrong with, numbered from 0 for `scene`."""
+"""The images of a data set without problems; image number i is `scene(i)`."""
 
 
 def scene(seed: int, width: int = 67, height: int = 53) -> Image.Image:
-    """An image with a detail of its own in every place, as photographs have it."""
+    """An image with distinct details everywhere, like a photograph."""
     patches = np.random.default_rng(seed).integers(0, 256, (17, 19, 3), dtype=np.uint8)
     return Image.fromarray(patches).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -25,11 +25,11 @@ def save(path: Path, image: Image.Image, **options) -> Path:
 
 
 def found(report: CheckReport) -> dict[str, list[tuple[str, ...]]]:
-    return {finding.name: [place.paths for place in finding.places] for finding in report.findings}
+    return {finding.name: [location.paths for location in finding.locations] for finding in report.findings}
 
 
 def notes(report: CheckReport) -> str:
-    return "\n".join(place.note for finding in report.findings for place in finding.places)
+    return "\n".join(location.note for finding in report.findings for location in finding.locations)
 
 
 def several(root: Path, folder: str, count: int) -> None:

@@ -1,4 +1,4 @@
-"""Images that are there twice, to the pixel or nearly, are found, and no others."""
+"""Identical images and near duplicates are found, and no others."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +22,7 @@ def near(seed: int) -> Image.Image:
 
 
 def bluer(seed: int) -> Image.Image:
-    """Other pixels, of the same gray: one level of blue counts 0.114 of gray's."""
+    """Other pixels with the same gray levels: one level of blue adds 0.114 levels of gray."""
     gray = np.asarray(scene(seed).convert("L")).clip(0, 254)
     return Image.fromarray(np.stack([gray, gray, gray + 1], axis=2))
 
@@ -34,13 +34,13 @@ def without_val(root: Path) -> None:
     (root / "train").rmdir()
 
 
-def gray_alone(root: Path) -> None:
+def equal_in_gray(root: Path) -> None:
     save(root / "train/ape/x.png", scene(50).convert("L").point(lambda level: min(level, 254)))
     save(root / "val/ape/x.png", bluer(50))
 
 
 def shades(root: Path) -> None:
-    """Twice as light, and so, even in rounding, of the same hash."""
+    """One is twice as bright as the other, so both have the same hash, even after rounding."""
     for split, shade in (("train", 45), ("val", 90)):
         save(root / split / "ape" / "x.png", Image.new("L", (67, 53), shade))
 
@@ -55,7 +55,7 @@ DUPLICATES: dict[str, tuple[Build, dict[str, list[tuple[str, ...]]], str]] = {
     "the same pixels": (
         lambda root: copy(root, "val/bat/x.bmp", 0),
         {"same-across-splits": [(FIRST, "val/bat/x.bmp")]},
-        "under different classes",
+        "in different classes",
     ),
     "in three splits": (
         lambda root: [copy(root, f"{split}/ape/x.png", 99) for split in ("train", "val", "test")],
@@ -67,7 +67,7 @@ DUPLICATES: dict[str, tuple[Build, dict[str, list[tuple[str, ...]]], str]] = {
         {"same-across-splits": [("val/ape/5.png", "test/ape/x.png")]},
         "",
     ),
-    "twice in a class": (
+    "twice in one class": (
         lambda root: copy(root, "train/ape/x.png", 0),
         {"same-twice": [(FIRST, "train/ape/x.png")]},
         "",
@@ -77,25 +77,25 @@ DUPLICATES: dict[str, tuple[Build, dict[str, list[tuple[str, ...]]], str]] = {
         {"same-in-classes": [(FIRST, "train/bat/x.png")]},
         "",
     ),
-    "nearly": (
+    "near": (
         lambda root: save(root / "val/ape/x.jpg", near(0)),
         {"near-across-splits": [("val/ape/x.jpg", FIRST)]},
         "of 256 bits",
     ),
-    "nearly, in another class": (
+    "near, in another class": (
         lambda root: save(root / "val/bat/x.jpg", near(0)),
         {"near-across-splits": [("val/bat/x.jpg", FIRST)]},
-        "differ, under different classes",
+        "differ, in different classes",
     ),
-    "nearly, in test, the surest first": (
+    "near, in test, most similar first": (
         lambda root: [save(root / "test/ape/x.jpg", near(0)), save(root / "test/bat/y.jpg", scene(5), quality=95)],
         {"near-across-splits": [("test/bat/y.jpg", "val/bat/6.png"), ("test/ape/x.jpg", FIRST)]},
         "",
     ),
-    "nearly, in train": (lambda root: save(root / "train/ape/x.jpg", near(0)), {}, ""),
-    "nearly, in val": (lambda root: save(root / "val/ape/x.jpg", near(4)), {}, ""),
-    "equal in gray alone": (
-        gray_alone,
+    "near, in train": (lambda root: save(root / "train/ape/x.jpg", near(0)), {}, ""),
+    "near, in val": (lambda root: save(root / "val/ape/x.jpg", near(4)), {}, ""),
+    "equal only in gray": (
+        equal_in_gray,
         {"near-across-splits": [("val/ape/x.png", "train/ape/x.png")]},
         "0 of 256 bits",
     ),
@@ -105,12 +105,12 @@ DUPLICATES: dict[str, tuple[Build, dict[str, list[tuple[str, ...]]], str]] = {
         "",
     ),
     "shades": (shades, {"blank": [("train/ape/x.png",), ("val/ape/x.png",)]}, ""),
-    "twice, and to be split": (
+    "twice, without splits": (
         lambda root: [copy(root, "train/ape/x.png", 0), without_val(root)],
         {"same-twice": [("ape/1.png", "ape/x.png")]},
         "",
     ),
-    "nearly, and to be split": (
+    "near, without splits": (
         lambda root: [save(root / "train/ape/x.jpg", near(0)), without_val(root)],
         {"near-twice": [("ape/x.jpg", "ape/1.png")]},
         "",
@@ -141,15 +141,15 @@ def test_duplicates(root, case):
         (lambda photo: photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT), False),
         (lambda photo: photo.crop((100, 100, photo.width, photo.height)), False),
     ],
-    ids=["half", "square", "gray", "lighter", "flatter", "crop of a hundredth", "mirrored", "crop of a sixth"],
+    ids=["half size", "square", "gray", "brighter", "less contrast", "cropped by 1 %", "mirrored", "cropped by 16 %"],
 )
-def test_photographs_near_and_far(tmp_path, change, is_near):
-    """What NEAR_BITS promises, on scikit-learn's two photographs."""
+def test_which_changes_of_a_photograph_are_near_duplicates(tmp_path, change, is_near):
+    """The changes that NEAR_BITS documents, on scikit-learn's two photographs."""
     photographs = pytest.importorskip("sklearn.datasets").load_sample_images().images
     for name, pixels in zip(("china", "flower"), photographs, strict=True):
-        save(tmp_path / name / "as_it_was.png", Image.fromarray(pixels))
+        save(tmp_path / name / "before.png", Image.fromarray(pixels))
         save(tmp_path / name / "changed.jpg", change(Image.fromarray(pixels)), quality=60)
-    pairs = [(f"{name}/changed.jpg", f"{name}/as_it_was.png") for name in ("china", "flower")]
-    told = found(check_folder(tmp_path))
-    assert sorted(told.pop("near-twice", [])) == (pairs if is_near else [])
-    assert told == {}
+    pairs = [(f"{name}/changed.jpg", f"{name}/before.png") for name in ("china", "flower")]
+    findings = found(check_folder(tmp_path))
+    assert sorted(findings.pop("near-twice", [])) == (pairs if is_near else [])
+    assert findings == {}

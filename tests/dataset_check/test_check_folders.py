@@ -1,4 +1,4 @@
-"""Whatever is wrong with how the folders of a data set lie is found, where it is, and nothing else."""
+"""Problems of the folder layout are found at the right location, and no others."""
 
 import os
 from collections.abc import Callable
@@ -11,14 +11,14 @@ from localvit.data.images import DataError
 from localvit.dataset_check.report import check_folder
 
 
-def test_nothing_wrong(root):
+def test_a_data_set_without_problems(root):
     report = check_folder(root)
     assert report.findings == []
     assert report.counts == {"train": {"ape": 2, "bat": 2}, "val": {"ape": 1, "bat": 1}}
     assert report.sizes == [(67, 53)] * 6
 
 
-def test_class_folders_alone(root):
+def test_class_folders_without_splits(root):
     report = check_folder(root / "train")
     assert report.findings == []
     assert report.counts == {"all": {"ape": 2, "bat": 2}}
@@ -61,14 +61,14 @@ FOLDERS: dict[str, tuple[Build, dict[str, list[tuple[str, ...]]], str]] = {
         {"outside-classes": [("1.png",), ("train/2.JPG",)]},
         "",
     ),
-    "other endings": (
+    "other extensions": (
         lambda root: [
             save(root / "train/ape/moving.gif", scene(99)),
-            save(root / "train/ape/deep/no_ending", scene(99), format="PNG"),
-            (root / "val/bat/telephone.HEIC").write_bytes(b"not for PIL"),
-            link(root / "train/ape/around", "../ape"),
+            save(root / "train/ape/deep/no_extension", scene(99), format="PNG"),
+            (root / "val/bat/phone.HEIC").write_bytes(b"not for PIL"),
+            link(root / "train/ape/loop", "../ape"),
         ],
-        {"other-endings": [("train/ape/moving.gif",), ("train/ape/deep/no_ending",), ("val/bat/telephone.HEIC",)]},
+        {"other-extensions": [("train/ape/moving.gif",), ("train/ape/deep/no_extension",), ("val/bat/phone.HEIC",)]},
         "",
     ),
     "no images at all": (
@@ -86,9 +86,9 @@ FOLDERS: dict[str, tuple[Build, dict[str, list[tuple[str, ...]]], str]] = {
     "unknown class": (
         lambda root: (root / "val/bat").rename(root / "val/Bat"),
         {"unknown-classes": [("val/Bat",)], "not-in-val": [("train/bat",)]},
-        "holds 1; did you mean 'bat'?",
+        "1 image; did you mean 'bat'?",
     ),
-    "known by an empty folder": (
+    "only an empty folder in train": (
         lambda root: [(root / "train/cat").mkdir(), save(root / "val/cat/1.png", scene(99))],
         {"unknown-classes": [("val/cat",)], "empty-classes": [("train/cat",)]},
         "",
@@ -129,7 +129,7 @@ FOLDERS: dict[str, tuple[Build, dict[str, list[tuple[str, ...]]], str]] = {
         {"numeric-names": [("c10", "c9")]},
         "classes 2 and 3",
     ),
-    "names to be careful with": (
+    "unusual names": (
         lambda root: [
             several(root, f"{split}/{os.fsdecode(name)}", 1)
             for split in ("train", "val")
@@ -152,18 +152,18 @@ def test_folders(root, case):
     assert found(report) == expected
     assert note in notes(report)
     for finding in report.findings:
-        is_error = finding.name in ERRORS and finding.places[0].paths != ("test",)
+        is_error = finding.name in ERRORS and finding.locations[0].paths != ("test",)
         assert finding.severity == ("error" if is_error else "warning")
 
 
 @pytest.mark.parametrize("name", ["none", "file"])
-def test_no_folder_to_check(tmp_path, name):
+def test_not_a_folder(tmp_path, name):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=f"{tmp_path}/{name}"):
         check_folder(tmp_path / name)
 
 
-def test_only_the_class_folder_above_is_given(root):
+def test_the_parent_of_the_class_folders(root):
     save(root / "photos" / "ape" / "1.png", scene(1))
     save(root / "photos" / "bat" / "2.png", scene(2))
     for split in ("train", "val"):

@@ -1,4 +1,4 @@
-"""Whatever is wrong with single images is found, where it is, and nothing else."""
+"""Problems of single images are found at the right location, and no others."""
 
 import os
 from collections.abc import Callable
@@ -23,7 +23,7 @@ UNREADABLE: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "text.jpg": (lambda path, root: path.write_text("not found"), "cannot identify"),
     "page.png": (lambda path, root: path.write_text("<!DOCTYPE html><html>404</html>"), "cannot identify"),
     "gone.jpg": (lambda path, root: path.symlink_to("nowhere.jpg"), "no such file"),
-    "circle.jpg": (lambda path, root: path.symlink_to("circle.jpg"), "symbolic links"),
+    "loop.jpg": (lambda path, root: path.symlink_to("loop.jpg"), "symbolic links"),
     "floats.tiff": (lambda path, root: Image.fromarray(np.ones((5, 7), np.float32)).save(path), "32-bit"),
     os.fsdecode(b"caf\xe9.jpg"): (lambda path, root: path.write_bytes(b"\xff\xd8\xff"), "cannot be read"),
 }
@@ -37,27 +37,27 @@ def test_unreadable_images(root, workers):
     (finding,) = report.findings
     assert finding.name == "unreadable"
     assert finding.severity == "error"
-    told = {place.paths[0]: place.note for place in finding.places}
-    assert told.keys() == {f"train/ape/{name}" for name in UNREADABLE}
+    reasons = {location.paths[0]: location.note for location in finding.locations}
+    assert reasons.keys() == {f"train/ape/{name}" for name in UNREADABLE}
     for name, (_, reason) in UNREADABLE.items():
-        assert reason in told[f"train/ape/{name}"]
+        assert reason in reasons[f"train/ape/{name}"]
     assert report.sizes == [(67, 53)] * 6
     assert report.counts["train"]["ape"] == 2 + len(UNREADABLE)
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root can read every file")
 def test_images_without_permission(root):
     (root / "train/ape/1.png").chmod(0)
     assert found(check_folder(root)) == {"unreadable": [("train/ape/1.png",)]}
 
 
-def turned_by(orientation: int) -> dict[str, Image.Exif]:
+def with_orientation(orientation: int) -> dict[str, Image.Exif]:
     exif = Image.Exif()
     exif[0x0112] = orientation
     return {"exif": exif}
 
 
-def veiled(opacity: int) -> Image.Image:
+def with_opacity(opacity: int) -> Image.Image:
     image = scene(99).convert("RGBA")
     image.putalpha(Image.new("L", image.size, opacity))
     return image
@@ -68,30 +68,30 @@ IMAGES: dict[str, tuple[str, Image.Image, dict, str | None]] = {
     "gray": ("x.png", scene(99).convert("L"), {}, None),
     "CMYK": ("x.jpg", scene(99).convert("CMYK"), {}, None),
     "palette": ("x.png", scene(99).quantize(200), {}, None),
-    "half the usual side": ("x.png", scene(99, 40, 27), {}, None),
+    "half the median side": ("x.png", scene(99, 40, 27), {}, None),
     "small": ("x.png", scene(99, 26, 31), {}, "small"),
-    "four times as long": ("x.png", scene(99, 212, 53), {}, None),
-    "longer": ("x.png", scene(99, 53, 213), {}, "elongated"),
+    "aspect ratio 4": ("x.png", scene(99, 212, 53), {}, None),
+    "aspect ratio above 4": ("x.png", scene(99, 53, 213), {}, "elongated"),
     "large": ("x.png", scene(99, 4097, 4096), {"compress_level": 1}, "large"),
-    "one shade": ("x.png", Image.new("RGB", (67, 53), "teal"), {}, "blank"),
-    "turned": ("x.jpg", scene(99), turned_by(6), "turned"),
-    "mirrored": ("x.png", scene(99), turned_by(2), "turned"),
-    "upright": ("x.jpg", scene(99), turned_by(1), None),
-    "orientation 0": ("x.jpg", scene(99), turned_by(0), None),
-    "EXIF cut off": ("x.jpg", scene(99), {"exif": b"Exif\0\0II*\0\xff\xff\xff\xff"}, "remarks"),
-    "EXIF of nothing": ("x.png", scene(99), {"exif": b"Exif\0\0nothing at all"}, None),
-    "opaque": ("x.png", veiled(255), {}, None),
-    "transparent": ("x.png", veiled(254), {}, "unseen"),
-    "transparent color": ("x.png", scene(99).quantize(200), {"transparency": 7}, "unseen"),
-    "animated": ("x.png", scene(99), {"save_all": True, "append_images": [scene(98)]}, "unseen"),
-    "pages": ("x.tif", scene(99), {"save_all": True, "append_images": [scene(98)]}, "unseen"),
-    "photograph and preview": (
+    "one color": ("x.png", Image.new("RGB", (67, 53), "teal"), {}, "blank"),
+    "rotated": ("x.jpg", scene(99), with_orientation(6), "rotated"),
+    "mirrored": ("x.png", scene(99), with_orientation(2), "rotated"),
+    "upright": ("x.jpg", scene(99), with_orientation(1), None),
+    "orientation 0": ("x.jpg", scene(99), with_orientation(0), None),
+    "truncated EXIF": ("x.jpg", scene(99), {"exif": b"Exif\0\0II*\0\xff\xff\xff\xff"}, "decoder-warnings"),
+    "invalid EXIF": ("x.png", scene(99), {"exif": b"Exif\0\0nothing at all"}, None),
+    "opaque": ("x.png", with_opacity(255), {}, None),
+    "transparent": ("x.png", with_opacity(254), {}, "partly-ignored"),
+    "transparent color": ("x.png", scene(99).quantize(200), {"transparency": 7}, "partly-ignored"),
+    "animated": ("x.png", scene(99), {"save_all": True, "append_images": [scene(98)]}, "partly-ignored"),
+    "pages": ("x.tif", scene(99), {"save_all": True, "append_images": [scene(98)]}, "partly-ignored"),
+    "phone photograph with preview": (
         "x.jpg",
         scene(99),
         {"format": "MPO", "save_all": True, "append_images": [scene(98)]},
         None,
     ),
-    "sixteen bits": ("x.png", SIXTEEN, {}, "unseen"),
+    "sixteen bits": ("x.png", SIXTEEN, {}, "partly-ignored"),
 }
 
 
@@ -105,16 +105,16 @@ def test_single_images(root, case):
 
 
 @pytest.mark.parametrize(("side", "other_side"), [(23, 29), (37, 211)])
-def test_small_only_beside_larger_ones(tmp_path, side, other_side):
+def test_a_small_image_is_reported_only_among_larger_ones(tmp_path, side, other_side):
     save(tmp_path / "ape" / "1.png", scene(0, side, side))
     for number, path in enumerate(("ape/2.png", "bat/1.png", "bat/2.png"), start=1):
         save(tmp_path / path, scene(number, other_side, other_side))
     assert check_folder(tmp_path).findings == []
 
 
-def test_the_decoder_is_quoted_and_kept_quiet(root, capfd, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)  # PIL warns above it, and refuses at twice as many
+def test_decoder_warnings_are_reported_and_not_printed(root, capfd, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)  # PIL warns above it, and raises an error above twice as many
     report = check_folder(root)
-    assert found(report) == {"remarks": [(f"{path}.png",) for path in GOOD]}
+    assert found(report) == {"decoder-warnings": [(f"{path}.png",) for path in GOOD]}
     assert "exceeds limit of 3000 pixels" in notes(report)
     assert capfd.readouterr() == ("", "")

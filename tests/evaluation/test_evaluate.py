@@ -1,5 +1,6 @@
-"""Evaluation: the published result to the digit, the same for any batch size and number of processes."""
+"""Evaluation equals the published result to the last digit, at any batch size and number of processes."""
 
+import copy
 import json
 import os
 import subprocess
@@ -17,8 +18,8 @@ from localvit.data.datasets import open_images
 from localvit.data.images import DataError, FileImages, UnreadableImage
 from localvit.data.preprocessing import Preprocessing
 from localvit.evaluation.evaluate import Evaluation, evaluate
-from localvit.evaluation.real_labels import real_accuracy
-from localvit.inference.runner import InferenceOptions
+from localvit.evaluation.metrics import real_accuracy
+from localvit.inference.runner import InferenceOptions, load_model
 from published import SHARED, published_state
 
 ROOT = Path(__file__).parents[2]
@@ -57,11 +58,14 @@ def nano():
     return localvit.create_model("localvit_nano_patch4_32", num_classes=3).eval()
 
 
+CPU = torch.device("cpu")
 PREPROCESSING = Preprocessing(input_size=(32, 32), crop_pct=1.0)
 
 
 def run(nano, images, **arguments) -> Evaluation:
-    options = InferenceOptions(batch_size=arguments.pop("batch_size", 4), workers=arguments.pop("workers", 0))
+    options = InferenceOptions(
+        batch_size=arguments.pop("batch_size", 4), workers=arguments.pop("workers", 0), device=CPU
+    )
     return evaluate(nano, images, PREPROCESSING, options, class_names=NAMES, **arguments)
 
 
@@ -80,7 +84,7 @@ def test_every_row_of_the_published_evaluation(published_file):
     localvit.load_checkpoint(model, published_file)
     images = open_images("IMNET", SAMPLE)
     preprocessing = Preprocessing.published((224, 224))
-    options = InferenceOptions(batch_size=67, workers=1)
+    options = InferenceOptions(batch_size=67, workers=1, device=CPU)
     evaluation = evaluate(model, images, preprocessing, options, class_names=imagenet_synsets())
     assert len(evaluation.paths) == len(expected["per_image"]) == 200
     transform = preprocessing.transform()
@@ -96,7 +100,7 @@ def test_every_row_of_the_published_evaluation(published_file):
     assert (evaluation.acc1, evaluation.acc5) == (expected["acc1"], expected["acc5"])
 
 
-def test_rows_equal_a_loop_by_hand(nano, folder):
+def test_rows_equal_a_loop_over_single_images(nano, folder):
     images = open_images("FOLDER", folder)
     evaluation = run(nano, images)
     mean, std = torch.tensor((0.485, 0.456, 0.406)), torch.tensor((0.229, 0.224, 0.225))
@@ -118,7 +122,7 @@ def test_rows_equal_a_loop_by_hand(nano, folder):
 
 
 @pytest.mark.parametrize(("batch_size", "workers"), [(1, 0), (5, 0), (17, 0), (100, 2), (6, 3)])
-def test_batch_size_and_workers_change_nothing(nano, folder, batch_size, workers):
+def test_batch_size_and_workers_do_not_change_the_result(nano, folder, batch_size, workers):
     images = open_images("FOLDER", folder)
     evaluation = run(nano, images, batch_size=batch_size, workers=workers)
     reference = run(nano, images, batch_size=2)
@@ -128,7 +132,7 @@ def test_batch_size_and_workers_change_nothing(nano, folder, batch_size, workers
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_processes_change_nothing(nano, folder, tmp_path, processes):
+def test_the_number_of_processes_does_not_change_the_result(nano, folder, tmp_path, processes):
     checkpoint = localvit.save_checkpoint(
         nano, tmp_path / "nano.safetensors", class_names=NAMES, preprocessing=PREPROCESSING.to_dict()
     )
@@ -144,8 +148,8 @@ def test_processes_change_nothing(nano, folder, tmp_path, processes):
     assert json.loads((tmp_path / "report" / "results.json").read_text())["count"] == 17
 
 
-def test_more_processes_than_images_and_a_failing_one(nano, folder, tmp_path):
-    """Three processes, two images, one of them unreadable: all stop, with the file's name, and none hangs."""
+def test_an_unreadable_image_stops_all_processes(nano, folder, tmp_path):
+    """Three processes, two images, one of them unreadable: all stop and the error names the file."""
     root = tmp_path / "two"
     for class_name in ("ape", "bat"):
         (root / class_name).mkdir(parents=True)
@@ -164,8 +168,8 @@ def test_more_processes_than_images_and_a_failing_one(nano, folder, tmp_path):
     assert "* Acc@1" not in done.stdout
 
 
-def test_order_of_classes_is_by_name(folder):
-    """A model whose classes stand in another order scores the same."""
+def test_labels_are_matched_by_class_name(folder):
+    """A model with its classes in another order has the same result."""
     torch.manual_seed(3)
     model = localvit.create_model("localvit_nano_patch4_32", num_classes=3).eval()
     images = open_images("FOLDER", folder)
@@ -174,14 +178,14 @@ def test_order_of_classes_is_by_name(folder):
     with torch.no_grad():
         model.head.weight.copy_(model.head.weight[order])
         model.head.bias.copy_(model.head.bias[order])
-    options = InferenceOptions(batch_size=4, workers=0)
+    options = InferenceOptions(batch_size=4, workers=0, device=CPU)
     names = [NAMES[index] for index in order]
     after = evaluate(model, images, PREPROCESSING, options, class_names=names)
     torch.testing.assert_close(after.losses_N, before.losses_N)
     assert [names[label] for label in after.labels_N] == [NAMES[label] for label in before.labels_N]
 
 
-def test_unreadable_images_stop_or_are_counted(nano, folder, tmp_path):
+def test_unreadable_images_raise_or_are_skipped(nano, folder, tmp_path):
     images = open_images("FOLDER", folder)
     broken = FileImages(folder, [*zip(images.paths, images.labels, strict=True), ("ape/gone.png", 0)], NAMES)
     with pytest.raises(UnreadableImage, match=r"gone\.png.*--skip-unreadable"):
@@ -195,7 +199,7 @@ def test_unreadable_images_stop_or_are_counted(nano, folder, tmp_path):
 
 
 class DyingImages(FileImages):
-    """Kills the process that decodes its third image, as the kernel does when memory runs out."""
+    """Kills the worker process that decodes the third image, as the kernel does when memory runs out."""
 
     def load(self, index):
         if index == 2 and torch.utils.data.get_worker_info() is not None:
@@ -203,10 +207,10 @@ class DyingImages(FileImages):
         return super().load(index)
 
 
-def test_a_dying_worker_is_an_error_and_no_hang(nano, folder):
+def test_a_killed_worker_raises_an_error(nano, folder):
     whole = open_images("FOLDER", folder)
     dying = DyingImages(folder, list(zip(whole.paths, whole.labels, strict=True)), NAMES)
-    with pytest.raises(RuntimeError, match="process that decodes images died"):
+    with pytest.raises(RuntimeError, match="worker process that decodes images died"):
         run(nano, dying, workers=2, batch_size=1)
 
 
@@ -229,8 +233,8 @@ def _evaluation(classes: list[list[int]], paths: list[str], labels: list[int]) -
     )
 
 
-def test_real_labels_equal_timm(folder):
-    """timm's own evaluator on all 50,000 names, with made-up predictions."""
+def test_real_labels_accuracy_equals_timms(folder):
+    """timm's evaluator on all 50,000 file names, with random predictions."""
     from timm.data import RealLabelsImagenet
 
     names = [f"n0/ILSVRC2012_val_{number:08d}.JPEG" for number in range(1, 50_001)]
@@ -244,13 +248,13 @@ def test_real_labels_equal_timm(folder):
     assert count == len(theirs.is_correct[1])
 
 
-def test_real_labels_need_imagenets_names():
+def test_real_labels_need_imagenet_file_names():
     with pytest.raises(DataError, match="ILSVRC2012_val_00000001"):
         real_accuracy(_evaluation([[0, 1, 2, 3, 4]], ["n01440764/cat.jpg"], [0]))
 
 
-def test_subsets_are_scored_on_their_own_classes(tmp_path):
-    """200 classes of 1,000: a logit outside them, however large, takes no part."""
+def test_imagenet_subsets_are_scored_on_their_classes_only(tmp_path):
+    """Of 1,000 classes only the 200 count: a larger logit of another class is ignored."""
     classes = subset_classes("IMNET-A")
     assert len(classes) == len(set(classes)) == len(subset_classes("IMNET-R")) == 200
     synset = imagenet_synsets()[classes[7]]
@@ -263,9 +267,39 @@ def test_subsets_are_scored_on_their_own_classes(tmp_path):
         model.head.bias[outside] = 1e4
         model.head.bias[classes[7]] = 100.0
     images = open_images("IMNET-A", tmp_path)
-    options = InferenceOptions(workers=0)
+    options = InferenceOptions(workers=0, device=CPU)
     whole = evaluate(model, images, PREPROCESSING, options, class_names=imagenet_synsets())
     part = evaluate(model, images, PREPROCESSING, options, class_names=imagenet_synsets(), valid_classes=classes)
     assert whole.acc1 == 0.0
     assert part.acc1 == 100.0
     assert set(part.top_classes_NK[0].tolist()) <= set(classes)
+
+
+def test_any_source_of_the_model_and_the_images_gives_the_same_result(nano, folder, tmp_path):
+    path = localvit.save_checkpoint(
+        nano, tmp_path / "nano.safetensors", class_names=NAMES, preprocessing=PREPROCESSING.to_dict()
+    )
+    reference = run(nano, open_images("FOLDER", folder))
+    options = InferenceOptions(batch_size=4, workers=0, device=CPU)
+    for model in (path, str(path), load_model(path)):
+        result = evaluate(model, str(folder), options=options)
+        assert (result.paths, result.class_names) == (reference.paths, NAMES)
+        # The fused model rounds differently in float32.
+        torch.testing.assert_close(result.losses_N, reference.losses_N, rtol=1e-4, atol=1e-5)
+
+
+def test_a_printed_evaluation_shows_its_metrics(nano, folder):
+    evaluation = run(nano, open_images("FOLDER", folder))
+    hits = sum(label == top for label, (top, *_) in zip(evaluation.labels_N, evaluation.top_classes_NK, strict=True))
+    assert str(evaluation).startswith(f"top-1 accuracy {100 * hits / 17:.2f} %, top-5 accuracy 100.00 %, loss ")
+    assert str(evaluation).endswith("(17 images)")
+
+
+def test_a_module_that_cannot_run_raises_an_error(nano, folder):
+    with pytest.raises(ValueError, match=r"in training mode; call model\.eval\(\)"):
+        evaluate(copy.deepcopy(nano).train(), folder, PREPROCESSING, class_names=NAMES)
+    with pytest.raises(ValueError, match=r"Flatten does not define its preprocessing"):
+        evaluate(torch.nn.Flatten().eval(), folder, class_names=NAMES)
+    options = InferenceOptions(device=torch.device("meta"))
+    with pytest.raises(ValueError, match=r"is on cpu, and options\.device is meta"):
+        evaluate(nano, folder, PREPROCESSING, options, class_names=NAMES)

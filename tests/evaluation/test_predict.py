@@ -1,4 +1,4 @@
-"""Predictions of files, folders and patterns, and how they are written."""
+"""Predictions for files, folders and patterns, in Python and on the command line, in every output format."""
 
 import csv
 import io
@@ -13,32 +13,33 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import tyro
 from PIL import Image
 
 from localvit import create_model, save_checkpoint
-from localvit.data.classes import imagenet_synsets
+from localvit.data.classes import imagenet_synsets, readable_class_names
+from localvit.data.folders import PathImages
 from localvit.data.images import DataError, UnreadableImage, load_image
-from localvit.data.paths import MentionedImages
 from localvit.data.preprocessing import Preprocessing
-from localvit.evaluation.predict import Prediction, predict, readable_class_names
+from localvit.evaluation.predict import Prediction, predict
 from localvit.inference.runner import InferenceOptions
-from localvit_cli.predict import Predict, _destination
+from localvit_cli import main
+from localvit_cli.predict import _open_output
 from localvit_cli.prediction_formats import WRITERS
 
 NAMES = ["ant", 'a "big" crow, black', "bée\nor wasp"]
+CPU = torch.device("cpu")
 MEAN, STD = (0.1, 0.2, 0.3), (0.5, 0.7, 1.1)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """A nano LocalViT of three classes, with random weights large enough that images differ in their best class."""
+    """A nano LocalViT of three classes, with random weights large enough that images differ in their top class."""
     torch.manual_seed(3)
     model = create_model("localvit_nano_patch4_32", num_classes=3)
     torch.nn.init.normal_(model.head.weight)
     preprocessing = Preprocessing(input_size=(32, 32), crop_pct=1.0, mean=MEAN, std=STD)
     path = tmp_path_factory.mktemp("model") / "nano.safetensors"
-    averaged = {key: value * 2 if key == "head.weight" else value for key, value in model.state_dict().items()}
+    averaged = {key: value / 2 if key == "head.weight" else value for key, value in model.state_dict().items()}
     return save_checkpoint(model, path, class_names=NAMES, preprocessing=preprocessing.to_dict(), ema=averaged)
 
 
@@ -53,7 +54,7 @@ def save(path: Path, array: np.ndarray) -> Path:
 
 
 def by_hand(checkpoint: Path, path: Path, weights: str = "raw") -> np.ndarray:
-    """Probabilities from PIL, numpy and the model, called directly on one image."""
+    """Probabilities from PIL, NumPy and the model, called directly on one image."""
     from safetensors.torch import load_file
 
     model = create_model("localvit_nano_patch4_32", num_classes=3).eval()
@@ -74,12 +75,11 @@ def by_hand(checkpoint: Path, path: Path, weights: str = "raw") -> np.ndarray:
 
 
 def run(*arguments: object) -> int:
-    command = tyro.cli(Predict, args=[*map(str, arguments), "--device", "cpu", "--workers", "0"])
-    return command.run()
+    return main(["predict", *map(str, arguments), "--device", "cpu", "--workers", "0"])
 
 
 @pytest.mark.parametrize("weights", ["raw", "ema"])
-def test_probabilities_are_those_computed_by_hand(checkpoint, tmp_path, capsys, weights):
+def test_probabilities_equal_those_computed_by_hand(checkpoint, tmp_path, capsys, weights):
     paths = [save(tmp_path / f"{seed}.png", noise(seed)) for seed in range(5)]
     assert run(checkpoint, *paths, "--format", "jsonl", "--weights", weights, "--batch-size", 2) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -88,26 +88,26 @@ def test_probabilities_are_those_computed_by_hand(checkpoint, tmp_path, capsys, 
         expected = by_hand(checkpoint, path, weights)
         best = [(entry["class"], entry["name"]) for entry in row["predictions"]]
         assert best == [(index, NAMES[index]) for index in np.argsort(-expected).tolist()]
-        told = [entry["probability"] for entry in row["predictions"]]
-        # Written to six digits; float32 logits of batches of 2 and of 1 differ in the last bits.
-        np.testing.assert_allclose(told, np.sort(expected)[::-1], rtol=2e-5)
+        probabilities = [entry["probability"] for entry in row["predictions"]]
+        # Six digits are written; float32 logits of batches of 2 and 1 differ in the last bits.
+        np.testing.assert_allclose(probabilities, np.sort(expected)[::-1], rtol=2e-5)
 
 
-def test_every_format_tells_the_same(checkpoint, tmp_path, capsys):
+def test_all_formats_contain_the_same_values(checkpoint, tmp_path, capsys):
     paths = [save(tmp_path / name, noise(index)) for index, name in enumerate(("a\rb.png", 'ü,"\n.png'))]
     arguments = [checkpoint, paths[0], tmp_path / "missing.png", paths[1], "--topk", 2]
-    told = {}
+    output = {}
     for name in WRITERS:
         assert run(*arguments, "--format", name) == 1
-        told[name] = capsys.readouterr().out
+        output[name] = capsys.readouterr().out
         written = tmp_path / "out" / name
         assert run(*arguments, "--format", name, "--output", written) == 1
         assert capsys.readouterr().out == ""
-        assert written.read_bytes().decode() == told[name]
+        assert written.read_bytes().decode() == output[name]
         assert list(written.parent.iterdir()) == [written]
         written.unlink()
-    rows = json.loads(told["json"])
-    assert [json.loads(line) for line in told["jsonl"].splitlines()] == rows
+    rows = json.loads(output["json"])
+    assert [json.loads(line) for line in output["jsonl"].splitlines()] == rows
     assert [len(row["predictions"]) for row in rows] == [2, 0, 2]
     assert [row["error"] for row in rows] == [None, "no such file or folder", None]
     flat = []
@@ -117,18 +117,18 @@ def test_every_format_tells_the_same(checkpoint, tmp_path, capsys):
             for rank, best in enumerate(row["predictions"], start=1)
         ]
         flat += [[row["file"], "", "", "", "", row["error"]]] if row["error"] else []
-    header, *lines = csv.reader(io.StringIO(told["csv"], newline=""))
+    header, *lines = csv.reader(io.StringIO(output["csv"], newline=""))
     assert header == ["file", "rank", "class", "name", "probability", "error"]
     assert [[*line[:4], float(line[4]) if line[4] else "", line[5]] for line in lines] == flat
-    table = told["table"].splitlines()
-    assert len(table) == 1 + 3 + 2 + 3  # a line an image, a class or an error: names with a newline do not break it
+    table = output["table"].splitlines()
+    assert len(table) == 1 + 3 + 2 + 3  # one line per image, class or error, also for names with a newline
     assert [line.split()[0] for line in table[2:4]] == [f"{100 * b['probability']:.2f}" for b in rows[0]["predictions"]]
 
 
-def test_order_is_as_given_and_mentions_are_kept(checkpoint, tmp_path, capsys):
+def test_images_are_predicted_in_the_given_order_and_as_often_as_given(checkpoint, tmp_path, capsys):
     for name in ("d/b.png", "d/a.png", "d/c/z.png", "d/.hidden.png", "d/.git/x.png", "1.png"):
         save(tmp_path / name, noise(1))
-    (tmp_path / "d" / "notes.txt").write_text("left out")
+    (tmp_path / "d" / "notes.txt").write_text("not an image")
     single = tmp_path / "1.png"
     run(checkpoint, single, tmp_path / "d", single, single, "--format", "jsonl", "--batch-size", 2)
     files = [json.loads(line)["file"] for line in capsys.readouterr().out.splitlines()]
@@ -147,38 +147,38 @@ def test_order_is_as_given_and_mentions_are_kept(checkpoint, tmp_path, capsys):
         ("./d/**", ["d/a[1].png", "d/b.PNG", "d/e/c.png"]),
         ("*", ["d/a[1].png", "d/b.PNG", "d/e/c.png", "x.png"]),
         ("d/[ab]*", ["d/a[1].png", "d/b.PNG"]),
-        ("d/a[1].png", ["d/a[1].png"]),  # a file of that very name
+        ("d/a[1].png", ["d/a[1].png"]),  # a file with exactly this name
         (".h/*", [".h/y.png"]),
     ],
 )
 def test_patterns(tmp_path, monkeypatch, pattern, expected):
     for name in ("x.png", "d/a[1].png", "d/b.PNG", "d/e/c.png", ".h/y.png", "d/.f/u.png"):
         save(tmp_path / name, noise(1, 2, 2))
-    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "notes.txt").write_text("not an image")
     monkeypatch.chdir(tmp_path)
-    assert MentionedImages([pattern]).paths == expected
+    assert PathImages([pattern]).paths == expected
 
 
 @pytest.mark.parametrize(
-    ("mentions", "reason"),
+    ("paths", "reason"),
     [
-        ([], "nothing was named"),
+        ([], "no path was given"),
         (["missing.png"], "missing.png: no such file or folder"),
         (["empty"], "empty: a folder without images"),
         (["*.webp"], r"\*.webp: no image matches this pattern"),
         (["empty", "missing.png"], "empty: a folder without images; missing.png: no such file or folder"),
     ],
 )
-def test_no_image_at_all_is_an_error(tmp_path, monkeypatch, mentions, reason):
+def test_no_image_at_all_is_an_error(tmp_path, monkeypatch, paths, reason):
     (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "notes.txt").write_text("no image")
+    (tmp_path / "empty" / "notes.txt").write_text("not an image")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=reason):
-        MentionedImages(mentions)
+        PathImages(paths)
 
 
 def _bad_files(folder: Path) -> dict[str, str]:
-    """Files and folders that give no image, with a part of what is to be said about each."""
+    """Creates files and folders without a readable image; returns part of the expected error of each."""
     save(folder / "good.png", noise(1))
     (folder / "empty.jpg").write_bytes(b"")
     (folder / "cut.png").write_bytes((folder / "good.png").read_bytes()[:-900])
@@ -198,26 +198,26 @@ def _bad_files(folder: Path) -> dict[str, str]:
     }
 
 
-def test_bad_files_are_listed_and_the_rest_is_done(checkpoint, tmp_path, capsys):
+def test_unreadable_files_are_reported_and_the_others_predicted(checkpoint, tmp_path, capsys):
     bad = _bad_files(tmp_path)
     good = tmp_path / "good.png"
-    mentions = [good, *(path for name in bad for path in (tmp_path / name, good))]
-    assert run(checkpoint, *mentions, "--format", "json", "--batch-size", 3) == 1
+    paths = [good, *(path for name in bad for path in (tmp_path / name, good))]
+    assert run(checkpoint, *paths, "--format", "json", "--batch-size", 3) == 1
     captured = capsys.readouterr()
     rows = json.loads(captured.out)
-    assert [row["file"] for row in rows] == [str(path) for path in mentions]
+    assert [row["file"] for row in rows] == [str(path) for path in paths]
     for row in rows[::2]:
         assert row["error"] is None
         assert [best["class"] for best in row["predictions"]] == [best["class"] for best in rows[0]["predictions"]]
         # The same image in batches of other sizes: float32 logits differ in the last bits.
-        told = [[best["probability"] for best in each["predictions"]] for each in (row, rows[0])]
-        np.testing.assert_allclose(*told, rtol=2e-5)
+        probabilities = [[best["probability"] for best in each["predictions"]] for each in (row, rows[0])]
+        np.testing.assert_allclose(*probabilities, rtol=2e-5)
     assert len(rows[0]["predictions"]) == 3
     for row, (name, reason) in zip(rows[1::2], bad.items(), strict=True):
         assert row["predictions"] == []
         assert reason in row["error"]
         assert f"{tmp_path / name}: {row['error']}\n" in captured.err
-    assert f"{len(bad)} of {len(mentions)} images have no prediction" in captured.err
+    assert f"{len(bad)} of {len(paths)} images have no prediction" in captured.err
 
 
 def _animation(path: Path) -> None:
@@ -239,7 +239,7 @@ ODD_IMAGES = {
     "alpha.png": (lambda path: Image.new("RGBA", (5, 3), (200, 100, 50, 7)).save(path), (200, 100, 50)),
     "gray.png": (lambda path: Image.new("L", (5, 3), 77).save(path), (77, 77, 77)),
     "bit.png": (lambda path: Image.new("1", (5, 3), 1).save(path), (255, 255, 255)),
-    # Each ink and black darken: 255 * (1 - c) * (1 - k).
+    # Each ink and black reduce the light: 255 * (1 - c) * (1 - k).
     "cmyk.tiff": (lambda path: Image.new("CMYK", (5, 3), (51, 102, 0, 51)).save(path), (163, 122, 204)),
     "16bit.png": (
         lambda path: Image.fromarray(np.full((3, 5), 77 * 256 + 200, dtype=np.uint16)).save(path),
@@ -252,7 +252,7 @@ ODD_IMAGES = {
 def test_odd_images_have_their_color(checkpoint, tmp_path, name):
     make, color = ODD_IMAGES[name]
     make(tmp_path / name)
-    images = MentionedImages([str(tmp_path / name)])
+    images = PathImages([str(tmp_path / name)])
     assert np.asarray(load_image(images, 0))[0, 0].tolist() == pytest.approx(color, abs=1)  # rounding of CMYK
     assert run(checkpoint, tmp_path / name) == 0
 
@@ -274,8 +274,8 @@ def test_names_that_are_not_utf8(checkpoint, tmp_path, capfd):
                 assert [os.fsencode(row["file"]) for row in json.loads(text)][1] == odd
 
 
-class Counting(MentionedImages):
-    """One file under many mentions, counting how often an image is decoded."""
+class CountingImages(PathImages):
+    """Counts how often an image is decoded."""
 
     loads = 0
 
@@ -284,73 +284,93 @@ class Counting(MentionedImages):
         return super().load(index)
 
 
-def test_images_are_decoded_as_predictions_are_taken(tmp_path):
-    images = Counting([str(save(tmp_path / "1.png", noise(1, 3, 3)))] * 3001)
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 4 * 4, 7))
-    options = InferenceOptions(batch_size=5, workers=0)
+def test_images_are_decoded_as_predictions_are_consumed(tmp_path):
+    images = CountingImages([str(save(tmp_path / "1.png", noise(1, 3, 3)))] * 3001)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 4 * 4, 7)).eval()
+    options = InferenceOptions(batch_size=5, workers=0, device=CPU)
     predictions = predict(model, images, Preprocessing(input_size=(4, 4)), options, topk=2)
     assert images.loads == 0
     taken = []
     for number in range(1, 14):
         taken.append(weakref.ref(next(predictions)))
         assert number <= images.loads < number + 5
-    # Of those taken, only the batch under way may still be held.
+    # Of the consumed predictions, only the current batch may still be in memory.
     assert sum(reference() is not None for reference in taken) <= 5
     assert sum(1 for _ in predictions) == 3001 - 13
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_no_format_holds_predictions(name):
+def test_no_format_keeps_predictions_in_memory(name):
     made = []
     alive = []
 
     def predictions():
         for _ in range(3000):
-            prediction = Prediction(file="x", classes=(1,), probabilities=(0.5,))
+            prediction = Prediction(file="x", classes=(1,), class_names=("b",), probabilities=(0.5,))
             made.append(weakref.ref(prediction))
             yield prediction
             del prediction
             alive.append(sum(reference() is not None for reference in made[-50:]))
 
-    WRITERS[name](predictions(), ["a", "b"], io.StringIO())
+    WRITERS[name](predictions(), io.StringIO())
     assert len(alive) == 3000
     assert max(alive) <= 2
 
 
-def test_a_model_that_gives_no_numbers_is_an_error_of_the_image(tmp_path):
+def test_output_that_is_not_finite_is_an_error_of_the_image(tmp_path):
     class Broken(torch.nn.Module):
         def forward(self, images_BCHW):
             logits_BM = torch.zeros(len(images_BCHW), 4)
             logits_BM[1, 2] = float("nan")
             return logits_BM
 
-    images = MentionedImages([str(save(tmp_path / "1.png", noise(1)))] * 3)
-    options = InferenceOptions(workers=0)
-    first, second, third = predict(Broken(), images, Preprocessing(input_size=(4, 4)), options, topk=9)
+    images = PathImages([str(save(tmp_path / "1.png", noise(1)))] * 3)
+    options = InferenceOptions(workers=0, device=CPU)
+    first, second, third = predict(Broken().eval(), images, Preprocessing(input_size=(4, 4)), options, topk=9)
     assert first.probabilities == third.probabilities == (0.25,) * 4
-    assert second.error == "the model gave numbers for it that are not finite"
+    assert second.error == "the model's output is not finite"
     assert second.classes == ()
 
 
+def test_python_and_the_command_line_give_the_same_predictions(checkpoint, tmp_path, capsys):
+    paths = [save(tmp_path / "photos" / f"{seed}.png", noise(seed)) for seed in range(3)]
+    assert run(checkpoint, *paths, "--format", "jsonl", "--topk", 2) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    options = InferenceOptions(workers=0, device=CPU)
+    for images in (paths, str(tmp_path / "photos"), tmp_path / "photos", f"{tmp_path}/photos/*.png"):
+        predictions = list(predict(checkpoint, images, options=options, topk=2))
+        assert [prediction.file for prediction in predictions] == [str(path) for path in paths]
+        for prediction, row in zip(predictions, rows, strict=True):
+            assert list(prediction.class_names) == [best["name"] for best in row["predictions"]]
+            written = [best["probability"] for best in row["predictions"]]
+            assert list(prediction.probabilities) == pytest.approx(written, rel=1e-6)  # six digits are written
+
+
+def test_a_printed_prediction_shows_names_and_probabilities():
+    prediction = Prediction(file="a.jpg", classes=(3, 1), class_names=("owl", "crow"), probabilities=(0.75, 0.0625))
+    assert str(prediction) == "a.jpg: owl 75.0 %, crow 6.2 %"
+    assert str(Prediction(file="b.jpg", error="no such file")) == "b.jpg: no such file"
+
+
 @pytest.mark.parametrize(("topk", "expected"), [(1, 1), (3, 3), (50, 3)])
-def test_topk_is_clipped_to_the_classes(checkpoint, tmp_path, capsys, topk, expected):
+def test_topk_is_limited_to_the_number_of_classes(checkpoint, tmp_path, capsys, topk, expected):
     run(checkpoint, save(tmp_path / "1.png", noise(1)), "--topk", topk, "--format", "jsonl")
     assert len(json.loads(capsys.readouterr().out)["predictions"]) == expected
 
 
-def test_topk_below_one(checkpoint, tmp_path):
-    with pytest.raises(ValueError, match="topk=0 must be at least 1"):
-        run(checkpoint, save(tmp_path / "1.png", noise(1)), "--topk", 0)
+def test_topk_below_one(checkpoint, tmp_path, capsys):
+    assert run(checkpoint, save(tmp_path / "1.png", noise(1)), "--topk", 0) == 1
+    assert "localvit: error: topk=0 must be at least 1" in capsys.readouterr().err
 
 
 def test_input_size(checkpoint, tmp_path, capsys):
     path = save(tmp_path / "1.png", noise(1))
-    told = []
+    outputs = []
     for sides in ((), (32, 32), (48, 32)):
         run(checkpoint, path, "--format", "jsonl", *(["--input-size", *sides] if sides else []))
         captured = capsys.readouterr()
-        told.append(captured.out)
-    assert told[0] == told[1] != told[2]
+        outputs.append(captured.out)
+    assert outputs[0] == outputs[1] != outputs[2]
     assert "48 x 32" in captured.err
 
 
@@ -361,12 +381,12 @@ def test_readable_class_names():
     assert readable_class_names(None, 3) == ["0", "1", "2"]
 
 
-def test_output_is_written_whole_or_not_at_all(tmp_path):
+def test_output_is_written_atomically(tmp_path):
     output = tmp_path / "predictions.csv"
     output.write_text("older")
 
     def interrupted():
-        with _destination(output) as stream:
+        with _open_output(output) as stream:
             stream.write("half")
             stream.flush()
             assert output.read_text() == "older"
@@ -376,25 +396,25 @@ def test_output_is_written_whole_or_not_at_all(tmp_path):
         interrupted()
     assert output.read_text() == "older"
     assert list(tmp_path.iterdir()) == [output]
-    with pytest.raises(ValueError, match="no ordinary file"), _destination(tmp_path):
+    with pytest.raises(ValueError, match="not a regular file"), _open_output(tmp_path):
         pass
 
 
-def test_a_json_array_is_closed_whatever_stops_it():
+def test_a_json_array_is_closed_after_an_exception():
     def predictions():
-        yield Prediction(file="x", classes=(1,), probabilities=(0.5,))
+        yield Prediction(file="x", classes=(1,), class_names=("b",), probabilities=(0.5,))
         raise RuntimeError("died")
 
     stream = io.StringIO()
     with pytest.raises(RuntimeError, match="died"):
-        WRITERS["json"](predictions(), ["a", "b"], stream)
+        WRITERS["json"](predictions(), stream)
     assert [row["file"] for row in json.loads(stream.getvalue())] == ["x"]
-    WRITERS["json"](iter(()), [], empty := io.StringIO())
+    WRITERS["json"](iter(()), empty := io.StringIO())
     assert json.loads(empty.getvalue()) == []
 
 
-def test_unreadable_mentions_say_so_once(tmp_path):
-    images = MentionedImages([str(save(tmp_path / "1.png", noise(1))), "nowhere.png"])
+def test_the_error_of_a_missing_file_names_it_once(tmp_path):
+    images = PathImages([str(save(tmp_path / "1.png", noise(1))), "nowhere.png"])
     with pytest.raises(UnreadableImage, match=r"^nowhere.png: no such file or folder$"):
         load_image(images, 1)
 
@@ -415,7 +435,7 @@ def test_the_command_with_worker_processes(checkpoint, tmp_path):
     assert [row["error"] is None for row in rows] == [Path(row["file"]).name == "good.png" for row in rows]
 
 
-def test_a_closed_pipe_ends_quietly_and_an_interruption_says_so(checkpoint, tmp_path):
+def test_a_closed_pipe_ends_silently_and_an_interrupt_prints_one_line(checkpoint, tmp_path):
     path = save(tmp_path / "1.png", noise(1))
     arguments = [checkpoint, *[path] * 20_000, "--format", "csv", "--batch-size", 1]
     for stop in ("close", "interrupt"):
@@ -427,12 +447,12 @@ def test_a_closed_pipe_ends_quietly_and_an_interruption_says_so(checkpoint, tmp_
         assert process.stdout.readline().startswith('"file"')
         if stop == "close":
             process.stdout.close()
-            said, status = process.stderr.read(), process.wait(60)
+            errors, status = process.stderr.read(), process.wait(60)
             assert status == 0
         else:
             os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the worker processes get it too
-            said, status = process.communicate(timeout=60)[1], process.returncode
-            assert said.endswith("localvit: interrupted\n")
+            errors, status = process.communicate(timeout=60)[1], process.returncode
+            assert errors.endswith("localvit: interrupted\n")
             assert status == 130
-        assert "Traceback" not in said
-        assert "Exception" not in said
+        assert "Traceback" not in errors
+        assert "Exception" not in errors

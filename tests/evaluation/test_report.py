@@ -1,4 +1,4 @@
-"""The report against hand-computed numbers, a parser, PIL, and a real browser."""
+"""The report, compared with hand-computed numbers, an HTML parser, PIL and a real browser."""
 
 import base64
 import csv
@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from localvit.evaluation.evaluate import Evaluation
-from localvit.evaluation.report import write_report
+from localvit.evaluation.report.files import write_report
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -27,7 +27,7 @@ NASTY = ["a\"b'c & d", "<script>alert(1)</script>", "</td></table>", "$title ${b
 
 
 def evaluation_of(logits, labels, *, class_names=None, paths=None, skipped=()):
-    """Evaluation from logits in float64, by torch's own softmax and cross-entropy."""
+    """Evaluation from float64 logits, by torch's softmax and cross-entropy."""
     logits_NC = torch.as_tensor(logits, dtype=torch.float64)
     labels_N = torch.as_tensor(labels)
     probabilities_NC = logits_NC.softmax(1)
@@ -53,7 +53,7 @@ def random_evaluation(count, classes, *, seed=0, **more):
 
 
 class Page(HTMLParser):
-    """Every tag closed in its place; the texts, tags and attributes found."""
+    """Checks that tags are nested correctly, and collects texts, tags and attributes."""
 
     def __init__(self, text):
         super().__init__()
@@ -88,10 +88,10 @@ class Page(HTMLParser):
 
 
 def report(evaluation, directory, *, dataset_root=None, about=None):
-    """The written results, csv rows and parsed page."""
+    """Write the report; return the results, the CSV rows and the parsed page."""
     paths = write_report(evaluation, directory, dataset_root=dataset_root, about=about or {})
     assert [path.name for path in paths] == ["results.json", "per_class.csv", "report.html"]
-    assert sorted(directory.iterdir()) == sorted(paths)  # nothing temporary is left
+    assert sorted(directory.iterdir()) == sorted(paths)  # no temporary files remain
 
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
@@ -106,7 +106,7 @@ def report(evaluation, directory, *, dataset_root=None, about=None):
 
 
 def by_hand():
-    """Seven images of a four-class model; class 2 has none, class 0 is taken for 1 as often as for 3."""
+    """Seven images of a four-class model. Class 2 has none; class 0 is predicted as 1 and as 3 equally often."""
     top_class = torch.tensor([0, 3, 1, 0, 1, 3, 1])
     return Evaluation(
         paths=[f"{name}.png" for name in "abcdefg"],
@@ -122,15 +122,15 @@ def by_hand():
     )
 
 
-def test_results_by_hand(tmp_path):
+def test_results_equal_hand_computed_numbers(tmp_path):
     about = {"model": "m", "preprocessing": {"mean": (0.5, math.nan)}, "dtype": torch.float32, "root": Path("x/y")}
     about |= {"seconds": math.inf, "throughput": torch.tensor(2.5), "amp": False, "checkpoint": None}
     results, _, page = report(by_hand(), tmp_path, about=about)
-    # Right are a, e and f. Three confidences are 0.5 (one right), two 0.7 (one right), one 0.9 (wrong), one 1 (right).
+    # a, e and f are correct. Three confidences are 0.5 (one correct), two 0.7 (one), one is 0.9 (none), one is 1 (one).
     ece = (3 * abs(1 / 3 - 0.5) + 2 * 0.2 + 0.9 + 0) / 7
     assert results == {
         "acc1": pytest.approx(300 / 7),
-        # Second best is the class after: d (0 then 1) is saved, b (3 then 0) too.
+        # The second class is the next one, so d (0, then 1) and b (3, then 0) are correct in the top 5.
         "acc5": pytest.approx(500 / 7),
         "loss": pytest.approx(1.0),
         "ece": pytest.approx(ece),
@@ -151,7 +151,7 @@ def test_results_by_hand(tmp_path):
         assert text in page.text.replace("\xa0", " ")
 
 
-def test_classes_by_hand(tmp_path):
+def test_per_class_rows_equal_hand_computed_numbers(tmp_path):
     _, rows, _ = report(by_hand(), tmp_path)
     header = ("class", "name", "images", "correct", "accuracy", "mean_confidence", "most_common_wrong")
     assert [tuple(row.values()) for row in rows] == [
@@ -162,13 +162,13 @@ def test_classes_by_hand(tmp_path):
     assert tuple(rows[0]) == header
 
 
-def test_a_name_that_the_evaluation_gives_is_refused_in_about(tmp_path):
-    with pytest.raises(ValueError, match="about holds acc1, loss"):
+def test_about_must_not_use_names_of_the_results(tmp_path):
+    with pytest.raises(ValueError, match="about contains acc1, loss"):
         write_report(by_hand(), tmp_path / "new", dataset_root=None, about={"loss": 1, "acc1": 2, "model": "m"})
     assert not (tmp_path / "new").exists()
 
 
-def test_nothing_evaluated_is_refused(tmp_path):
+def test_an_empty_evaluation_is_an_error(tmp_path):
     empty = Evaluation(
         paths=[],
         labels_N=torch.zeros(0, dtype=torch.int64),
@@ -190,18 +190,18 @@ def test_nothing_evaluated_is_refused(tmp_path):
 INF, NAN = math.inf, math.nan
 EYE = torch.eye(3).mul(3).tolist()
 EDGES = {
-    "one image": (evaluation_of([[1.0, 0, 0]], [0]), ["1 ", "None: every image"]),
-    "one class": (evaluation_of([[1.0], [2.0]], [0, 0]), ["always all with 1 class", "None: every image"]),
-    "two classes": (evaluation_of([[1.0, 0], [2.0, 0]], [0, 1]), ["always all with 2 classes", "Worst mistakes"]),
+    "one image": (evaluation_of([[1.0, 0, 0]], [0]), ["1 ", "None: every image is classified correctly"]),
+    "one class": (evaluation_of([[1.0], [2.0]], [0, 0]), ["always 100 % with 1 class", "None: every image"]),
+    "two classes": (evaluation_of([[1.0, 0], [2.0, 0]], [0, 1]), ["always 100 % with 2 classes", "Worst mistakes"]),
     "all right": (evaluation_of(EYE, [0, 1, 2]), ["100.00 %", "None: every image", "Confusion matrix"]),
-    "all wrong": (evaluation_of(EYE, [1, 2, 0]), ["0.00 %", "3 of 3 images predicted wrong", "Every pair."]),
+    "all wrong": (evaluation_of(EYE, [1, 2, 0]), ["0.00 %", "3 of 3 misclassified images", "All pairs."]),
     "infinite loss": (
         evaluation_of([[1.0, -INF, 0], [0, 5.0, 0]], [1, 1]),
         ["1 image with a non-finite loss", "0.0 %", "Worst mistakes"],
     ),
     "not a number": (
         evaluation_of([[NAN] * 3, [0, 1.0, 5.0]], [1, 1]),
-        ["1 image with a non-finite loss", "no calibration error is given", "not finite"],
+        ["1 image with a non-finite loss", "no calibration error for the whole data set", "not finite"],
     ),
     "nothing finite": (evaluation_of([[NAN] * 3] * 23, [1] * 23), ["No image has a finite confidence", "and 3 more"]),
     "61 classes, all right": (evaluation_of(torch.eye(61) * 9, range(61)), ["The 20 weakest of 61 classes"]),
@@ -209,27 +209,27 @@ EDGES = {
 
 
 @pytest.mark.parametrize(("evaluation", "texts"), EDGES.values(), ids=EDGES.keys())
-def test_edges(evaluation, texts, tmp_path):
+def test_edge_cases(evaluation, texts, tmp_path):
     results, rows, page = report(evaluation, tmp_path)
-    said = page.text.replace("\xa0", " ")
+    text_of_page = page.text.replace("\xa0", " ")
     for text in texts:
-        assert text in said
+        assert text in text_of_page
     assert results["count"] == len(evaluation.paths) == sum(int(row["images"]) for row in rows)
     finite = bool(evaluation.losses_N.isfinite().all())
     assert (results["loss"] is not None) == finite == (results["non_finite_loss"]["count"] == 0)
     assert (results["ece"] is not None) == bool(evaluation.top_probabilities_NK.isfinite().all())
-    assert "0 most confused" not in said
-    assert "nan" not in re.findall(r"\w+", said.lower())
+    assert "0 most confused" not in text_of_page
+    assert "nan" not in re.findall(r"\w+", text_of_page.lower())
 
 
 def table_after(text, heading):
-    """Cells of the first table after a heading, row by row."""
+    """Rows of cells of the first table after a heading."""
     table = text[text.index(f"<h2>{heading}") :].split("<table", 1)[1].split("</table>")[0]
     rows = (re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", table, re.S))
     return [[html.unescape(re.sub("<[^>]*>", "", cell)) for cell in row] for row in rows]
 
 
-def test_confusion_matrix_counts_every_image(tmp_path):
+def test_the_confusion_matrix_counts_each_image(tmp_path):
     evaluation = random_evaluation(311, 11)
     report(evaluation, tmp_path)
     matrix = table_after((tmp_path / "report.html").read_text(), "Confusion matrix")
@@ -239,7 +239,7 @@ def test_confusion_matrix_counts_every_image(tmp_path):
     assert [[int(cell or 0) for cell in row[1:]] for row in matrix[1:]] == counts.tolist()
 
 
-def test_many_classes_show_the_most_confused_and_the_rest_in_a_column(tmp_path):
+def test_of_many_classes_the_matrix_shows_the_most_confused(tmp_path):
     labels, predicted = [*range(60)] * 3, [*range(60)] * 3
     for position, (true, taken) in enumerate([(7, 41), (7, 41), (41, 7), (3, 5), (3, 58)]):
         labels[position], predicted[position] = true, taken
@@ -247,9 +247,9 @@ def test_many_classes_show_the_most_confused_and_the_rest_in_a_column(tmp_path):
     text = (tmp_path / "report.html").read_text()
     assert table_after(text, "Most confused pairs")[1][:3] == ["class 7", "class 41", "2"]
     assert "Confusion matrix of the 5 most confused classes" in page.text
-    assert "out of 60 with an image" in page.text
+    assert "out of 60 with images" in page.text
     matrix = table_after(text, "Confusion matrix")
-    # Rows: the images of class 3, 5, 7, 41, 58; three each but those that the first five labels took away or added.
+    # Rows of class 3, 5, 7, 41, 58: three images each, changed by the first five labels.
     assert matrix[0] == ["", "class 3", "class 5", "class 7", "class 41", "class 58"]
     assert matrix[1] == ["class 3", "2", "1", "", "", "1"]
     assert matrix[3] == ["class 7", "", "", "3", "2", ""]
@@ -257,15 +257,15 @@ def test_many_classes_show_the_most_confused_and_the_rest_in_a_column(tmp_path):
 
     report(random_evaluation(997, 60), tmp_path)
     matrix = table_after((tmp_path / "report.html").read_text(), "Confusion matrix of the")
-    assert len(matrix[0]) in {17, 18}  # a corner, "any other", and up to 16 classes, which come in pairs
-    assert matrix[0][-1] == "any other class"
+    assert len(matrix[0]) in {17, 18}  # a corner, "other classes", and up to 16 classes, which come in pairs
+    assert matrix[0][-1] == "other classes"
     with (tmp_path / "per_class.csv").open(newline="") as file:
         images = {row["name"]: int(row["images"]) for row in csv.DictReader(file)}
     assert all(sum(int(cell or 0) for cell in row[1:]) == images[row[0]] for row in matrix[1:])
 
 
 def test_mistakes_are_ranked(tmp_path):
-    # Images 1 and 3 are right; 0 has the highest loss, 2 the most confidence.
+    # Images 1 and 3 are correct; 0 has the highest loss, 2 the highest confidence.
     logits = [[2.0, -9.0, 2.0], [0, 9.0, 0], [6.0, 1.0, -9.0], [0, 5.0, 0], [1.0, 0.0, 0.0]]
     _, _, page = report(evaluation_of(logits, [1] * 5), tmp_path)
     worst, confident = page.text.split("Most confident mistakes")
@@ -276,7 +276,7 @@ def test_mistakes_are_ranked(tmp_path):
     assert "true class 1 21.2 % predicted class 0 57.6 % 4.png" in page.text.replace("\xa0", " ")
 
 
-def test_every_name_is_escaped_and_nothing_is_fetched(tmp_path):
+def test_names_are_escaped_and_the_page_is_self_contained(tmp_path):
     paths = [f"<img src=//example.org/x.png>{name}.png" for name in NASTY[:-1]] + ["caf\udce9.png"]
     evaluation = evaluation_of(
         torch.eye(5) * 3, [1, 2, 3, 4, 0], class_names=NASTY, paths=paths, skipped=["<b>skipped</b>"]
@@ -302,14 +302,14 @@ def test_every_name_is_escaped_and_nothing_is_fetched(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16"])
-def test_thumbnails_decode(mode, tmp_path):
+def test_thumbnails_can_be_decoded(mode, tmp_path):
     name = "image.tiff" if mode == "CMYK" else "image.png"
     Image.new("RGB", (113, 211), (200, 30, 60)).convert("I" if mode == "I;16" else mode).convert(mode).save(
         tmp_path / name
     )
     _, _, page = report(evaluation_of([[5.0, 0]], [1], paths=[name]), tmp_path / "out", dataset_root=tmp_path)
     sources = page.values("img", "src")
-    assert len(sources) == 2  # the only mistake is the worst and the most confident
+    assert len(sources) == 2  # the only mistake is both the worst and the most confident
     image = Image.open(io.BytesIO(base64.b64decode(sources[0].removeprefix("data:image/jpeg;base64,"), validate=True)))
     assert image.size == (51, 96)  # 113 * 96 / 211 = 51.4
     if mode in {"RGB", "RGBA", "P"}:
@@ -318,15 +318,15 @@ def test_thumbnails_decode(mode, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (None, "image not found"),
-        (b"no image", "image not readable (UnidentifiedImageError)"),
+        (b"not an image", "image not readable (UnidentifiedImageError)"),
         ("cut", "image not readable (OSError)"),
     ],
-    ids=["missing", "no image", "cut off"],
+    ids=["missing", "not an image", "truncated"],
 )
-def test_an_image_that_cannot_be_read_has_a_placeholder(content, said, tmp_path):
+def test_an_unreadable_image_has_a_placeholder(content, message, tmp_path):
     if content == "cut":
         file = io.BytesIO()
         Image.effect_noise((64, 64), 50).save(file, "JPEG")
@@ -335,25 +335,25 @@ def test_an_image_that_cannot_be_read_has_a_placeholder(content, said, tmp_path)
         (tmp_path / "0.png").write_bytes(content)
     evaluation = evaluation_of([[5.0, 0]], [1])
     _, _, page = report(evaluation, tmp_path / "out", dataset_root=tmp_path)
-    assert said in page.text
+    assert message in page.text
     _, _, page = report(evaluation, tmp_path / "out", dataset_root=None)
-    assert "no image: no folder given" in page.text
+    assert "no thumbnail: the data set is not a folder" in page.text
     assert "img" not in page.tags
 
 
 # Writing
 
 
-def test_files_are_replaced_whole(tmp_path):
+def test_files_are_replaced_atomically(tmp_path):
     report(random_evaluation(5, 3), tmp_path)
-    # A second name of the old file keeps the old content only if the new one was written beside it.
+    # A hard link to the old file keeps the old content only if the new file is another one.
     os.link(tmp_path / "results.json", tmp_path.parent / "old.json")
     old = (tmp_path.parent / "old.json").read_text()
     report(random_evaluation(7, 3), tmp_path)
     assert (tmp_path.parent / "old.json").read_text() == old != (tmp_path / "results.json").read_text()
 
 
-def test_what_cannot_be_written_is_an_os_error_and_leaves_nothing_temporary(tmp_path):
+def test_a_write_error_leaves_no_temporary_files(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         write_report(by_hand(), tmp_path / "file", dataset_root=None, about={})
@@ -371,7 +371,7 @@ def colors(css):
 
 
 def luminance(rgb):
-    """Relative luminance as the web content accessibility guidelines 2 define it."""
+    """Relative luminance as defined by the Web Content Accessibility Guidelines 2."""
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     return linear @ (0.2126, 0.7152, 0.0722)
 
@@ -384,7 +384,9 @@ def test_text_has_contrast(scheme, tmp_path):
     color = colors(found[:half] if scheme == "light" else found[half:])
     assert len(color) == half == 8
     surface = color["surface"]
-    fullest = {kind: 0.55 * color[kind] + 0.45 * surface for kind in ("right", "wrong")}  # the matrix's deepest cells
+    fullest = {
+        kind: 0.55 * color[kind] + 0.45 * surface for kind in ("right", "wrong")
+    }  # the darkest cells of the matrix
     pairs = [("text", surface), ("text", color["page"]), ("text", color["warning"]), ("muted", surface)]
     pairs += [("muted", color["page"]), ("text", fullest["right"]), ("text", fullest["wrong"])]
     for name, background in pairs:
@@ -417,19 +419,19 @@ def page_for_browser(tmp_path):
 @pytest.mark.parametrize(
     ("scheme", "setting", "page_color"), [("light", 1, (245, 246, 248)), ("dark", 0, (15, 18, 22))]
 )
-def test_a_browser_draws_it(scheme, setting, page_color, page_for_browser, tmp_path):
+def test_a_browser_renders_the_page(scheme, setting, page_color, page_for_browser, tmp_path):
     screenshot = tmp_path / "screenshot.png"
     flags = f"--screenshot={screenshot}", "--window-size=1280,1600", f"--blink-settings=preferredColorScheme={setting}"
     browse(page_for_browser, tmp_path, *flags)
     image = Image.open(screenshot).convert("RGB")
     assert image.size == (1280, 1600)
     assert image.getpixel((3, 3)) == page_color
-    # The thumbnails alone are noise of thousands of colors; a blank or broken page has a handful.
+    # The thumbnails are noise of thousands of colors; a blank or broken page has only a few.
     assert len(image.getcolors(1 << 24)) > 5000
 
 
-def test_a_browser_lays_it_out_in_any_width(page_for_browser, tmp_path):
-    # The page itself runs no script, so a page around it measures: its width, its images, its text as laid out.
+def test_the_page_fits_any_width_in_a_browser(page_for_browser, tmp_path):
+    # The page has no scripts, so a page around it measures its width, images and rendered text.
     frames = "".join(
         f'<iframe srcdoc="{html.escape(page_for_browser.read_text())}" style="width:{width}px;height:900px"></iframe>'
         for width in (320, 400, 1280)
@@ -440,7 +442,7 @@ def test_a_browser_lays_it_out_in_any_width(page_for_browser, tmp_path):
       document.body.dataset.measured = JSON.stringify(frames.map(({contentDocument: page}) => ({
         width: page.documentElement.clientWidth,
         needed: page.documentElement.scrollWidth,
-        drawn: [...page.images].filter(image => image.naturalWidth).length,
+        images: [...page.images].filter(image => image.naturalWidth).length,
         text: page.body.innerText,
       })));
       frames.forEach(frame => frame.remove());
@@ -451,7 +453,7 @@ def test_a_browser_lays_it_out_in_any_width(page_for_browser, tmp_path):
     measured = json.loads(html.unescape(re.search(r'data-measured="([^"]*)"', dom)[1]))
     assert [frame["width"] for frame in measured] == [320, 400, 1280]
     for frame in measured:
-        assert frame["needed"] == frame["width"]  # nothing sticks out sideways
-        assert frame["drawn"] == 24
+        assert frame["needed"] == frame["width"]  # nothing is wider than the page
+        assert frame["images"] == 24
         for text in ("Top-1 accuracy", "Calibration", "Worst mistakes", "Confusion matrix", *NASTY):
             assert text in frame["text"]

@@ -1,6 +1,7 @@
-"""The inference form: the same numbers, for every family and ablation, whatever the statistics."""
+"""Fused models compute the same, for every family and ablation, with any statistics."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -13,11 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import localvit
 from localvit.inference.last_block import LastBlock
 from localvit.locality import ACTS, LocalityFeedForward
-from localvit.surgery.localize import locality_modules
+from localvit.surgery.localize import locality_modules, localize_with_options
 from localvit.tokens.mlp import FusedMlp
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-11}
-"""float64: a fold rounds each weight once more, and sums of hundreds of terms run in another order."""
+"""float64: folding rounds each weight once more, and sums of hundreds of terms run in another order."""
 
 NANO = {"img_size": (20, 28), "num_classes": 7, "depth": 3}
 PVT = {
@@ -90,14 +91,14 @@ def test_module(act, form, memory_format):
     torch.testing.assert_close(fused(map_BCHW), module(map_BCHW), **CLOSE)
     assert torch.equal(map_BCHW, untouched)
     assert not any(isinstance(layer, nn.BatchNorm2d) for layer in fused.modules())
-    module.conv[1].running_mean += 1.0  # the negative control: another module is another function
+    module.conv[1].running_mean += 1.0  # The negative control: another module computes something else.
     assert not torch.allclose(fused(map_BCHW), module(map_BCHW))
 
 
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("form", [{}, {"dp_first": True}, {"wo_dp_conv": True}, {"stride": 2}])
 @pytest.mark.parametrize("way", ["with gradients", "without", "oneDNN off", "in parts", "kernels in use", "autocast"])
-def test_module_in_float32_on_every_way(act, form, way, monkeypatch):
+def test_module_in_float32_on_every_path(act, form, way, monkeypatch):
     """1e-5: sums of a hundred products in float32; under autocast 2^-8, the rounding of bfloat16, over six layers."""
     torch.manual_seed(0)
     module = shaken(LocalityFeedForward(6, 6, act=act, reduction=2, expand_ratio=3, **form))
@@ -117,8 +118,8 @@ def test_module_in_float32_on_every_way(act, form, way, monkeypatch):
     assert (out - expected).abs().max() <= tolerance * expected.abs().max()
 
 
-def test_gradients_of_images_pass_the_inference_form():
-    """As saliency maps want them: the faster operators, which have none, make way."""
+def test_gradients_with_respect_to_images():
+    """As saliency maps need them: operators without a gradient are not used."""
     torch.manual_seed(0)
     module = shaken(LocalityFeedForward(6, 6, reduction=2))
     image = torch.randn(2, 6, 5, 7, requires_grad=True)
@@ -127,7 +128,7 @@ def test_gradients_of_images_pass_the_inference_form():
     torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_batch_of_none():
+def test_empty_batch():
     fused = shaken(LocalityFeedForward(6, 6)).fuse()
     with torch.no_grad():
         assert fused(torch.empty(0, 6, 5, 7)).shape == (0, 6, 5, 7)
@@ -156,9 +157,9 @@ def test_model(name, dtype, tolerance):
     "name",
     ["localvit_tiny", "deit_tiny_distilled_patch16_224", "vit_small_patch14_reg4_dinov2", "pvt_tiny", "tnt_tiny"],
 )
-@pytest.mark.parametrize("options", [{"gate": "se"}, {"preserve": False, "act": "hs+eca"}])
+@pytest.mark.parametrize("options", [{"gate": "se"}, {"method": "replace", "act": "hs+eca"}])
 def test_localized_model(name, options):
-    model = shaken(localvit.localize(small(name, **({"local_blocks": []} if "localvit" in name else {})), **options))
+    model = shaken(localize_with_options(small(name, **({"local_blocks": []} if "localvit" in name else {})), options))
     with torch.no_grad():
         expected = model(images(name))
         fused = localvit.fuse(model)
@@ -166,7 +167,7 @@ def test_localized_model(name, options):
         assert torch.equal(fused.forward_features(images(name)).isfinite().all(), torch.tensor(True))
 
 
-def test_branches_on_what_timm_folds_are_kept():
+def test_adapters_of_projections_that_timm_folds_are_kept():
     torch.manual_seed(0)
     levit = timm.create_model("levit_128s", img_size=64, embed_dim=(32, 48, 64), num_heads=(2, 3, 4), depth=(1, 1, 1))
     model = shaken(localvit.localize(levit.double()))
@@ -179,7 +180,7 @@ def test_branches_on_what_timm_folds_are_kept():
 
 
 def multiply_adds(model, name):
-    """Of one image, as torch counts them; the attention in plain products, for it counts no fused one on the CPU."""
+    """Multiply-adds of one image by torch's counter, which does not count fused attention on the CPU."""
     model = copy.deepcopy(model).requires_grad_(False)
     with FlopCounterMode(display=False) as counter, nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
         model(images(name, batch=1))
@@ -187,9 +188,9 @@ def multiply_adds(model, name):
 
 
 def dead_work(dim, hidden, patches, prefix=1, bottleneck=None):
-    """Multiply-adds of the last block whose results reach no prefix token: of the patches, and of locality.
+    """Multiply-adds of the last block that no prefix token depends on: those of the patches, and of locality.
 
-    Without locality, `bottleneck` None, the feed-forward is two linear layers.
+    Without locality (`bottleneck` is None) the feed-forward has two linear layers.
     """
     feed_forward = patches * 2 * dim * hidden
     if bottleneck is not None:
@@ -209,14 +210,14 @@ def dead_work(dim, hidden, patches, prefix=1, bottleneck=None):
         ("t2t_vit_7", {}, dead_work(34, 2 * 34, patches=2 * 3)),
         ("tnt_s_patch16_224", {}, dead_work(33, 4 * 33, patches=2 * 3)),
         ("deit_tiny_distilled_patch16_224", {}, dead_work(192, 4 * 192, patches=2 * 3, prefix=2)),
-        # Where all tokens are averaged, every one counts.
+        # The head averages all tokens.
         ("localvit_swin_tiny", {}, 0),
         ("localvit_tiny", {"global_pool": "avg"}, 0),
         ("localvit_pvt_tiny", {"global_pool": "avg"}, 0),
         ("tnt_tiny", {"global_pool": "avg"}, 0),
     ],
 )
-def test_the_last_blocks_dead_work_is_gone(name, changes, gone):
+def test_the_last_block_skips_what_the_logits_do_not_depend_on(name, changes, gone):
     model = small(name, **changes)
     fused = localvit.fuse(model)
     assert multiply_adds(model, name) - multiply_adds(fused, name) == gone
@@ -226,7 +227,7 @@ def test_the_last_blocks_dead_work_is_gone(name, changes, gone):
 
 
 @pytest.mark.parametrize("name", ["localvit_tiny", "localvit_pvt_tiny", "localvit_tnt_tiny", "t2t_vit_7"])
-def test_every_token_of_features_is_still_there_between_logits(name):
+def test_features_still_have_every_token_between_calls_for_logits(name):
     model = small(name)
     fused = localvit.fuse(model)
     height, width = SMALL[name]["img_size"]
@@ -243,8 +244,78 @@ def test_every_token_of_features_is_still_there_between_logits(name):
                 torch.testing.assert_close(mine, theirs, **CLOSE)
 
 
+def last_block_of(fused):
+    return next(module for module in fused.modules() if isinstance(module, LastBlock))
+
+
+SHORTENED = ["localvit_tiny", "localvit_pvt_tiny", "localvit_tnt_tiny"]
+
+
+@pytest.mark.parametrize("name", SHORTENED)
+def test_threads_get_logits_and_features_of_one_fused_model(name):
+    fused = localvit.fuse(small(name))
+    with torch.no_grad():
+        expected = {call: call(images(name)) for call in (fused, fused.forward_features)}
+
+        def run(call):
+            with torch.no_grad():
+                return [torch.equal(call(images(name)), expected[call]) for _ in range(40)]
+
+        with ThreadPoolExecutor(2) as executor:
+            assert list(executor.map(run, expected)) == [[True] * 40] * 2
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("name", SHORTENED)
+def test_features_have_every_token_after_a_call_that_raised(name, error):
+    fused = localvit.fuse(small(name))
+    with torch.no_grad():
+        expected = fused.forward_features(images(name))
+
+        def fail(module, args):
+            raise error("stop")
+
+        handle = last_block_of(fused).register_forward_pre_hook(fail)
+        with pytest.raises(error, match="stop"):
+            fused(images(name))
+        handle.remove()
+        assert torch.equal(fused.forward_features(images(name)), expected)
+
+
+@pytest.mark.parametrize("name", SHORTENED)
+def test_a_hook_runs_a_fused_model(name):
+    """A call within a call, right before the last block of the outer one."""
+    fused = localvit.fuse(small(name))
+    with torch.no_grad():
+        logits, features = fused(images(name)), fused.forward_features(images(name))
+        twin = fused(images(name).flip(0))
+        seen = []
+
+        def run_nested(module, args):
+            if not seen:
+                seen.append(None)
+                seen[0] = fused(images(name).flip(0))
+
+        next(module for module in fused.modules() if isinstance(module, LastBlock)).register_forward_pre_hook(
+            run_nested
+        )
+        assert torch.equal(fused(images(name)), logits)
+        assert torch.equal(seen[0], twin)
+        assert torch.equal(fused.forward_features(images(name)), features)
+
+
+def test_fused_in_place():
+    model = small("localvit_tiny")
+    with torch.no_grad():
+        expected = localvit.fuse(model)(images("localvit_tiny"))
+        assert any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+        assert localvit.fuse(model, inplace=True) is model
+        assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+        assert torch.equal(model(images("localvit_tiny")), expected)
+
+
 @pytest.mark.parametrize("name", ["localvit_tiny", "localvit_pvt_tiny", "localvit_tnt_tiny"])
-def test_a_head_that_comes_to_read_every_token_gets_every_token(name):
+def test_a_head_changed_to_read_every_token_gets_every_token(name):
     model = small(name)
     fused = localvit.fuse(model)
     for each in (model, fused):
@@ -256,7 +327,7 @@ def test_a_head_that_comes_to_read_every_token_gets_every_token(name):
 
 
 class Doubled(nn.Linear):
-    """A projection that is more than its weights."""
+    """A projection that does more than multiply by its weight."""
 
     def forward(self, x_BNC):
         return 2 * super().forward(x_BNC)
@@ -288,11 +359,12 @@ def attention_replaced(model):
 
 def attention_localized(model):
     names = ["blocks.1.attn.qkv"]
-    shaken(localvit.localize(model, filter_fn=names, grid="patch_embed.proj", num_prefix_tokens=1))
+    localvit.localize(model, filter_fn=names, grid="patch_embed.proj", num_prefix_tokens=1, inplace=True)
+    shaken(model)
 
 
 def class_token_localized(model):
-    shaken(localvit.localize(model, filter_fn=["blocks.1.mlp.fc2"], grid=(1, 7)))
+    shaken(localvit.localize(model, filter_fn=["blocks.1.mlp.fc2"], grid=(1, 7), inplace=True))
 
 
 def feed_forward_replaced(model):
@@ -326,7 +398,7 @@ def stages_pruned(model):
         ("pvt_tiny", {"embed_dims": (33, 33), "num_heads": (3, 3)}, stages_pruned),
     ],
 )
-def test_what_is_not_known_is_left_alone(name, changes, change):
+def test_changed_models_keep_their_last_block(name, changes, change):
     model = small(name, **changes)
     with torch.no_grad():
         before = model(images(name))
@@ -336,7 +408,7 @@ def test_what_is_not_known_is_left_alone(name, changes, change):
         torch.testing.assert_close(localvit.fuse(model)(images(name)), expected, **CLOSE)
 
 
-def test_masked_attention_is_that_of_the_whole_block():
+def test_masked_attention_uses_the_whole_block():
     name = "deit_tiny_distilled_patch16_224"
     model = small(name)
     mask = torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) > 0
@@ -350,7 +422,7 @@ def test_masked_attention_is_that_of_the_whole_block():
 
 
 def attention_shapes(graph):
-    """Of the queries of each attention that torch does in one piece, in a graph of torch.compile or torch.export."""
+    """Shapes of the queries of each scaled_dot_product_attention in a graph of torch.compile or torch.export."""
     nodes = [node for node in graph.nodes if "scaled_dot_product_attention" in str(node.target)]
     metas = [node.args[0].meta for node in nodes]
     return [tuple((meta["val"] if "val" in meta else meta["example_value"]).shape) for meta in metas]
@@ -361,11 +433,11 @@ COMPILED = {
     "localvit_pvt_tiny": ({"depths": (1, 1)}, 2, (2, 3, 1, 11), (2, 3, 16, 11)),
     "localvit_tnt_tiny": ({"depth": 1}, 2, (2, 3, 1, 11), (2, 3, 7, 11)),
     "localvit_t2t_7": ({"depth": 1}, 1, (2, 2, 1, 17), None),
-    # Its head reads every token, in windows of 49: 3 x 4 of them cover 16 x 24 tokens.
+    # Its head reads every token, in windows of 49; 3 x 4 of them cover 16 x 24 tokens.
     "localvit_swin_tiny": ({"depths": (2,), "num_heads": (3,)}, 2, (2 * 3 * 4, 3, 49, 8), None),
 }
-"""Changes that make a small model smaller; then its attentions, and the queries' shape of the last one for logits and
-for features (None to leave them out): batch, heads, tokens, channels."""
+"""Changes that make a small model smaller, its number of attentions, and the shape (batch, heads, tokens, channels) of
+the queries of the last one, for logits and for features (None to skip these)."""
 
 
 @pytest.mark.parametrize("name", COMPILED)
@@ -390,7 +462,7 @@ def test_copied_and_compiled(name):
         torch.testing.assert_close(copy.deepcopy(fused)(images(name)), logits, rtol=0, atol=0)
         check(fused, logits, for_logits, "aot_eager")
         if for_features is not None:
-            # When it looks for code that it has compiled before, the compiler looks at no hooks.
+            # torch.compile does not check hooks when it looks for code compiled before.
             check(fused.forward_features, features, for_features, "aot_eager")
             torch._dynamo.reset()
             check(fused.forward_features, features, for_features, "eager")
@@ -409,13 +481,13 @@ def test_exported_with_a_dynamic_batch(name):
     with torch.no_grad():
         for size in (2, 5):
             out = program.module()(images(name, batch=size))
-            # timm resamples the positions of grids that are not square in float32, which is compiled to other sums.
+            # timm resamples the positions of grids that are not square in float32; compiled, in another order.
             torch.testing.assert_close(out, fused(images(name, batch=size)), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize(("name", "once"), [("localvit_pvt_tiny", [10, 10, 2, 2]), ("localvit_tnt_tiny", [12, 16, 10])])
 def test_nothing_is_copied_into_another_layout(name, once):
-    """Neither PVT's weights for the spatial reduction, nor TNT's pixels but where they are made."""
+    """PVT's weights of the spatial reduction are not copied, and TNT's pixels only where they are created."""
     fused = localvit.fuse(small(name))
     with torch.no_grad(), torch.profiler.profile(record_shapes=True) as profile:
         fused(images(name))
@@ -424,7 +496,7 @@ def test_nothing_is_copied_into_another_layout(name, once):
     assert clones.count(once) <= (name == "localvit_tnt_tiny")
 
 
-def test_timms_own_call_finds_the_modules():
+def test_reparameterize_model_finds_the_modules():
     model = small("localvit_nano_patch4_32")
     folded = reparameterize_model(model)
     assert sum(isinstance(module, FusedMlp) for module in folded.modules()) == 3

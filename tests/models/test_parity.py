@@ -1,4 +1,4 @@
-"""Every published model against what the published program computed: keys, logits, loss, gradients, statistics."""
+"""Every published model against the published program: names, logits, loss, gradients, running statistics."""
 
 import pytest
 import timm
@@ -6,7 +6,7 @@ import torch
 import weights
 from torch.nn.functional import cross_entropy
 
-from localvit.models.registry import from_published, published_key
+from localvit.models.published_names import from_published, published_key
 from published import GOLDEN, golden_model
 
 NAMES = sorted(path.stem for path in (GOLDEN / "models").glob("*.json"))
@@ -19,7 +19,7 @@ def fixture(request):
 
 @pytest.fixture(scope="module")
 def model(fixture):
-    # Swin drops paths by default; the fixtures were made without.
+    # Swin uses stochastic depth by default; the fixtures were made without it.
     return timm.create_model(fixture["model"], drop_path_rate=0.0).double()
 
 
@@ -31,15 +31,13 @@ def published_entries(model):
         frozen = key in parameters and not parameters[key].requires_grad
         kind = "buffer" if key not in parameters else "frozen parameter" if frozen else "parameter"
         entries[published_key(model, key)] = (list(value.shape), kind)
-    if hasattr(model, "published_buffers"):
-        entries |= {key: (list(value.shape), "buffer") for key, value in model.published_buffers().items()}
-    return entries
+    return entries | {key: (list(value.shape), "buffer") for key, value in model.published_buffers().items()}
 
 
-def load_stand_ins(model, fixture):
+def load_stand_in_weights(model, fixture):
     state_dict = {key: torch.from_numpy(weights.tensor(key, tuple(shape))) for key, shape, _ in fixture["state_dict"]}
     if "tokens_to_token.project.weight" in state_dict:
-        # The published T2T holds its positions in single precision, whatever the rest of the model is in.
+        # The published T2T keeps its positions in single precision, whatever the dtype of the model.
         state_dict["pos_embed"] = state_dict["pos_embed"].float().double()
     model.load_state_dict(from_published(state_dict, model), strict=True)
 
@@ -48,14 +46,14 @@ def images(spec):
     return torch.from_numpy(weights.images(**spec))
 
 
-def test_state_dict_is_the_published_one(model, fixture):
+def test_state_dict_has_the_published_entries(model, fixture):
     assert published_entries(model) == {key: (shape, kind) for key, shape, kind in fixture["state_dict"]}
-    assert len(model.state_dict()) + len(getattr(model, "published_buffers", dict)()) == len(fixture["state_dict"])
+    assert len(model.state_dict()) + len(model.published_buffers()) == len(fixture["state_dict"])
     assert sum(parameter.numel() for parameter in model.parameters()) == fixture["parameters"]
 
 
-def test_logits(model, fixture):
-    load_stand_ins(model, fixture)
+def test_logits_are_the_published_ones(model, fixture):
+    load_stand_in_weights(model, fixture)
     expected = fixture["eval"]
     with torch.inference_mode():
         logits = model.eval()(images(expected["images"]))
@@ -68,8 +66,8 @@ def test_logits(model, fixture):
     assert logits.argmax(1).tolist() == expected["argmax"]
 
 
-def test_training_step(model, fixture):
-    load_stand_ins(model, fixture)
+def test_a_training_step_has_the_published_loss_gradients_and_statistics(model, fixture):
+    load_stand_in_weights(model, fixture)
     expected = fixture["train"]
     model.train()
     model.zero_grad()
@@ -80,9 +78,10 @@ def test_training_step(model, fixture):
     norms = {published_key(model, key): p.grad for key, p in model.named_parameters() if p.grad is not None}
     norms = {key: gradient.norm().item() for key, gradient in norms.items()}
     assert norms.keys() == fixture["train_gradient_norms"].keys()
-    # torch's hard sigmoid multiplies gradients by a single-precision 1/6, 3e-8 off, even in float64. Nothing needs more
-    # room than that, not the 1e-9 of T2T's attention projection either: it is a product with inputs as tiny as that,
-    # free of cancellation. Dead parameters, and they alone, have norm zero; with no absolute room ours must be, too.
+    # torch's hard sigmoid multiplies gradients by a single-precision 1/6, which is 3e-8 off, even in float64. No
+    # gradient needs more tolerance than that, not even the 1e-9 of T2T's attention projection: it is a product with
+    # inputs of that size, without cancellation. Only unused parameters have norm zero. Since there is no absolute
+    # tolerance, ours must be zero too.
     assert norms == pytest.approx(fixture["train_gradient_norms"], rel=1e-7, abs=0)
 
     statistics = fixture["train_running_statistics_norms_after"]

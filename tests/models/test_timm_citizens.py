@@ -1,4 +1,4 @@
-"""What timm promises of a model, over every name that the package registers (after timm's tests/test_models.py)."""
+"""What timm expects of a model, for every registered model of this package (after timm's tests/test_models.py)."""
 
 import copy
 import pickle
@@ -6,18 +6,22 @@ import pickle
 import pytest
 import timm
 import torch
-from small import ABSOLUTE, BASELINES, FAMILY, FRIENDLY, LOCAL, MODELS, ONE_OF_EACH, image_size, small_model
+from small import ABSOLUTE, ALIASES, BASELINES, LOCAL, MODELS, ONE_OF_EACH, family, image_size, small_model
 from timm.models import FeatureGraphNet, group_parameters
 from timm.optim import param_groups_weight_decay
 from torch import nn
 
 from localvit.locality import SqueezeExcite
-from localvit.models.registry import published_key
+from localvit.models.published_names import published_key
+from localvit.models.pvt import LocalPVT
+from localvit.models.swin import LocalSwin
+from localvit.models.t2t import LocalT2T
+from localvit.models.tnt import LocalTNT
+from localvit.models.vit import LocalViT
 from localvit.tokens.mlp import LocalityMlp
-from published import GOLDEN
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
-"""float64 through a few layers of order one: rounding in another order of summation, no more."""
+"""float64 through a few layers with values of order one: only rounding in another order of summation."""
 
 
 def images(name, batch=2, in_chans=3, scale=(1, 1), dtype=torch.float32, seed=5):
@@ -31,8 +35,8 @@ def double(name, **kwargs):
     return small_model(name, **kwargs).double()
 
 
-def shaken(model):
-    """The model with random norms, biases and positions, so that nothing is zero or the same by initialization."""
+def randomized(model):
+    """The model with random norms, biases and positions: by initialization they are zero or equal."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -41,28 +45,23 @@ def shaken(model):
     return model
 
 
-def is_dead(model, name):
-    """Whether the feed-forward that the parameter is of cannot reach the logits.
+def is_unused(model, name):
+    """Whether the logits do not depend on the parameter.
 
-    The head of all but Swin reads the class token alone, and locality in the last block moves image tokens alone. T2T's
-    second norm is kept for published state dicts only.
+    A head that pools by token reads only the class token, and locality in the last block changes only the image
+    tokens. T2T's second norm exists only for published state dicts.
     """
     published = published_key(model, name)
     if published.startswith("tokens_to_token"):
         return ".norm2." in published and any(".conv." in published_key(model, key) for key in model.state_dict())
     slots = [key for key, module in model.named_modules() if isinstance(module, LocalityMlp)]
-    return "Swin" not in type(model).__name__ and bool(slots) and name.startswith(f"{slots[-1]}.")
+    return model.global_pool == "token" and bool(slots) and name.startswith(f"{slots[-1]}.")
 
 
-def test_every_promised_name_is_registered():
-    published = {path.stem for path in (GOLDEN / "models").glob("*.json")}
-    assert set(FAMILY) == published | FRIENDLY.keys() | {"localvit_nano_patch4_32"}
-
-
-@pytest.mark.parametrize(("friendly", "published"), FRIENDLY.items())
-def test_two_names_build_the_same_model(friendly, published):
+@pytest.mark.parametrize(("alias", "published"), ALIASES.items())
+def test_an_alias_makes_the_same_model(alias, published):
     models = []
-    for name in (friendly, published):
+    for name in (alias, published):
         torch.manual_seed(2)
         models.append(small_model(name))
     first, second = (model.state_dict() for model in models)
@@ -70,24 +69,24 @@ def test_two_names_build_the_same_model(friendly, published):
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert models[0].pretrained_cfg["url"] == models[1].pretrained_cfg["url"]
     with torch.device("meta"):
-        full = [timm.create_model(name) for name in (friendly, published)]
+        full = [timm.create_model(name) for name in (alias, published)]
     shapes = [{key: value.shape for key, value in model.state_dict().items()} for model in full]
     assert shapes[0] == shapes[1]
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_forward_and_every_live_parameter_gets_a_gradient(name):
+def test_every_used_parameter_gets_a_gradient(name):
     model = small_model(name, drop_path_rate=0.0).train()
     for module in model.modules():
-        if isinstance(module, SqueezeExcite):  # a bottleneck a few wide may start with every ReLU off
+        if isinstance(module, SqueezeExcite):  # every ReLU of a narrow bottleneck may be off at the start
             nn.init.ones_(module.fc[0].bias)
     logits = model(images(name))
     assert logits.shape == (2, 7)
     assert torch.isfinite(logits).all()
     logits.square().mean().backward()
     without = {key for key, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())}
-    dead = {key for key, p in model.named_parameters() if p.requires_grad and is_dead(model, key)}
-    assert without == dead
+    unused = {key for key, p in model.named_parameters() if p.requires_grad and is_unused(model, key)}
+    assert without == unused
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -108,7 +107,7 @@ def test_reset_classifier(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_forward_intermediates_end_in_forward_features(name):
-    model = shaken(double(name)).eval()
+    model = randomized(double(name)).eval()
     image = images(name, dtype=torch.float64, scale=(1, 2))
     depth = len(model.feature_info)
     final, maps = model.forward_intermediates(image)
@@ -159,19 +158,19 @@ def test_features_only(name):
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("in_chans", [1, 4])
-def test_channels_of_the_images(name, in_chans):
+def test_other_numbers_of_input_channels(name, in_chans):
     assert small_model(name, in_chans=in_chans)(images(name, in_chans=in_chans)).shape == (2, 7)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_batch_of_one_equals_its_row_of_a_batch(name):
-    model = shaken(double(name)).eval()
+def test_an_images_logits_do_not_depend_on_the_batch(name):
+    model = randomized(double(name)).eval()
     image = images(name, batch=3, dtype=torch.float64)
     torch.testing.assert_close(model(image[1:2]), model(image)[1:2], **CLOSE)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_other_sizes_run_and_matter(name):
+def test_images_of_other_sizes_run(name):
     model = small_model(name).eval()
     for scale in ((1, 2), (2, 1), (2, 2)):
         assert torch.isfinite(model(images(name, scale=scale))).all()
@@ -179,37 +178,37 @@ def test_other_sizes_run_and_matter(name):
 
 @pytest.mark.parametrize("name", ABSOLUTE)
 @pytest.mark.parametrize("scale", [(1, 2), (3, 1)])
-def test_a_new_input_size_computes_what_the_old_one_resamples(name, scale):
-    # Float32: timm resamples positions in it whatever they are in, and here once and there in each forward, the same.
-    dynamic = shaken(small_model(name)).eval()
+def test_set_input_size_computes_the_same_as_resampling_in_each_forward(name, scale):
+    # float32, because timm resamples positions in float32 whatever their dtype.
+    dynamic = randomized(small_model(name)).eval()
     image = images(name, scale=scale)
-    moved = copy.deepcopy(dynamic)
-    moved.set_input_size(tuple(image.shape[2:]))
-    old, new = dynamic.position_grids(), moved.position_grids()
+    resized = copy.deepcopy(dynamic)
+    resized.set_input_size(tuple(image.shape[2:]))
+    old, new = dynamic.position_grids(), resized.position_grids()
     assert all(old[key] != new[key] for key in new)
     for key, ((height, width), num_prefix_tokens) in new.items():
-        assert moved.get_parameter(key).shape[1] == num_prefix_tokens + height * width
-        assert moved.get_parameter(key).requires_grad == dynamic.get_parameter(key).requires_grad
-    assert moved.position_grids() == dynamic.position_grids(tuple(image.shape[2:]))
-    torch.testing.assert_close(moved(image), dynamic(image))
+        assert resized.get_parameter(key).shape[1] == num_prefix_tokens + height * width
+        assert resized.get_parameter(key).requires_grad == dynamic.get_parameter(key).requires_grad
+    assert resized.position_grids() == dynamic.position_grids(tuple(image.shape[2:]))
+    torch.testing.assert_close(resized(image), dynamic(image))
 
 
 @pytest.mark.parametrize("name", ABSOLUTE)
-def test_equal_counts_of_tokens_on_other_grids_are_told_apart(name):
-    model = shaken(small_model(name)).eval()
+def test_grids_with_equal_numbers_of_tokens_are_distinguished(name):
+    model = randomized(small_model(name)).eval()
     square, wide, tall = (images(name, scale=scale, seed=7) for scale in ((2, 2), (1, 4), (4, 1)))
     in_turn = [model(image) for image in (square, wide, tall, wide, square)]
     torch.testing.assert_close(in_turn[1], in_turn[3], rtol=0, atol=0)
     torch.testing.assert_close(in_turn[0], in_turn[4], rtol=0, atol=0)
     for image, got in zip((square, wide, tall), in_turn, strict=False):
-        alone = copy.deepcopy(model)
-        alone.set_input_size(tuple(image.shape[2:]))
-        torch.testing.assert_close(alone(image), got)
-    # The same tokens in the same order, on a grid laid out otherwise: neighbors and positions differ.
+        resized = copy.deepcopy(model)
+        resized.set_input_size(tuple(image.shape[2:]))
+        torch.testing.assert_close(resized(image), got)
+    # The same tokens in the same order on another grid: neighbors and positions differ.
     assert not torch.allclose(model.forward_features(wide), model.forward_features(wide.mT), atol=1e-3)
 
 
-def test_swin_takes_a_new_input_size():
+def test_swin_accepts_a_new_input_size():
     model = small_model("localvit_swin_tiny_patch4_window7_224").eval()
     model.set_input_size((128, 64))
     assert torch.isfinite(model(images("localvit_swin_tiny_patch4_window7_224", scale=(2, 1)))).all()
@@ -219,7 +218,7 @@ def test_swin_takes_a_new_input_size():
 @pytest.mark.parametrize(
     ("size", "side"), [((65, 64), "height of 65"), ((64, 72), "width of 72"), ((8, 64), "height of 8")]
 )
-def test_images_that_patches_do_not_divide_raise_with_both_numbers(name, size, side):
+def test_images_not_divisible_by_the_patches_raise_with_both_numbers(name, size, side):
     patch = 32 if "pvt" in name else 16
     with pytest.raises(ValueError, match=rf"{side} pixels .* {patch}"):
         small_model(name)(torch.zeros(1, 3, *size))
@@ -228,7 +227,7 @@ def test_images_that_patches_do_not_divide_raise_with_both_numbers(name, size, s
 
 
 @pytest.mark.parametrize("name", ["localvit_tnt_t_patch16_224", "localvit_pvt_tiny"])
-def test_set_input_size_refuses_what_patches_do_not_divide(name):
+def test_set_input_size_refuses_sizes_not_divisible_by_the_patches(name):
     model = small_model(name)
     before = model.position_grids()
     with pytest.raises(ValueError, match="width of 72 pixels"):
@@ -243,10 +242,15 @@ def test_tokens_that_do_not_fill_the_grid_raise_with_both_numbers(name):
     slots = [module for module in model.modules() if isinstance(module, LocalityMlp)]
     assert slots
     for slot in slots:
-        height, width = slot.layout.grid.size
-        tokens = torch.zeros(1, slot.layout.num_prefix_tokens + height * width + 1, slot.conv[0].in_channels)
-        with pytest.raises(ValueError, match=rf"{height * width + 1} image tokens .* grid of {height * width}"):
-            slot(tokens)
+        sizes = []
+        handle = slot.register_forward_pre_hook(lambda slot, args, sizes=sizes: sizes.append(slot.layout.grid.size))
+        model(images(name))
+        handle.remove()
+        [(height, width)] = sizes
+        handle = slot.register_forward_pre_hook(lambda slot, args: torch.cat((args[0], args[0][:, :1]), dim=1))
+        with pytest.raises(ValueError, match=rf"{height * width + 1} image tokens .*grid of {height * width}"):
+            model(images(name))
+        handle.remove()
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -255,37 +259,44 @@ def test_unknown_arguments_raise(name):
         small_model(name, localty=True)
 
 
+def test_only_the_plain_transformer_can_be_distilled():
+    for name in ONE_OF_EACH:
+        if family(name) is not LocalViT:
+            with pytest.raises(TypeError, match="distilled"):
+                small_model(name, distilled=True)
+
+
 @pytest.mark.parametrize("name", LOCAL)
 def test_stochastic_depth_acts_on_attention_and_never_on_locality(name):
     torch.manual_seed(0)
-    model = shaken(small_model(name, drop_path_rate=0.999, local_blocks=None)).train()
+    model = randomized(small_model(name, drop_path_rate=0.999, local_blocks=None)).train()
     for module in model.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-            module.eval()  # so that what one image gives does not depend on the others
-    seen = []
+            module.eval()  # so that an image's output does not depend on the others
+    recorded = []
     slots = [module for module in model.modules() if isinstance(module, LocalityMlp)]
-    # The last block's rate is the highest; Swin's slot reads a map's tokens, the others' the class token before them.
-    slots[-1].register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+    # The last block has the highest rate. Swin's module reads the tokens of a map, the others a class token first.
+    slots[-1].register_forward_hook(lambda module, args, output: recorded.append((args[0], output)))
     residual = []
     [block] = [module for module in model.modules() if getattr(module, "mlp", None) is slots[-1]]
     block.register_forward_hook(lambda module, args, output: residual.append((args, output)))
     model(images(name, batch=16))
-    [(before, change)], [(args, after)] = seen, residual
+    [(before, change)], [(args, after)] = recorded, residual
     after = after[1] if isinstance(after, tuple) else after
     torch.testing.assert_close(before + change, after.reshape(before.shape), rtol=0, atol=0)
-    entering = args[1] if FAMILY[name] == "localvit_tnt" else args[0]
-    class_token = 0 if FAMILY[name] == "localvit_swin" else slice(0, 1)
+    entering = args[1] if family(name) is LocalTNT else args[0]
+    class_token = 0 if family(name) is LocalSwin else slice(0, 1)
     attention = (before - entering.reshape(before.shape)).flatten(1)
-    if FAMILY[name] == "localvit_tnt":
-        # TNT adds the inner tokens to the image tokens on the way; the class token shows the outer attention alone.
+    if family(name) is LocalTNT:
+        # TNT adds the inner tokens to the image tokens; only the class token shows the outer attention by itself.
         attention = (before - entering)[:, class_token].flatten(1)
     dropped = attention.abs().amax(1) == 0
-    # Rate 0.999 in the last block: all 16 images lose it with probability 0.984, more than half of them surely.
+    # Rate 0.999 in the last block: all 16 images lose it with probability 0.984, and more than half almost certainly.
     assert dropped.sum() > 8
     assert (change[:, -1].abs().amax(-1) > 0).all()
 
 
-def test_tnt_drops_inner_branches_as_timm_does():
+def test_tnt_has_stochastic_depth_in_the_inner_branches_like_timm():
     model = small_model("localvit_tnt_t_patch16_224", drop_path_rate=0.3)
     block = model.blocks[-1]
     for branch in (block.attn_in.proj_drop, block.attn_out.proj_drop, block.mlp_in.drop2):
@@ -293,10 +304,10 @@ def test_tnt_drops_inner_branches_as_timm_does():
     assert not any("drop" in key for key in model.state_dict())
 
 
-def test_tnt_without_locality_is_timms():
+def test_tnt_without_locality_equals_timms():
     from timm.models.tnt import TNT
 
-    ours = shaken(double("tnt_t_patch16_224", drop_path_rate=0.4))
+    ours = randomized(double("tnt_t_patch16_224", drop_path_rate=0.4))
     theirs = TNT(
         64, embed_dim=48, inner_dim=12, depth=2, num_heads_inner=3, num_heads_outer=3, num_classes=7, legacy=True,
         drop_path_rate=0.4,
@@ -314,7 +325,7 @@ def test_tnt_without_locality_is_timms():
 def test_gradient_checkpointing_changes_nothing(name):
     results = []
     for checkpointing in (False, True):
-        model = shaken(double(name, drop_path_rate=0.2)).train()
+        model = randomized(double(name, drop_path_rate=0.2)).train()
         model.set_grad_checkpointing(checkpointing)
         torch.manual_seed(4)
         loss = model(images(name, dtype=torch.float64)).square().sum()
@@ -323,10 +334,10 @@ def test_gradient_checkpointing_changes_nothing(name):
     torch.testing.assert_close(results[0], results[1], **CLOSE)
 
 
-# timm's own SwinTransformer cannot be traced either where it takes any size: it then writes its mask in the forward.
+# Not Swin: timm's SwinTransformer cannot be traced either if it accepts any size. It then makes its mask in forward.
 @pytest.mark.parametrize("name", ABSOLUTE)
 def test_graph_feature_extraction(name):
-    model = shaken(small_model(name)).eval()
+    model = randomized(small_model(name)).eval()
     last = len(model.feature_info) - 1
     graph = FeatureGraphNet(copy.deepcopy(model), out_indices=(0, last)).eval()
     for scale in ((1, 1), (1, 2)):
@@ -340,7 +351,7 @@ def test_graph_feature_extraction(name):
 @pytest.mark.parametrize("name", [*ONE_OF_EACH, *BASELINES])
 def test_compiles_into_one_graph(name):
     torch._dynamo.reset()
-    model = shaken(small_model(name, drop_path_rate=0.0)).eval()
+    model = randomized(small_model(name, drop_path_rate=0.0)).eval()
     compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
     for scale in ((1, 1), (1, 2)):
         image = images(name, scale=scale)
@@ -352,7 +363,7 @@ def test_trains_compiled(name):
     torch._dynamo.reset()
     losses = []
     for compiled in (False, True):
-        model = shaken(double(name, drop_path_rate=0.0)).train()
+        model = randomized(double(name, drop_path_rate=0.0)).train()
         forward = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
         loss = forward(images(name, dtype=torch.float64)).square().sum()
         loss.backward()
@@ -360,17 +371,17 @@ def test_trains_compiled(name):
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-7, atol=1e-9)  # hard sigmoid: 3e-8, see test_parity
 
 
-def test_inductor():
+def test_inductor_computes_the_same():
     torch._dynamo.reset()
-    model = shaken(small_model("localvit_nano_patch4_32", depth=1)).eval()
+    model = randomized(small_model("localvit_nano_patch4_32", depth=1)).eval()
     image = images("localvit_nano_patch4_32")
-    # float32 with fused sums
+    # float32, with sums in another order
     torch.testing.assert_close(torch.compile(model, fullgraph=True)(image), model(image), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [*ONE_OF_EACH, *BASELINES])
-def test_exports(name):
-    model = shaken(small_model(name)).eval()
+def test_an_exported_program_computes_the_same(name):
+    model = randomized(small_model(name)).eval()
     image = images(name)
     program = torch.export.export(model, (image,), strict=False)
     torch.testing.assert_close(program.module()(image), model(image))
@@ -378,7 +389,7 @@ def test_exports(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_memory_formats_agree(name):
-    model = shaken(double(name)).eval()
+    model = randomized(double(name)).eval()
     image = images(name, dtype=torch.float64)
     expected = model(image)
     model = model.to(memory_format=torch.channels_last)
@@ -387,7 +398,7 @@ def test_memory_formats_agree(name):
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_dtype(name, dtype):
+def test_other_dtypes(name, dtype):
     model = small_model(name, dtype=dtype).eval()
     assert {p.dtype for p in model.parameters()} == {dtype}
     logits = model(images(name, dtype=dtype))
@@ -396,37 +407,37 @@ def test_dtype(name, dtype):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_meta_device(name):
+def test_the_whole_model_is_made_on_the_meta_device(name):
     model = timm.create_model(name, device="meta")
     assert {value.device.type for value in model.state_dict().values()} == {"meta"}
-    held = [*model.parameters(), *model.buffers()]
-    assert {value.device.type for value in held} == {"meta"}
-    # Nothing is kept beside the state dict: whoever fills that has filled the model. (Swin's index is timm's.)
+    tensors = [*model.parameters(), *model.buffers()]
+    assert {value.device.type for value in tensors} == {"meta"}
+    # The state dict is all that has to be filled. (Swin's index is timm's.)
     buffers = {key for key, _ in model.named_buffers() if not key.endswith("relative_position_index")}
     assert buffers <= model.state_dict().keys()
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_autocast(name):
-    model = shaken(small_model(name)).eval()
+def test_autocast_gives_finite_logits(name):
+    model = randomized(small_model(name)).eval()
     image = images(name)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.isfinite(model(image)).all()
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_copies_and_pickles(name):
-    model = shaken(small_model(name, drop_path_rate=0.1)).eval()
+def test_copies_and_pickles_are_independent(name):
+    model = randomized(small_model(name, drop_path_rate=0.1)).eval()
     wide = images(name, scale=(1, 2))
     expected = model(wide)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        model(images(name))  # Its grid is its own: this must not be the twin's.
+        model(images(name))  # This model's grid must not become the twin's.
         torch.testing.assert_close(twin(wide), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("coarse", [False, True])
-def test_groups_cover_every_parameter(name, coarse):
+def test_parameter_groups_cover_every_parameter(name, coarse):
     model = small_model(name)
     groups = group_parameters(model, model.group_matcher(coarse=coarse))
     grouped = [parameter for names in groups.values() for parameter in names]
@@ -434,23 +445,23 @@ def test_groups_cover_every_parameter(name, coarse):
     assert len(groups) > 2
     # The embedding comes first, the head last.
     assert any("embed" in key for key in groups[0])
-    # timm puts what no pattern matches beside the head, so nothing else may be there (Swin's norm is, when coarse).
+    # timm puts what no pattern matches into the head's group, so nothing else may be there (but Swin's coarse norm).
     assert all(key.startswith(("head.", "norm.")) for key in groups[max(groups)])
 
 
 NO_WEIGHT_DECAY = {
-    "localvit_vit": {"pos_embed", "cls_token"},
-    "localvit_pvt": {"cls_token"},
-    "localvit_t2t": {"cls_token"},
-    "localvit_tnt": {"patch_pos", "pixel_pos", "cls_token"},
-    "localvit_swin": set(),
+    LocalViT: {"pos_embed", "cls_token"},
+    LocalPVT: {"cls_token"},
+    LocalT2T: {"cls_token"},
+    LocalTNT: {"patch_pos", "pixel_pos", "cls_token"},
+    LocalSwin: set(),
 }
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_weight_decay_leaves_alone_what_the_paper_did(name):
+def test_the_parameters_without_weight_decay_are_the_published_ones(name):
     model = small_model(name)
     named = dict(model.named_parameters())
     groups = param_groups_weight_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay())
-    spared = {id(p) for group in groups if group["weight_decay"] == 0 for p in group["params"]}
-    assert {key for key in named if id(named[key]) in spared and named[key].ndim > 1} == NO_WEIGHT_DECAY[FAMILY[name]]
+    exempt = {id(p) for group in groups if group["weight_decay"] == 0 for p in group["params"]}
+    assert {key for key in named if id(named[key]) in exempt and named[key].ndim > 1} == NO_WEIGHT_DECAY[family(name)]

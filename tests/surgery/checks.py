@@ -1,4 +1,4 @@
-"""What holds for every host that locality is put into: checks that the tests of each library call.
+"""Checks that hold for every host of `localize`; the tests of each library call them.
 
 Shapes: B batch, E hidden channels, H and W the patch grid.
 """
@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 import localvit
-from localvit.surgery.branch import LocalityBranch
+from localvit.surgery.adapter import LocalityAdapter
+from localvit.surgery.localize import localize_with_options
 from localvit.surgery.sites import Site, find_sites
 
 
 def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
-    """The model with every floating-point parameter drawn anew, so that layer scale and zeroed weights hide nothing."""
+    """The model with noise added to every parameter, so that no layer scale or weight of zeros hides an error."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -30,18 +31,18 @@ def output_of(model: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
     return out[0] if isinstance(out, tuple | list) else out
 
 
-def branches_of(model: nn.Module) -> list[LocalityBranch]:
-    return [module for module in model.modules() if isinstance(module, LocalityBranch)]
+def adapters_of(model: nn.Module) -> list[LocalityAdapter]:
+    return [module for module in model.modules() if isinstance(module, LocalityAdapter)]
 
 
 def check_function_is_kept(model: nn.Module, *inputs: torch.Tensor, **options) -> None:
-    """The output is the same before and after, in float64 and float32, and the state dict loads both ways."""
+    """The output stays the same, in float64 and float32, and state dicts load both ways. `options` are plain values."""
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         host = copy.deepcopy(model).to(dtype).eval()
         cast = [value.to(dtype) if value.is_floating_point() else value for value in inputs]
         with torch.no_grad():
             expected = output_of(host, *cast)
-            localized = localvit.localize(copy.deepcopy(host), **options)
+            localized = localize_with_options(host, options)
             after = output_of(localized, *cast)
         assert torch.isfinite(expected).all()
         assert (after - expected).abs().max() <= tolerance * expected.abs().max()
@@ -49,41 +50,41 @@ def check_function_is_kept(model: nn.Module, *inputs: torch.Tensor, **options) -
         host.load_state_dict({key: value for key, value in localized.state_dict().items() if ".locality." not in key})
 
 
-def check_gradients_reach_every_branch(model: nn.Module, *inputs: torch.Tensor) -> None:
+def check_gradients_reach_every_adapter(model: nn.Module, *inputs: torch.Tensor) -> None:
     """The depth-wise weights of every site get a gradient in the first step."""
-    localized = localvit.localize(copy.deepcopy(model).float().train())
+    localized = localvit.localize(copy.deepcopy(model).float().train(), inplace=True)
     cast = [value.float() if value.is_floating_point() else value for value in inputs]
     output_of(localized, *cast).square().sum().backward()
-    branches = branches_of(localized)
-    assert branches
-    for branch in branches:
-        assert branch.conv.weight.grad is not None
-        assert branch.conv.weight.grad.any()
+    adapters = adapters_of(localized)
+    assert adapters
+    for adapter in adapters:
+        assert adapter.conv.weight.grad is not None
+        assert adapter.conv.weight.grad.any()
 
 
-def check_branch_matters(model: nn.Module, *inputs: torch.Tensor) -> None:
-    """The negative control: each branch, perturbed alone, changes the output."""
-    localized = localvit.localize(copy.deepcopy(model).double().eval())
+def check_every_adapter_matters(model: nn.Module, *inputs: torch.Tensor) -> None:
+    """The negative control: a change of any single adapter changes the output."""
+    localized = localvit.localize(copy.deepcopy(model).double().eval(), inplace=True)
     cast = [value.double() if value.is_floating_point() else value for value in inputs]
     with torch.no_grad():
         expected = output_of(localized, *cast)
-        for branch in branches_of(localized):
-            branch.conv.weight.normal_(generator=torch.Generator().manual_seed(0))
+        for adapter in adapters_of(localized):
+            adapter.conv.weight.normal_(generator=torch.Generator().manual_seed(0))
             assert not torch.allclose(output_of(localized, *cast), expected, rtol=1e-6, atol=1e-9)
-            branch.make_neutral()
-    localvit.delocalize(localized)
+            adapter.make_neutral()
+    localvit.delocalize(localized, inplace=True)
     with torch.no_grad():
         assert torch.equal(output_of(localized, *cast), expected)
 
 
 def hidden_maps(model: nn.Module, *inputs: torch.Tensor) -> list[torch.Tensor]:
-    """The hidden map (B, E, H, W) of every site, in order, as the layouts of a localized model show it."""
+    """The hidden map (B, E, H, W) of every site, in order, as the layouts of a localized model make it."""
     maps = []
     handles = [
-        branch.register_forward_pre_hook(
-            lambda branch, args: maps.append(branch.layout.to_map(args[0]).detach().clone())
+        adapter.register_forward_pre_hook(
+            lambda adapter, args: maps.append(adapter.layout.to_map(args[0]).detach().clone())
         )
-        for branch in branches_of(model)
+        for adapter in adapters_of(model)
     ]
     with torch.no_grad():
         model(*inputs)
@@ -93,7 +94,7 @@ def hidden_maps(model: nn.Module, *inputs: torch.Tensor) -> list[torch.Tensor]:
 
 
 def without_attention(site: Site) -> None:
-    """Silence the attention before a site's feed-forward, so that a token there tells of its own patch alone."""
+    """Zero the attention before a site's feed-forward, so that a token there depends on its own patch only."""
     for name, module in site.block.named_modules():
         projects = name.rpartition(".")[2] in ("proj", "o_proj", "out_proj", "attn_out_proj")
         if projects and isinstance(module, nn.Linear | nn.Conv2d):
@@ -105,15 +106,14 @@ def without_attention(site: Site) -> None:
 def check_map_is_the_image(
     model: nn.Module, image_BCHW: torch.Tensor, *, reach: int = 0, silence=without_attention
 ) -> None:
-    """A spot of the image shows at its own place of the first site's hidden map, and no further than `reach` patches.
+    """A change of one pixel changes the first site's hidden map at the pixel's patch, within `reach` patches.
 
-    The place is where the spot is on the map's own grid; what lies between image and site (a convolutional stem, for
-    which `reach` allows, but no attention) must not mix further.
+    `reach` allows for a convolutional stem; `silence` zeroes the attention between image and site.
     """
     localized = copy.deepcopy(model).double().eval()
     for site in find_sites(localized)[:1]:
         silence(site)
-    localized = localvit.localize(localized)
+    localized = localvit.localize(localized, inplace=True)
     image_BCHW = image_BCHW.double()
     [before, *_] = hidden_maps(localized, image_BCHW)
     grid_height, grid_width = before.shape[2:]

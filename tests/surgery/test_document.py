@@ -1,4 +1,4 @@
-"""docs/localize.md: its snippets and commands run as they stand, and its table holds every family."""
+"""docs/localize.md: its snippets and commands run, and its table lists every family."""
 
 import re
 import shlex
@@ -39,7 +39,7 @@ def test_every_block_runs_in_order(tmp_path, monkeypatch, capsys):
     assert len(locality_modules(names["own"])) == 2
 
 
-def test_the_table_holds_every_family_and_nothing_moved():
+def test_the_table_lists_every_family_and_no_output_changed():
     table = re.search(r"<!-- support table -->\n(.*?)\n<!-- end of support table -->", DOCUMENT, re.DOTALL)
     assert table
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[1].splitlines()[2:]]

@@ -1,4 +1,4 @@
-"""The call itself: what it changes, what it leaves, what it refuses, and what a localized model can still do."""
+"""`localize` and `delocalize`: what they change and keep, what they refuse, and what a localized model can do."""
 
 import copy
 import pickle
@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 import localvit
-from localvit.surgery.branch import LocalityBranch
-from localvit.surgery.localize import locality_modules
+from localvit import Adapter, Replace
+from localvit.surgery.adapter import LocalityAdapter
+from localvit.surgery.localize import locality_modules, localize_with_options
 from localvit.tokens.mlp import LocalityMlp
 
 DEPTH = 3
@@ -28,7 +29,7 @@ def image(batch=2, height=48, width=80, dtype=torch.float64):
 
 
 def shaken(model):
-    """The model with branches that do something."""
+    """The model with adapters that change its output."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for module in locality_modules(model).values():
@@ -38,41 +39,61 @@ def shaken(model):
 
 
 def localized_vit(**options):
-    return shaken(localvit.localize(small_vit(), **options))
+    return shaken(localize_with_options(small_vit(), options, inplace=True))
 
 
 def test_parameters_keep_names_values_and_identity():
     model = small_vit()
     before = dict(model.named_parameters())
     values = {name: parameter.clone() for name, parameter in before.items()}
-    assert localvit.localize(model) is model
+    assert localvit.localize(model, inplace=True) is model
     after = dict(model.named_parameters())
     assert all(after[name] is parameter and torch.equal(parameter, values[name]) for name, parameter in before.items())
     assert sorted(after.keys() - before.keys()) == [f"blocks.{i}.mlp.fc2.locality.conv.weight" for i in range(DEPTH)]
 
 
+@pytest.mark.parametrize("method", [Adapter(gate="se"), Replace()])
+def test_by_default_the_model_given_stays_as_it_is(method):
+    model = small_vit()
+    expected, keys = model(image()), list(model.state_dict())
+    localized = shaken(
+        localvit.localize(model, method, trainable="locality", filter_fn=lambda module, name: "1" in name)
+    )
+    assert list(locality_modules(localized)) == list(locality_modules(localized))[:1]
+    assert localized is not model
+    assert list(model.state_dict()) == keys
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert torch.equal(model(image()), expected)
+    assert not torch.allclose(localized(image()), expected)
+    if isinstance(method, Adapter):
+        plain = localvit.delocalize(localized, discard=True)
+        assert len(locality_modules(localized)) == 1
+        assert torch.equal(plain(image()), expected)
+
+
 @pytest.mark.parametrize("gate", [None, "se", "eca"])
-def test_it_comes_back_bit_for_bit(gate):
+def test_delocalize_restores_the_original_bit_exactly(gate):
     model = small_vit()
     expected, keys = model(image()), model.state_dict().keys()
     hooks = [(name, len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()]
-    localvit.localize(model, gate=gate, trainable="locality")
+    localvit.localize(model, Adapter(gate=gate), trainable="locality", inplace=True)
     assert torch.equal(model(image()), expected)
-    assert localvit.delocalize(model) is model
+    assert localvit.delocalize(model, inplace=True) is model
     assert torch.equal(model(image()), expected)
     assert model.state_dict().keys() == keys
     assert [(name, len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()] == hooks
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert not hasattr(model, "localized")
-    localvit.localize(model)
+    localvit.localize(model, inplace=True)
 
 
-def test_trained_branches_are_not_thrown_away_unasked():
+def test_trained_adapters_are_only_removed_with_discard():
     model = small_vit()
     expected = model(image())
-    shaken(localvit.localize(model))
-    with pytest.raises(ValueError, match=r"3 of 3 branches are trained \(blocks.0.mlp.fc2, .*discard=True"):
-        localvit.delocalize(model)
+    shaken(localvit.localize(model, inplace=True))
+    with pytest.raises(ValueError, match=r"3 of 3 adapters are trained \(blocks.0.mlp.fc2, .*discard=True"):
+        localvit.delocalize(model, inplace=True)
     assert len(locality_modules(model)) == DEPTH
     assert torch.equal(localvit.delocalize(model, discard=True)(image()), expected)
 
@@ -81,9 +102,9 @@ def test_trained_branches_are_not_thrown_away_unasked():
     ("blocks", "local"), [(None, [0, 1, 2]), ("2-3", [1, 2]), ("1,3", [0, 2]), ([2], [1]), (range(1, 3), [0, 1])]
 )
 def test_blocks_count_from_one(blocks, local):
-    model = localvit.localize(small_vit(), blocks)
+    model = localvit.localize(small_vit(), blocks=blocks)
     assert sorted(locality_modules(model)) == [f"blocks.{i}.mlp.fc2.locality" for i in local]
-    again = localvit.localize(small_vit(), **model.localized.options)
+    again = localize_with_options(small_vit(), model.localized.options)
     assert locality_modules(again).keys() == locality_modules(model).keys()
 
 
@@ -98,13 +119,13 @@ def test_filter_fn_sees_the_projections_and_their_names():
     hidden = model.blocks[0].mlp.fc2.in_features
     assert seen == [(nn.Linear, hidden, f"blocks.{i}.mlp.fc2") for i in range(DEPTH)]
     assert list(locality_modules(model)) == ["blocks.2.mlp.fc2.locality"]
-    again = localvit.localize(small_vit(), **model.localized.options)
+    again = localize_with_options(small_vit(), model.localized.options)
     assert list(locality_modules(again)) == ["blocks.2.mlp.fc2.locality"]
 
 
 BAD = [
     (small_vit, {"blocks": "4"}, ValueError, r"blocks='4': the model has blocks 1 to 3, not \[4\]"),
-    (small_vit, {"blocks": []}, ValueError, r"blocks=\[\] names none of the blocks of VisionTransformer"),
+    (small_vit, {"blocks": []}, ValueError, r"blocks=\[\] selects none of the blocks of VisionTransformer"),
     (
         small_vit,
         {"filter_fn": lambda module, name: False},
@@ -112,14 +133,19 @@ BAD = [
         "matched none of the 3 projections.*blocks.0.mlp",
     ),
     (small_vit, {"filter_fn": ["blocks.7.mlp.fc2"]}, ValueError, "names blocks.7.mlp.fc2, but VisionTransformer has"),
-    (small_vit, {"kernel": 5}, TypeError, "branch.*has no option kernel; its options are kernel_size"),
-    (small_vit, {"act": "hs"}, TypeError, "preserve=True.*has no option act"),
-    (small_vit, {"preserve": False, "gate": "se"}, TypeError, "paper's form.*has no option gate; its options are act"),
+    (small_vit, {"kernel": 5}, TypeError, "method='adapter' has no option kernel; its options are kernel_size"),
+    (small_vit, {"act": "hs"}, TypeError, "method='adapter' has no option act"),
+    (
+        small_vit,
+        {"method": "replace", "gate": "se"},
+        TypeError,
+        "method='replace' has no option gate; its options are act",
+    ),
     (small_vit, {"kernel_size": 2}, ValueError, "kernel_size=2 must be odd"),
-    (small_vit, {"preserve": False, "act": "gelu"}, ValueError, "act='gelu' is not known"),
+    (small_vit, {"method": "replace", "act": "gelu"}, ValueError, "act='gelu' is not known"),
     (small_vit, {"trainable": "head"}, ValueError, "trainable='head': choose 'all' or 'locality'"),
-    (small_vit, {"grid": (3, 5)}, ValueError, "filter_fn has to say where"),
-    (partial(timm.create_model, "test_resnet"), {}, ValueError, "ResNet has no feed-forward that is known here"),
+    (small_vit, {"grid": (3, 5)}, ValueError, "select its linear layers with filter_fn"),
+    (partial(timm.create_model, "test_resnet"), {}, ValueError, "ResNet has no feed-forward that localize can find"),
     (lambda: localvit.localize(small_vit()), {}, ValueError, "has locality already, in 3 feed-forwards"),
     (lambda: localvit.create_model("localvit_nano_patch4_32"), {}, ValueError, "has locality already, in 6"),
     (lambda: torch.compile(small_vit()), {}, ValueError, "compiled: localize it first"),
@@ -128,7 +154,7 @@ BAD = [
         lambda: nn.Linear(3, 5),
         {"grid": "embed", "filter_fn": lambda module, name: True},
         ValueError,
-        "names no submodule",
+        "not the name of a submodule",
     ),
     (
         lambda: nn.Linear(3, 5),
@@ -140,25 +166,25 @@ BAD = [
 
 
 @pytest.mark.parametrize(("make", "arguments", "error", "message"), BAD)
-def test_what_makes_no_sense_raises_and_changes_nothing(make, arguments, error, message):
+def test_invalid_arguments_raise_and_change_nothing(make, arguments, error, message):
     model = make()
     keys = list(model.state_dict())
     hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
     with pytest.raises(error, match=message):
-        localvit.localize(model, **arguments)
+        localize_with_options(model, arguments, inplace=True)
     assert list(model.state_dict()) == keys
     assert sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()) == hooks
 
 
-def test_delocalize_says_why_not():
+def test_delocalize_refuses_with_a_reason():
     with pytest.raises(ValueError, match="VisionTransformer is not localized"):
-        localvit.delocalize(small_vit())
-    with pytest.raises(ValueError, match=r"holds the paper's form.*make the model anew"):
-        localvit.delocalize(localvit.localize(small_vit(), preserve=False))
+        localvit.delocalize(small_vit(), inplace=True)
+    with pytest.raises(ValueError, match=r"has the paper's module.*create the model again"):
+        localvit.delocalize(localvit.localize(small_vit(), Replace()))
 
 
 def test_trainable_locality_trains_nothing_else():
-    model = localvit.localize(small_vit(), trainable="locality", gate="se").train()
+    model = localvit.localize(small_vit(), Adapter(gate="se"), trainable="locality").train()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {name for name, _ in model.named_parameters() if ".locality." in name}
     frozen = {name: parameter.clone() for name, parameter in model.named_parameters() if name not in trained}
@@ -168,19 +194,19 @@ def test_trainable_locality_trains_nothing_else():
         optimizer.step()
     parameters = dict(model.named_parameters())
     assert all(torch.equal(parameters[name], value) for name, value in frozen.items())
-    # The head reads the class token alone, which the last block's patches cannot reach any more.
+    # The head reads the class token only, which does not depend on the patches of the last block.
     assert [module.is_neutral for module in locality_modules(model).values()] == [False, False, True]
 
 
-def test_any_size_and_neither_size_mixed_up():
+def test_images_of_any_size():
     model = localized_vit()
     alone = {size: model(image(1, *size)) for size in ((48, 80), (80, 48), (16, 112))}
     for size, expected in reversed(alone.items()):
         torch.testing.assert_close(model(image(1, *size)), expected, rtol=0, atol=0)
-    assert model.blocks[0].mlp.fc2.locality.layout.grid.size == (3, 5)
+    assert model.blocks[0].mlp.fc2.locality.layout.grid.size is None
 
 
-def test_batches_are_images_apart():
+def test_images_of_a_batch_do_not_depend_on_each_other():
     model = localized_vit(gate="se")
     images = image(3)
     together = model(images)
@@ -194,18 +220,18 @@ def test_batches_are_images_apart():
 
 def test_tokens_that_do_not_fill_the_grid_are_refused():
     model = localvit.localize(small_vit())
-    model(image())
+    model.patch_embed(image())
     with pytest.raises(ValueError, match=r"14 image tokens \(1 prefix .*do not fill the 3 x 5 grid of 15"):
         model.blocks(torch.zeros(2, 15, model.embed_dim, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"patch_drop_rate=0.4"):
-        localvit.localize(small_vit(patch_drop_rate=0.4))
+        localvit.localize(small_vit(patch_drop_rate=0.4), inplace=True)
 
 
-def test_a_replaced_patch_embedding_is_noticed():
+def test_a_replaced_patch_embedding_raises():
     model = localvit.localize(small_vit())
     model(image())
     model.set_input_size((40, 24), patch_size=8)  # as many patches, 5 x 3 of them, from a new convolution
-    with pytest.raises(ValueError, match="no patch grid was noted"):
+    with pytest.raises(ValueError, match="no patch grid is recorded for 15 image tokens"):
         model(image(1, 40, 24))
 
 
@@ -217,7 +243,7 @@ def test_copies_are_independent():
         assert torch.equal(twin(image()), expected)
         assert twin.localized == model.localized
         twin.load_state_dict(small_vit().state_dict(), strict=True)
-        localvit.delocalize(twin, discard=True)
+        localvit.delocalize(twin, discard=True, inplace=True)
         assert len(locality_modules(model)) == DEPTH
 
 
@@ -230,14 +256,14 @@ def test_compiles_to_one_graph():
         torch.testing.assert_close(compiled(image(2, *size)), model(image(2, *size)), rtol=1e-10, atol=1e-12)
 
 
-def test_code_compiled_for_the_model_before_is_not_run_for_it():
+def test_code_compiled_for_the_original_is_not_run_for_the_localized_model():
     torch._dynamo.reset()
     plain, model = small_vit(), localized_vit()
     runs = [torch.compile(each, backend="aot_eager", dynamic=False) for each in (plain, model, plain, model)]
     for compiled, each in zip(runs, (plain, model, plain, model), strict=True):
         torch.testing.assert_close(compiled(image()), each(image()), rtol=1e-10, atol=1e-12)
     assert not torch.allclose(model(image()), plain(image()))
-    shaken(localvit.localize(plain, gate="se"))
+    shaken(localvit.localize(plain, Adapter(gate="se"), inplace=True))
     torch.testing.assert_close(runs[0](image()), plain(image()), rtol=1e-10, atol=1e-12)
 
 
@@ -277,7 +303,7 @@ def test_in_distributed_data_parallel(tmp_path):
         torch.distributed.destroy_process_group()
 
 
-def test_intermediates_and_features_see_it():
+def test_intermediates_and_features_have_locality():
     model, host = localized_vit(), small_vit()
     _, maps = model.forward_intermediates(image())
     _, plain = host.forward_intermediates(image())
@@ -292,13 +318,13 @@ def test_intermediates_and_features_see_it():
     assert not torch.allclose(changed[-1], before[-1])
 
 
-def test_on_the_meta_device_nothing_is_computed():
+def test_meta_device():
     with torch.device("meta"):
         model = timm.create_model("vit_large_patch16_224")
-    localvit.localize(model, gate="se")
+    localvit.localize(model, Adapter(gate="se"), inplace=True)
     assert model(torch.empty(1, 3, 224, 224, device="meta")).shape == (1, 1000)
     assert all(parameter.device.type == "meta" for parameter in model.parameters())
-    localvit.delocalize(model)
+    localvit.delocalize(model, inplace=True)
     assert locality_modules(model) == {}
 
 
@@ -333,17 +359,17 @@ def test_inside_another_module():
 
     detector = Detector()
     expected = detector(image())
-    localvit.localize(detector)
+    localvit.localize(detector, inplace=True)
     assert list(locality_modules(detector)) == [f"backbone.blocks.{i}.mlp.fc2.locality" for i in range(DEPTH)]
     assert torch.equal(detector(image()), expected)
     original = {key: value for key, value in detector.state_dict().items() if ".locality." not in key}
     detector.load_state_dict(original, strict=True)
 
 
-def test_paper_form_replaces_the_feed_forward_its_norm_and_its_stochastic_depth():
+def test_replace_also_removes_norm_and_stochastic_depth():
     torch.manual_seed(0)
     model = timm.create_model("test_vit", depth=DEPTH, drop_path_rate=0.3, init_values=1e-3, img_size=(48, 80))
-    localvit.localize(model, "2-3", preserve=False, act="hs+eca")
+    localvit.localize(model, Replace(act="hs+eca"), blocks="2-3", inplace=True)
     for index, block in enumerate(model.blocks):
         local = index > 0
         assert isinstance(block.mlp, LocalityMlp) == local
@@ -353,7 +379,7 @@ def test_paper_form_replaces_the_feed_forward_its_norm_and_its_stochastic_depth(
         assert not isinstance(block.ls1, nn.Identity)
     hidden = model.blocks[0].mlp.fc2.in_features
     assert model.blocks[1].mlp.conv[0].out_channels == hidden
-    assert not any(isinstance(module, LocalityBranch) for module in model.modules())
+    assert not any(isinstance(module, LocalityAdapter) for module in model.modules())
     model.train()(image(dtype=torch.float32)).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
@@ -362,7 +388,7 @@ def test_report_counts_what_was_added():
     model = small_vit()
     before = sum(parameter.numel() for parameter in model.parameters())
     hidden = model.blocks[0].mlp.fc2.in_features
-    localvit.localize(model, "1,3", kernel_size=5, gate="eca")
+    localvit.localize(model, Adapter(kernel_size=5, gate="eca"), blocks="1,3", inplace=True)
     report = localvit.locality_report(model, (3, 48, 80))
     assert [(part.name, part.channels, part.grid_size) for part in report] == [
         (f"blocks.{i}.mlp.fc2.locality", hidden, (3, 5)) for i in (0, 2)
@@ -394,6 +420,6 @@ def test_report_of_a_convolution_before_the_expansion_and_a_gate_after_it():
     assert {part.multiply_adds for part in report} == {9 * 192 * 196 + kernel * 768}
 
 
-def test_report_needs_to_know_the_image():
+def test_report_needs_an_input_size():
     with pytest.raises(ValueError, match="no configuration with an image size: pass input_size"):
         localvit.locality_report(nn.Sequential(localized_vit()))

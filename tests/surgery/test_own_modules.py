@@ -1,4 +1,4 @@
-"""Locality in a module that is no known host, here PyTorch's own encoder behind a convolutional patch embedding.
+"""Locality in a module that is not a supported host: PyTorch's encoder after a convolutional patch embedding.
 
 Shapes: B batch, N tokens, E hidden channels, C channels, H and W the patch grid.
 """
@@ -6,10 +6,11 @@ Shapes: B batch, N tokens, E hidden channels, C channels, H and W the patch grid
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import branches_of, check_function_is_kept, hidden_maps
+from checks import adapters_of, check_function_is_kept, hidden_maps
 from torch import nn
 
 import localvit
+from localvit.surgery.localize import localize_with_options
 
 
 class PlainTransformer(nn.Module):
@@ -52,33 +53,33 @@ def test_function_is_kept(norm_first, grid):
     check_function_is_kept(make(norm_first=norm_first), image(), **OPTIONS | {"grid": grid})
 
 
-def test_fused_layers_do_not_bypass_branches():
-    """In evaluation PyTorch fuses a whole layer into one kernel, which calls no module; not where there are hooks."""
+def test_the_fused_kernel_does_not_skip_adapters():
+    """In evaluation PyTorch runs a whole layer in one kernel, which calls no submodule, unless there are hooks."""
     model, reference = make(), make()
-    localvit.localize(model, **OPTIONS)
-    assert [name for name, module in model.named_modules() if module in branches_of(model)] == [
+    localvit.localize(model, **OPTIONS, inplace=True)
+    assert [name for name, module in model.named_modules() if module in adapters_of(model)] == [
         "encoder.layers.0.linear2.locality",
         "encoder.layers.1.linear2.locality",
     ]
     with torch.no_grad():
-        for branch in branches_of(model):
+        for adapter in adapters_of(model):
             expected = model(image())
-            branch.conv.weight.normal_(generator=torch.Generator().manual_seed(2))
+            adapter.conv.weight.normal_(generator=torch.Generator().manual_seed(2))
             assert not torch.allclose(model(image()), expected, rtol=1e-6)
-            branch.make_neutral()
+            adapter.make_neutral()
         # float64; the reference takes the fused kernel.
         torch.testing.assert_close(model(image()), reference(image()))
     with torch.inference_mode():
-        nn.init.ones_(branch.conv.weight)
+        nn.init.ones_(adapter.conv.weight)
         assert not torch.allclose(model(image()), reference(image()), rtol=1e-6)
 
 
-def test_gradients_reach_every_branch():
+def test_gradients_reach_every_adapter():
     model = localvit.localize(make().train(), **OPTIONS)
     # Not the plain sum of squares: the last layer norm fixes it.
     (model(image()) ** 3).sum().backward()
-    assert len(branches_of(model)) == 2
-    assert all(branch.conv.weight.grad.any() for branch in branches_of(model))
+    assert len(adapters_of(model)) == 2
+    assert all(adapter.conv.weight.grad.any() for adapter in adapters_of(model))
 
 
 @pytest.mark.parametrize("grid", ["patch_embed", (7, 3)], ids=["followed", "fixed"])
@@ -90,7 +91,7 @@ def test_layer_with_locality_written_out(grid):
     nn.init.normal_(weight, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         x_BNC = torch.randn(2, 22, 24, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-        model.patch_embed(image())  # A block alone has no grid before some image did.
+        model.patch_embed(image())  # A block by itself has no grid before the patch embedding ran.
         found_BNC = layer(x_BNC)
         between_BNC = x_BNC + layer.self_attn(*[layer.norm1(x_BNC)] * 3, need_weights=False)[0]
         hidden_BNE = F.relu(layer.linear1(layer.norm2(between_BNC)))
@@ -101,7 +102,7 @@ def test_layer_with_locality_written_out(grid):
     torch.testing.assert_close(found_BNC, expected_BNC)
 
 
-def test_grid_follows_the_image():
+def test_the_grid_follows_the_image():
     model = localvit.localize(make(), **OPTIONS)
     for height, width in ((7, 3), (2, 11)):
         assert [tuple(map_BEHW.shape[2:]) for map_BEHW in hidden_maps(model, image(height, width))] == [
@@ -123,31 +124,31 @@ def test_tokens_before_the_batch():
         model(image())
 
 
-def test_block_alone_has_no_grid():
+def test_a_block_by_itself_has_no_grid():
     model = localvit.localize(make(), **OPTIONS)
-    with pytest.raises(ValueError, match="no patch grid was noted for these 22 tokens: run the whole model"):
+    with pytest.raises(ValueError, match=r"no patch grid is recorded for 21 image tokens .*: run the whole model"):
         model.encoder(torch.zeros(2, 22, 24, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"grid": "patches"}, "grid='patches' names no submodule of PlainTransformer"),
+        ({"grid": "patches"}, "grid='patches' is not the name of a submodule of PlainTransformer"),
         ({"grid": (7, 0)}, r"grid=\(7, 0\) must be \(height, width\) in patches"),
         ({"grid": (7, 3, 1)}, r"must be \(height, width\)"),
-        ({"grid": None}, "PlainTransformer has no feed-forward that is known here"),
-        ({"filter_fn": None}, "filter_fn has to say where locality goes"),
+        ({"grid": None}, "PlainTransformer has no feed-forward that localize can find"),
+        ({"filter_fn": None}, "select its linear layers with filter_fn"),
         ({"filter_fn": lambda module, name: False}, "filter_fn matched none of the 6 projections"),
         ({"filter_fn": ["encoder.layers.2.linear2"]}, "filter_fn names encoder.layers.2.linear2, but"),
         ({"blocks": "12"}, r"blocks='12': the model has blocks 1 to \d+, not \[12\]"),
-        ({"preserve": False}, "only a known host's feed-forward can give way"),
+        ({"method": "replace"}, "this works for supported hosts only"),
     ],
 )
-def test_what_cannot_be(changes, why):
+def test_invalid_arguments_raise_and_change_nothing(changes, why):
     model = make()
     before = set(model.state_dict())
     with pytest.raises(ValueError, match=why):
-        localvit.localize(model, **OPTIONS | changes)
+        localize_with_options(model, OPTIONS | changes, inplace=True)
     assert set(model.state_dict()) == before
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
@@ -161,12 +162,12 @@ def test_names_in_place_of_a_function():
 
 def test_state_dict_and_back():
     model, original = make(), make()
-    localvit.localize(model, **OPTIONS)
+    localvit.localize(model, **OPTIONS, inplace=True)
     model.load_state_dict(original.state_dict())
     other = localvit.localize(make(), **OPTIONS)
-    nn.init.normal_(branches_of(model)[0].conv.weight)
+    nn.init.normal_(adapters_of(model)[0].conv.weight)
     other.load_state_dict(model.state_dict())
     with torch.no_grad():
         assert torch.equal(other(image()), model(image()))
-        localvit.delocalize(model, discard=True)
+        localvit.delocalize(model, discard=True, inplace=True)
         assert torch.equal(model(image()), original(image()))

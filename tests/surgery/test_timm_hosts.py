@@ -1,4 +1,4 @@
-"""Locality in the families of timm: what holds for each, and what is special about some.
+"""Locality in the families of timm: what holds for all of them, and what is special about some.
 
 Shapes: B batch, N tokens, C channels, H and W the patch grid.
 """
@@ -6,17 +6,16 @@ Shapes: B batch, N tokens, C channels, H and W the patch grid.
 import copy
 import pickle
 from functools import partial
-from typing import Any
 
 import pytest
 import timm
 import torch
 import weights
 from checks import (
-    branches_of,
-    check_branch_matters,
+    adapters_of,
+    check_every_adapter_matters,
     check_function_is_kept,
-    check_gradients_reach_every_branch,
+    check_gradients_reach_every_adapter,
     check_map_is_the_image,
     randomized,
 )
@@ -28,7 +27,8 @@ from timm_families import PLAIN, ROWS, images, make
 from torch import nn
 
 import localvit
-from localvit.models.registry import from_published
+from localvit import Adapter, Replace
+from localvit.models.published_names import from_published
 from localvit.surgery.sites import find_sites
 from localvit.tokens.layouts import ChannelsFirstMap, ChannelsLastMap
 from localvit.tokens.mlp import LocalityMlp
@@ -48,13 +48,13 @@ def test_function_is_kept(row):
 
 
 @every_row
-def test_gradients_reach_every_branch(row):
-    check_gradients_reach_every_branch(make(row), images(row.size))
+def test_gradients_reach_every_adapter(row):
+    check_gradients_reach_every_adapter(make(row), images(row.size))
 
 
 @every_row
-def test_every_branch_matters(row):
-    check_branch_matters(make(row), images(row.size, batch=1))
+def test_every_adapter_matters(row):
+    check_every_adapter_matters(make(row), images(row.size, batch=1))
 
 
 @every_row
@@ -62,14 +62,14 @@ def test_state_dict_goes_from_one_localized_model_to_another(row):
     one = randomized(localvit.localize(make(row)), seed=2).eval()
     other = localvit.localize(make(row)).eval()
     other.load_state_dict(one.state_dict(), strict=True)
-    assert not any(branch.is_neutral for branch in branches_of(other))
+    assert not any(adapter.is_neutral for adapter in adapters_of(other))
     image = images(row.size, batch=1)
     with torch.no_grad():
         assert torch.equal(one(image), other(image))
 
 
 def without_gates(model: nn.Module) -> nn.Module:
-    """The model without squeeze-and-excitation, which spreads a spot over the whole map."""
+    """The model without squeeze-and-excitation, which spreads a change over the whole map."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, SEModule):
@@ -92,9 +92,9 @@ MIXED = [row for row in ROWS if row.reach is None and row.family.startswith("vis
 
 @pytest.mark.parametrize("row", MIXED, ids=str)
 def test_map_is_that_of_timms_intermediates(row):
-    """Where a spot spreads: timm's own maps of the blocks' outputs, whose tokens lie like the hidden ones."""
+    """Where a change spreads over the map: against timm's maps of the blocks' outputs, whose layout is the same."""
     model = localvit.localize(make(row)).eval().model
-    [layout, *_] = [branch.layout for branch in branches_of(model)]
+    [layout, *_] = [adapter.layout for adapter in adapters_of(model)]
     maps = []
     for block in model.blocks:
         block.register_forward_hook(lambda block, args, x_BNC: maps.append(layout.to_map(x_BNC)))
@@ -109,7 +109,7 @@ def assert_output_is_what_was_read_and_made(site, out, read, made, layout):
     """`out`, of the block, is the sum of `read` and `made` by its feed-forward, as tokens or as a map."""
     tokens = made if isinstance(site.block, nn.Sequential) else read + made  # ParallelThingsBlock adds outside.
     if isinstance(site.block, SwinTransformerV2CrBlock):
-        tokens = site.block.norm3(tokens)  # Of the sum, in the last block: it is no part of the feed-forward.
+        tokens = site.block.norm3(tokens)  # It norms the sum in the last block and is not part of the feed-forward.
     if out.shape != tokens.shape:
         tokens = layout.to_map(tokens)
     if out.shape != tokens.shape:
@@ -118,20 +118,23 @@ def assert_output_is_what_was_read_and_made(site, out, read, made, layout):
 
 
 @every_row
-def test_papers_form(row):
-    """In training too a block returns what its feed-forward reads and makes: no norm, scale, stochastic depth.
+def test_replace(row):
+    """In training too a block returns the sum of its feed-forward's input and output: no norm, scale, stochastic depth.
 
-    The tokens, brought to map by the layout, are the block's own map. Prefix tokens pass, gradients reach everything.
+    The layout's map of the tokens is the block's own map. Prefix tokens pass unchanged; gradients reach all weights.
     """
     model = make(row, drop_path_rate=0.0 if row.shared_drop_path else 0.5).train()
     if row.refused:
-        assert_refused(model, row.refused)
+        assert_refused(model, row.refused, Replace())
         return
     sites = find_sites(model)
-    localvit.localize(model, preserve=False, reduction=2)
+    localvit.localize(model, Replace(reduction=2), inplace=True)
     slots = [module for module in model.modules() if isinstance(module, LocalityMlp)]
     assert len(slots) == row.sites
-    seen = {}
+    seen, sizes = {}, {}
+    for slot in slots:
+        if hasattr(slot.layout, "grid"):  # A block that knows its grid itself forgets it after its call.
+            slot.register_forward_hook(lambda slot, args, out: sizes.update({slot: slot.layout.grid.size}))
     for module in [*(site.block for site in sites), *slots]:
         module.register_forward_hook(lambda module, args, out: seen.update({module: (args[0], out)}))
     model(images(row.size)).square().sum().backward()
@@ -139,6 +142,8 @@ def test_papers_form(row):
         assert slot is site.block.get_submodule(site.slot.mlp)
         read, made = seen[slot]
         _, out = seen[site.block]
+        if slot in sizes:
+            slot.layout.grid.record(sizes[slot])
         assert_output_is_what_was_read_and_made(
             site, out[-1] if isinstance(out, tuple) else out, read, made, slot.layout
         )
@@ -149,16 +154,16 @@ def test_papers_form(row):
         assert slot.conv[3].weight.grad.any()
 
 
-def assert_refused(model: nn.Module, says: str, **options: Any) -> None:
+def assert_refused(model: nn.Module, message: str, method: Adapter | Replace) -> None:
     before = {name: (type(module), len(module._forward_hooks)) for name, module in model.named_modules()}
-    with pytest.raises(ValueError, match=says):
-        localvit.localize(model, **{"preserve": False} | options)
+    with pytest.raises(ValueError, match=message):
+        localvit.localize(model, method, inplace=True)
     assert {name: (type(module), len(module._forward_hooks)) for name, module in model.named_modules()} == before
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.shared_drop_path], ids=str)
-def test_papers_form_needs_a_stochastic_depth_of_its_own(row):
-    assert_refused(make(row, drop_path_rate=0.5), "make the model without drop_path_rate")
+def test_replace_needs_a_stochastic_depth_of_the_feed_forward(row):
+    assert_refused(make(row, drop_path_rate=0.5), "create the model without drop_path_rate", Replace())
 
 
 @pytest.mark.skipif(
@@ -166,36 +171,36 @@ def test_papers_form_needs_a_stochastic_depth_of_its_own(row):
     reason=f"timm {timm.__version__} projects attention and feed-forward separately",
 )
 @pytest.mark.parametrize("kind", ["DiffParallelScalingBlock", "ParallelScalingBlock"])
-def test_hidden_channels_that_no_module_reads_alone_are_refused(kind):
+def test_a_projection_shared_with_attention_is_refused(kind):
     block_fn = getattr(timm.models.vision_transformer, kind)
     if kind == "ParallelScalingBlock":
         block_fn = partial(block_fn, fuse_out_proj=True)
     model = VisionTransformer(48, block_fn=block_fn, **PLAIN)
-    assert_refused(model, rf"blocks\.0 \({kind}\) has one output projection", preserve=True)
+    assert_refused(model, rf"blocks\.0 \({kind}\) has one output projection", Adapter())
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224"])
 def test_dropped_patches_are_refused(name):
     model = timm.create_model(name, img_size=(42, 70), patch_size=14, patch_drop_rate=0.25, **PLAIN)
-    assert_refused(model, r"patch_drop_rate=0\.25", preserve=True)
+    assert_refused(model, r"patch_drop_rate=0\.25", Adapter())
 
 
 def test_parallel_feed_forwards_are_of_one_block():
     model = VisionTransformer(48, block_fn=ParallelThingsBlock, **PLAIN)
-    localvit.localize(model, blocks="2")
-    assert branches_of(model.blocks[0]) == []
-    assert len(branches_of(model.blocks[1])) == 2
+    localvit.localize(model, blocks="2", inplace=True)
+    assert adapters_of(model.blocks[0]) == []
+    assert len(adapters_of(model.blocks[1])) == 2
 
 
 def test_convits_class_token_comes_after_its_local_blocks():
     [row] = [row for row in ROWS if row.family == "convit"]
-    layouts = [branch.layout for branch in branches_of(localvit.localize(make(row)))]
+    layouts = [adapter.layout for adapter in adapters_of(localvit.localize(make(row)))]
     assert [layout.num_prefix_tokens for layout in layouts] == [0, 0, 1]
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.any_size], ids=str)
-def test_sizes_take_turns(row):
-    """After images as wide as the last were high, which have as many patches, nothing of the last is left."""
+def test_sizes_in_turn(row):
+    """Images of transposed sizes have as many patches; the grid of the last image does not count for the next."""
     model = randomized(localvit.localize(make(row)), seed=2).eval()
     untouched = copy.deepcopy(model)
     with torch.no_grad():
@@ -212,12 +217,12 @@ CSATV2 = [
 
 @pytest.mark.parametrize(("kind", "kwargs", "channels"), CSATV2)
 def test_csatv2s_tokens_are_its_map(kind, kwargs, channels):
-    """Also after pooling: what its feed-forward reads and makes, brought to map, is what the block returns."""
+    """The block returns the map of its feed-forward's input plus output, also after pooling."""
     csatv2 = pytest.importorskip("timm.models.csatv2", reason=f"timm {timm.__version__} has no csatv2")
     torch.manual_seed(0)
     block = getattr(csatv2, kind)(**kwargs).eval()
     [site] = find_sites(block)
-    localvit.localize(block)
+    localvit.localize(block, inplace=True)
     layout = site.projection.locality.layout
     maps = []
     block.norm2.register_forward_pre_hook(lambda norm, args: maps.append(layout.to_map(args[0])))
@@ -246,12 +251,12 @@ def test_layouts_of_maps_are_views(layout_class, shape):
     assert torch.equal(layout.to_tokens(map_BCHW), x)
 
 
-def test_papers_form_of_deit_is_localvit_t():
+def test_replace_in_deit_gives_localvit_t():
     """timm's DeiT-T with the paper's 4 heads has the keys of LocalViT-T, and the published program's numbers."""
     fixture = golden_model("localvit_tiny_mlp4_act3_r192")
     ours = timm.create_model(fixture["model"]).double().eval()
     model = timm.create_model("deit_tiny_patch16_224", num_heads=4).double().eval()
-    localvit.localize(model, preserve=False, reduction=192)
+    localvit.localize(model, Replace(reduction=192), inplace=True)
     assert [(key, value.shape) for key, value in model.state_dict().items()] == [
         (key, value.shape) for key, value in ours.state_dict().items()
     ]

@@ -1,4 +1,4 @@
-"""Locality in timm's pyramids and odd orders of tokens: every family, small, beside the host's own maps.
+"""Locality in timm's hierarchical models and in other orders of tokens, compared with the host's own maps.
 
 Shapes: B batch, N tokens, C channels, E hidden channels, H and W the grid.
 """
@@ -16,10 +16,10 @@ import timm
 import torch
 import torch.nn.functional as F
 from checks import (
-    branches_of,
-    check_branch_matters,
+    adapters_of,
+    check_every_adapter_matters,
     check_function_is_kept,
-    check_gradients_reach_every_branch,
+    check_gradients_reach_every_adapter,
     check_map_is_the_image,
     hidden_maps,
     randomized,
@@ -31,14 +31,15 @@ from timm.models.nest import Nest
 from torch import Tensor, nn
 
 import localvit
-from localvit.surgery.sites import Site, find_sites
+from localvit import Replace
+from localvit.surgery.sites import Site, Unsupported, find_sites
 from localvit.tokens.mlp import LocalityMlp
 
 CLASSES = {"num_classes": 5}
 
 
 class Tokens(nn.Module):
-    """A host that classifies by class tokens alone, which locality in the last block cannot reach: all its tokens."""
+    """Returns all tokens of a host: its head reads class tokens only, which no patch of the last block affects."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -58,24 +59,24 @@ def silence_levit(site: Site) -> None:
 
 
 def silence_mobilevit_v2(site: Site) -> None:
-    """The norm goes too: it takes its statistics from the whole map."""
+    """Also removes the norm, whose statistics are those of the whole map."""
     without_attention(site)
     site.block.norm2 = nn.Identity()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Host:
-    """A model of a family, made small."""
+    """A small model of a family."""
 
     make: Callable[..., nn.Module]
     sites: int
-    """How many feed-forwards: by the depths that `make` is given."""
+    """Number of feed-forwards, which follows from the depths."""
     image: tuple[int, int] = (64, 96)
     reach: int = 0
-    """Patches that a pixel reaches through the convolutions before the first site."""
+    """How many patches away a change of a pixel reaches through the convolutions before the first site."""
     silence: Callable[[Site], None] = without_attention
     refused: str = ""
-    """Why the paper's form is refused."""
+    """Part of the reason why `Replace` is refused; empty if it is not."""
     more: dict[str, Any] = field(default_factory=dict)
 
     def model(self) -> nn.Module:
@@ -87,7 +88,7 @@ class Host:
 
 
 def mvitv2(**config: Any) -> Callable[..., nn.Module]:
-    """Made for square images, it takes flatter ones too."""
+    """Created for square images; it takes others too."""
     config = {"depths": (1, 2, 1, 2), "embed_dim": 16} | config
     return lambda **kwargs: MultiScaleVit(MultiScaleVitCfg(**config), img_size=96, **kwargs)
 
@@ -115,7 +116,7 @@ HOSTS = {
     "coat": Host(
         make=create("coat_tiny", tokens=True, **SMALL_COAT, embed_dims=(16, 24, 24, 24), parallel_depth=2),
         sites=1 + 2 + 1 + 2 + 2,
-        refused="one feed-forward serves three grids",
+        refused="its feed-forward serves three grids",
     ),
     "crossvit": Host(
         make=create("crossvit_9_240", **SMALL_CROSSVIT, img_size=(60, 120)), sites=1 + 2 + 1 + 1, image=(60, 120)
@@ -176,13 +177,13 @@ def test_function_is_kept(host):
 
 
 @each_host
-def test_gradients_reach_every_branch(host):
-    check_gradients_reach_every_branch(host.model(), host.images())
+def test_gradients_reach_every_adapter(host):
+    check_gradients_reach_every_adapter(host.model(), host.images())
 
 
 @each_host
-def test_branch_matters(host):
-    check_branch_matters(host.model(), host.images())
+def test_every_adapter_matters(host):
+    check_every_adapter_matters(host.model(), host.images())
 
 
 @each_host
@@ -199,13 +200,20 @@ def test_every_feed_forward_is_a_site(host):
 
 
 def outputs_as_maps(model: nn.Module, images_BCHW: Tensor) -> list[Tensor]:
-    """What each block returns, (B, C, H, W), as the layout of its site shows it, in order."""
-    maps = []
+    """The outputs of all blocks as maps (B, C, H, W), made by the layouts of their sites."""
+    maps, sizes = [], {}
+
+    def keep_size(adapter: Any, args: tuple) -> None:
+        if hasattr(adapter.layout, "grid"):
+            sizes[adapter.layout] = adapter.layout.grid.size
 
     def show(block: nn.Module, args: tuple, output: Any, layout: Any) -> None:
+        if layout in sizes:  # A block that knows its grid itself has forgotten it after its call.
+            layout.grid.record(sizes[layout])
         maps.append(layout.to_map(output[0] if isinstance(output, tuple) else output))
 
-    handles = [
+    handles = [adapter.register_forward_pre_hook(keep_size) for adapter in adapters_of(model)]
+    handles += [
         site.block.register_forward_hook(partial(show, layout=site.projection.locality.layout))
         for site in find_sites(model)
     ]
@@ -218,7 +226,7 @@ def outputs_as_maps(model: nn.Module, images_BCHW: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("name", [name for name in HOSTS if "mobilevit" not in name and name != "coat"])
 def test_blocks_return_the_hosts_own_maps(name):
-    """The host's `forward_intermediates` makes maps by code of its own. Equal, since nothing is computed."""
+    """Against `forward_intermediates`, whose code is timm's. Exactly equal, since values are only moved."""
     host = HOSTS[name]
     model = localvit.localize(host.model())
     timm_model = model.model if isinstance(model, Tokens) else model
@@ -235,7 +243,7 @@ def test_blocks_return_the_hosts_own_maps(name):
 @pytest.mark.parametrize("name", ["mobilevit", "mobilevit_v2"])
 @pytest.mark.parametrize("image", [(64, 128), (72, 104)], ids=["whole patches", "interpolated"])
 def test_mobilevit_blocks_return_what_the_host_folds(name, image):
-    """Behind the transformer the host folds its tokens into a map, and interpolates it (the first version) back."""
+    """Against the map that the host folds after the transformer, which the first version interpolates back."""
     model = localvit.localize(HOSTS[name].model())
     blocks = [module for module in model.modules() if hasattr(module, "conv_proj")]
     theirs = []
@@ -254,8 +262,8 @@ def test_mobilevit_blocks_return_what_the_host_folds(name, image):
         assert torch.equal(map_BCHW, their_BCHW)
 
 
-def test_a_model_cut_up_for_its_features():
-    """Its class is timm's FeatureListNet, which holds the stages."""
+def test_features_only_model():
+    """Its class is timm's FeatureListNet, which contains the stages."""
     host = HOSTS["levit_conv"]
     model = randomized(host.make(features_only=True)).eval()
     assert len(find_sites(model)) == host.sites
@@ -264,22 +272,22 @@ def test_a_model_cut_up_for_its_features():
         torch.testing.assert_close(localvit.localize(model)(host.images()), before, rtol=0, atol=0)
 
 
-def test_coat_shares_a_feed_forward_among_three_grids():
+def test_coat_uses_a_feed_forward_on_three_grids():
     host = HOSTS["coat"]
     maps = hidden_maps(localvit.localize(host.model()), host.images())
     serial = [(16, 24), (8, 12), (8, 12), (4, 6), (2, 3), (2, 3)]
     assert [tuple(map_BEHW.shape[2:]) for map_BEHW in maps] == serial + 2 * [(8, 12), (4, 6), (2, 3)]
 
 
-def test_coat_says_which_grids_its_tokens_do_not_fill():
+def test_coat_names_the_grids_that_tokens_do_not_fill():
     host = HOSTS["coat"]
     block = localvit.localize(host.model()).model.parallel_blocks[0]
     with pytest.raises(ValueError, match=r"95 image tokens .* the grids 8 x 12 of 96, 4 x 6 of 24, 2 x 3 of 6"):
         block.mlp2(torch.zeros(1, 96, 24))
 
 
-def test_masked_hiera_says_both_numbers():
-    """Two of the six mask units of 8 x 8 are dropped; none dropped is the whole image."""
+def test_masked_hiera_raises_with_both_numbers():
+    """Two of the six mask units of 8 x 8 are dropped. A mask that drops none is allowed."""
     host = HOSTS["hiera"]
     model, images = localvit.localize(host.model()), host.images()
     mask = torch.tensor([[True, False, True, True, False, True]] * 2)
@@ -304,27 +312,27 @@ SMALL_VIDEO = {
     ("changes", "message"),
     [
         ({"patch_drop_rate": 0.25}, r"drops mask units in training \(patch_drop_rate=0.25\)"),
-        (SMALL_VIDEO, "3 dimensions of tokens: locality is for images"),
+        (SMALL_VIDEO, "3 dimensions of tokens; locality is for images"),
     ],
     ids=["patch_drop_rate", "video"],
 )
-def test_hiera_without_a_map_is_refused(changes, message):
+def test_hiera_is_refused_if_its_tokens_do_not_form_a_map(changes, message):
     model = Hiera(**(SMALL_HIERA | changes))
     with pytest.raises(ValueError, match=message):
-        localvit.localize(model)
+        localvit.localize(model, inplace=True)
 
 
-def with_branches_trained(model: nn.Module) -> nn.Module:
+def with_trained_adapters(model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(1)
-    for branch in branches_of(model):
-        nn.init.normal_(branch.conv.weight, std=0.1, generator=generator)
+    for adapter in adapters_of(model):
+        nn.init.normal_(adapter.conv.weight, std=0.1, generator=generator)
     return model
 
 
 @each_host
 def test_copies_compute_the_same(host):
     """A deep copy, a pickled one, and a new model that loads the state dict."""
-    model, images = with_branches_trained(localvit.localize(host.model())), host.images()
+    model, images = with_trained_adapters(localvit.localize(host.model())), host.images()
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     file.seek(0)
@@ -344,8 +352,8 @@ def paper_parameters(dim: int, hidden_dim: int) -> int:
 
 
 @pytest.mark.parametrize("name", [name for name, host in HOSTS.items() if not host.refused])
-def test_paper_form(name):
-    """It has the parameters that the paper's figure 3 counts, learns everywhere, and leaves nothing but itself."""
+def test_replace(name):
+    """The model has the parameters of the paper's figure 3 in place of the old ones, and all of them get a gradient."""
     host = HOSTS[name]
     model, images = host.model().train(), host.images()
     before, replaced, added = sum(parameter.numel() for parameter in model.parameters()), 0, 0
@@ -353,7 +361,7 @@ def test_paper_form(name):
         gone = [site.block.mlp, *([site.block.norm2] if site.slot.norm else [])]
         replaced += sum(parameter.numel() for module in gone for parameter in module.parameters())
         added += paper_parameters(site.dim, site.hidden_dim)
-    localvit.localize(model, preserve=False, act="hs")
+    localvit.localize(model, Replace(act="hs"), inplace=True)
     assert sum(parameter.numel() for parameter in model.parameters()) == before - replaced + added
     modules = [module for module in model.modules() if isinstance(module, LocalityMlp)]
     assert len(modules) == host.sites
@@ -365,23 +373,23 @@ def test_paper_form(name):
 
 
 @pytest.mark.parametrize("name", [name for name, host in HOSTS.items() if host.refused])
-def test_paper_form_is_refused_with_the_reason(name):
+def test_replace_is_refused_with_the_reason(name):
     model = HOSTS[name].model()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=f"the paper's form cannot replace .*{HOSTS[name].refused}"):
-        localvit.localize(model, preserve=False)
+    with pytest.raises(ValueError, match=f"the paper's module cannot replace .*{HOSTS[name].refused}"):
+        localvit.localize(model, Replace(), inplace=True)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
-def test_paper_form_in_some_blocks_of_a_host():
-    """Refused are only those that widen: of MViTv2 without `expand_attn`, the last of each stage but one."""
+def test_replace_in_some_blocks_of_a_host():
+    """Blocks that widen are refused: in MViTv2 without `expand_attn` the last of each stage except the last."""
     model, images = HOSTS["mvitv2_widening"].model(), HOSTS["mvitv2_widening"].images()
-    assert [isinstance(site.slot, str) for site in find_sites(model)] == [True, False, True, True, False, False]
-    localvit.localize(model, preserve=False, blocks=[2, 5, 6])
+    assert [isinstance(site.slot, Unsupported) for site in find_sites(model)] == [True, False, True, True, False, False]
+    localvit.localize(model, Replace(), blocks=[2, 5, 6], inplace=True)
     assert torch.isfinite(model(images)).all()
 
 
-def test_paper_form_needs_a_stochastic_depth_of_its_own():
+def test_replace_needs_a_stochastic_depth_of_the_feed_forward():
     model = timm.create_model("coat_lite_tiny", **SMALL_COAT, drop_path_rate=0.1)
-    with pytest.raises(ValueError, match="make the model without drop_path_rate"):
-        localvit.localize(model, preserve=False)
+    with pytest.raises(ValueError, match="create the model without drop_path_rate"):
+        localvit.localize(model, Replace(), inplace=True)

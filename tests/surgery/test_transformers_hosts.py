@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checks import (
-    branches_of,
-    check_branch_matters,
+    adapters_of,
+    check_every_adapter_matters,
     check_function_is_kept,
-    check_gradients_reach_every_branch,
+    check_gradients_reach_every_adapter,
     check_map_is_the_image,
     output_of,
     randomized,
@@ -22,6 +22,8 @@ from checks import (
 from torch import nn
 
 import localvit
+from localvit import Adapter, Replace
+from localvit.surgery.localize import localize_with_options
 from localvit.surgery.sites import Site, find_sites
 from localvit.tokens.mlp import LocalityMlp
 
@@ -45,18 +47,18 @@ class Interpolating(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A tower, or a variant of one with other parts, on images whose grid is not square."""
+    """A small tower, or a variant with other parts, on images whose grid is not square."""
 
     id: str
     model: str
     config: str
     kwargs: dict[str, Any] = field(default_factory=dict)
     prefix: int
-    """Tokens that are no patches."""
+    """Number of tokens that are not patches."""
     sites: int = 2
     grid: tuple[int, int] = (7, 3)
     interpolating: bool = False
-    """Whether the tower has to be told that the image is not square."""
+    """Whether the tower needs `interpolate_pos_encoding=True` for images of another size."""
 
     @property
     def image(self) -> torch.Tensor:
@@ -166,7 +168,7 @@ def image(height: int = 35, width: int = 15) -> torch.Tensor:
 
 
 def without_attention(site: Site) -> None:
-    """All versions of the library call a layer's attention `attention` or `self_attn`, but not what is in it."""
+    """Zero the attention of a site's layer. Its name is `attention` or `self_attn` in all versions of the library."""
     for name, module in site.block.named_modules():
         if name.startswith(("attention.", "self_attn.")) and isinstance(module, nn.Linear):
             nn.init.zeros_(module.weight)
@@ -175,8 +177,8 @@ def without_attention(site: Site) -> None:
 
 
 def perturb(model: nn.Module) -> nn.Module:
-    for branch in branches_of(model):
-        nn.init.normal_(branch.conv.weight, generator=torch.Generator().manual_seed(2))
+    for adapter in adapters_of(model):
+        nn.init.normal_(adapter.conv.weight, generator=torch.Generator().manual_seed(2))
     return model
 
 
@@ -188,13 +190,13 @@ def test_function_is_kept(row):
 
 
 @every_row
-def test_gradients_reach_every_branch(row):
-    check_gradients_reach_every_branch(row.make(), row.image)
+def test_gradients_reach_every_adapter(row):
+    check_gradients_reach_every_adapter(row.make(), row.image)
 
 
 @every_row
-def test_branch_matters(row):
-    check_branch_matters(row.make(), row.image)
+def test_every_adapter_matters(row):
+    check_every_adapter_matters(row.make(), row.image)
 
 
 @every_row
@@ -203,35 +205,35 @@ def test_map_is_the_image(row):
 
 
 @every_row
-def test_first_branch_convolves_the_patches_and_leaves_the_rest(row):
-    """Against a convolution over the hidden tokens as this file lays them out."""
+def test_the_first_adapter_convolves_the_patches_only(row):
+    """Against a convolution over the map that this test makes of the hidden tokens."""
     model = perturb(localvit.localize(row.make().double().eval()))
-    branch = branches_of(model)[0]
+    adapter = adapters_of(model)[0]
     seen = []
-    branch.register_forward_hook(lambda branch, args, output: seen.append((args[0], output)))
+    adapter.register_forward_hook(lambda adapter, args, output: seen.append((args[0], output)))
     with torch.no_grad():
         output_of(model, row.image)
     [(before_BNE, after_BNE)] = seen
     assert before_BNE.shape[1] == row.prefix + row.grid[0] * row.grid[1]
     map_BEHW = before_BNE[:, row.prefix :].transpose(1, 2).unflatten(2, row.grid)
-    added_BEHW = F.conv2d(map_BEHW, branch.conv.weight, padding=1, groups=map_BEHW.shape[1])
+    added_BEHW = F.conv2d(map_BEHW, adapter.conv.weight, padding=1, groups=map_BEHW.shape[1])
     assert torch.equal(after_BNE[:, : row.prefix], before_BNE[:, : row.prefix])
     # float64; the two lay the map out differently in memory, so sums may go in another order.
     torch.testing.assert_close(after_BNE[:, row.prefix :], (map_BEHW + added_BEHW).flatten(2).transpose(1, 2))
 
 
 @every_row
-def test_paper_form(row):
-    """A layer without its attention is the paper's module with its shortcut, and prefix tokens pass it untouched."""
+def test_replace(row):
+    """A layer without its attention is the paper's module with its shortcut; prefix tokens pass unchanged."""
     model = row.make().double().eval()
     sites = find_sites(model)
     layer = sites[0].block
     if not hasattr(layer, "mlp"):
         with pytest.raises(ValueError, match=r"replace .*layer.*two parts; in transformers 5\.9 and newer it is one"):
-            localvit.localize(model, preserve=False)
+            localvit.localize(model, Replace(), inplace=True)
         return
     without_attention(sites[0])
-    localvit.localize(model, preserve=False, reduction=4)
+    localvit.localize(model, Replace(reduction=4), inplace=True)
     assert sum(isinstance(module, LocalityMlp) for module in model.modules()) == row.sites
     seen = []
     layer.register_forward_hook(lambda layer, args, output: seen.append((args[0], output)))
@@ -254,45 +256,46 @@ def test_paper_form(row):
         ("swin", {"hidden_dropout_prob": 0.1}, "hidden_dropout_prob=0"),
     ],
 )
-def test_paper_form_is_refused_where_something_random_serves_attention_too(name, changes, why):
+def test_replace_is_refused_where_dropout_serves_attention_too(name, changes, why):
     model = ROW[name].make(**changes)
     if not hasattr(find_sites(model)[0].block, "mlp"):
         why = "two parts"
     before = set(model.state_dict())
     with pytest.raises(ValueError, match=why):
-        localvit.localize(model, preserve=False)
+        localvit.localize(model, Replace(), inplace=True)
     assert set(model.state_dict()) == before
-    localvit.localize(model)
+    localvit.localize(model, inplace=True)
 
 
-def test_stochastic_depth_of_swin_serves_its_attention_alone():
+def test_swin_keeps_the_stochastic_depth_of_its_attention():
     model = ROW["swin"].make(drop_path_rate=0.5)
     if hasattr(find_sites(model)[0].block, "mlp"):
         blocks = [site.block for site in find_sites(model)]
         dropped = [block.drop_path for block in blocks]
-        localvit.localize(model, preserve=False)
+        localvit.localize(model, Replace(), inplace=True)
         assert all(isinstance(block.mlp, LocalityMlp) for block in blocks)
         assert all(block.drop_path is before for block, before in zip(blocks, dropped, strict=True))
 
 
-def test_classifiers_and_backbones_hold_towers():
+def test_classifiers_and_backbones_contain_towers():
     classifier = transformers.ViTForImageClassification(transformers.ViTConfig(**ROW["vit"].kwargs))
-    localvit.localize(classifier, blocks="2")
-    [branch] = branches_of(classifier)
-    assert branch is branches_of(classifier.vit)[0]
+    localvit.localize(classifier, blocks="2", inplace=True)
+    [adapter] = adapters_of(classifier)
+    assert adapter is adapters_of(classifier.vit)[0]
     config = transformers.Dinov2WithRegistersConfig(**ROW["dinov2 registers"].kwargs, out_features=["stage2"])
     backbone = randomized(transformers.Dinov2WithRegistersBackbone(config)).double().eval()
     with torch.no_grad():
         [expected] = backbone(image()).feature_maps
-        [after] = localvit.localize(backbone)(image()).feature_maps
-        [other] = perturb(backbone)(image()).feature_maps
+        localized = localvit.localize(backbone)
+        [after] = localized(image()).feature_maps
+        [other] = perturb(localized)(image()).feature_maps
     assert expected.shape[2:] == (7, 3)
     assert torch.equal(after, expected)
     assert not torch.allclose(other, expected)
 
 
 @pytest.mark.parametrize("family", ["CLIP", "Siglip"])
-def test_text_towers_are_left_alone(family):
+def test_text_towers_do_not_change(family):
     vision = getattr(transformers, f"{family}VisionConfig")(**SMALL, **MLP, **PATCH, image_size=25)
     tokens = {"vocab_size": 31, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     text = getattr(transformers, f"{family}TextConfig")(**SMALL, **MLP, **tokens, max_position_embeddings=7)
@@ -301,23 +304,23 @@ def test_text_towers_are_left_alone(family):
     words = torch.tensor([[5, 11, 3, 2]])
     with torch.no_grad():
         before = model(words, image(25, 25).float())
-        perturb(localvit.localize(model))
+        perturb(localvit.localize(model, inplace=True))
         after = model(words, image(25, 25).float())
-    assert len(branches_of(model.vision_model)) == len(branches_of(model)) == 2
+    assert len(adapters_of(model.vision_model)) == len(adapters_of(model)) == 2
     assert torch.equal(after.text_embeds, before.text_embeds)
     assert not torch.allclose(after.image_embeds, before.image_embeds)
 
 
-def test_images_may_change_their_size():
-    """A branch that shifts the map by one row does so on either grid."""
+def test_images_of_several_sizes():
+    """An adapter that shifts the map by one row does so on either grid."""
     row = ROW["vit"]
     tower = row.make(image_size=25)
     model = localvit.localize(Interpolating(tower).double().eval(), blocks="1")
-    [branch] = branches_of(model)
+    [adapter] = adapters_of(model)
     with torch.no_grad():
-        branch.conv.weight[:, :, 0, 1] = 1.0
+        adapter.conv.weight[:, :, 0, 1] = 1.0
     seen = []
-    branch.register_forward_hook(lambda branch, args, output: seen.append((args[0][:, 1:], output[:, 1:])))
+    adapter.register_forward_hook(lambda adapter, args, output: seen.append((args[0][:, 1:], output[:, 1:])))
     with torch.no_grad():
         for height, width in ((7, 3), (2, 11)):
             output_of(model, image(5 * height, 5 * width))
@@ -338,7 +341,7 @@ def test_masked_patches_stay_on_the_grid():
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", ["vit", "swin"])
 def test_gradient_checkpointing_changes_nothing(name):
-    """Layers run again in the backward pass, Swin's on grids that have changed since."""
+    """Layers run again in the backward pass, after Swin's grid has changed."""
     model = perturb(localvit.localize(ROW[name].make(hidden_dropout_prob=0.0).double().train()))
     gradients = []
     for checkpointing in (False, True):
@@ -346,17 +349,17 @@ def test_gradient_checkpointing_changes_nothing(name):
             model.gradient_checkpointing_enable()
         model.zero_grad()
         output_of(model, ROW[name].image).square().sum().backward()
-        gradients.append([branch.conv.weight.grad.clone() for branch in branches_of(model)])
+        gradients.append([adapter.conv.weight.grad.clone() for adapter in adapters_of(model)])
     assert all(grad.any() for grad in gradients[0])
     for grad, again in zip(*gradients, strict=True):
         torch.testing.assert_close(again, grad)
 
 
-def test_files_of_the_library_hold_the_original(tmp_path):
-    """What `save_pretrained` writes of a localized model loads as the model before surgery."""
+def test_save_pretrained_stores_a_loadable_original(tmp_path):
+    """The file of a localized model loads as the model before `localize`."""
     model = ROW["vit"].make().eval()
     original = copy.deepcopy(model)
-    localvit.localize(model)
+    localvit.localize(model, inplace=True)
     model.save_pretrained(tmp_path)
     loaded = transformers.ViTModel.from_pretrained(tmp_path).eval()
     assert loaded.state_dict().keys() == original.state_dict().keys()
@@ -366,15 +369,15 @@ def test_files_of_the_library_hold_the_original(tmp_path):
         assert torch.equal(output_of(localvit.localize(loaded), image().float()), expected)
 
 
-def test_layers_under_an_unknown_name():
+def test_unknown_names_of_layers_raise():
     model = ROW["clip"].make()
     for module in model.modules():
         if isinstance(getattr(module, "encoder", None), nn.Module):
             module.stack = module.encoder
             del module.encoder
             break
-    with pytest.raises(ValueError, match="transformers is too old or too new"):
-        localvit.localize(model)
+    with pytest.raises(ValueError, match="version of transformers is too old or too new"):
+        localvit.localize(model, inplace=True)
 
 
 # SigLIP 2: images of several shapes in a batch
@@ -400,14 +403,14 @@ SHAPES = ((2, 7), (5, 3), (3, 5), (1, 11))
 
 def test_siglip2_keeps_its_function():
     model, inputs = siglip2(), patches_of_shapes(*SHAPES, padding=2)
-    assert len(find_sites(model)) == 2  # The pooling head is none.
+    assert len(find_sites(model)) == 2  # The pooling head is not a site.
     check_function_is_kept(model, *inputs)
-    check_gradients_reach_every_branch(model, *inputs)
-    check_branch_matters(model, *inputs)
+    check_gradients_reach_every_adapter(model, *inputs)
+    check_every_adapter_matters(model, *inputs)
 
 
-def test_siglip2_gives_each_image_what_it_gets_alone():
-    model = perturb(localvit.localize(siglip2().double().eval(), kernel_size=5))
+def test_siglip2_computes_the_same_for_an_image_in_any_batch():
+    model = perturb(localvit.localize(siglip2().double().eval(), Adapter(kernel_size=5)))
     patches, mask, shapes = patches_of_shapes(*SHAPES, padding=2)
     with torch.no_grad():
         together = model(patches, mask, shapes)
@@ -419,26 +422,26 @@ def test_siglip2_gives_each_image_what_it_gets_alone():
             torch.testing.assert_close(together.pooler_output[sample], alone.pooler_output[0])
 
 
-def test_siglip2_branch_convolves_each_map():
+def test_siglip2_adapter_convolves_each_map():
     """Against a convolution over each image's own map, of a prime size."""
     model = perturb(localvit.localize(siglip2().double().eval()))
-    branch = branches_of(model)[0]
+    adapter = adapters_of(model)[0]
     seen = []
-    branch.register_forward_hook(lambda branch, args, output: seen.append((args[0], output)))
+    adapter.register_forward_hook(lambda adapter, args, output: seen.append((args[0], output)))
     with torch.no_grad():
         model(*patches_of_shapes(*SHAPES, padding=2))
     [(before_BNE, after_BNE)] = seen
     for before_NE, after_NE, grid in zip(before_BNE, after_BNE, SHAPES, strict=True):
         tokens = grid[0] * grid[1]
         map_EHW = before_NE[:tokens].T.unflatten(1, grid)
-        added_EHW = F.conv2d(map_EHW, branch.conv.weight, padding=1, groups=len(map_EHW))
+        added_EHW = F.conv2d(map_EHW, adapter.conv.weight, padding=1, groups=len(map_EHW))
         torch.testing.assert_close(after_NE[:tokens], (map_EHW + added_EHW).flatten(1).T)
         assert torch.equal(after_NE[tokens:], before_NE[tokens:])
 
 
 @pytest.mark.filterwarnings("ignore:The tensor attribute .* was assigned during export:UserWarning")
 def test_siglip2_exports_for_any_shapes():
-    """Traced with some shapes, run with others; padding to 17 tokens stays."""
+    """Traced with some shapes and run with others; the number of tokens stays 17."""
     pytest.importorskip("transformers", minversion="5.9", reason="older versions cannot export SigLIP 2 at all")
     model = perturb(localvit.localize(siglip2().double().eval()))
     program = torch.export.export(model, patches_of_shapes(*SHAPES, padding=2)).module()
@@ -453,7 +456,7 @@ def test_siglip2_exports_for_any_shapes():
         ({"gate": "se"}, r"the gate \(SqueezeExcite\) takes means"),
         ({"gate": "eca"}, r"the gate \(EfficientChannelAttention\) takes means"),
         ({"norm": "batchnorm"}, "norm='batchnorm' takes means"),
-        ({"preserve": False}, "grids of their own"),
+        ({"method": "replace"}, "grids of different sizes"),
     ],
     ids=["se", "eca", "batchnorm", "paper"],
 )
@@ -461,14 +464,14 @@ def test_siglip2_refuses_means_over_maps(options, why):
     model = siglip2()
     before = set(model.state_dict())
     with pytest.raises(ValueError, match=why):
-        localvit.localize(model, **options)
+        localize_with_options(model, options, inplace=True)
     assert set(model.state_dict()) == before
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_siglip2_takes_layer_norm():
-    """It is zero where there is no token, so that images still get what they get alone."""
-    model = perturb(localvit.localize(siglip2().double().eval(), norm="layernorm"))
+    """It is zero where there is no token, so an image gets the same in any batch."""
+    model = perturb(localvit.localize(siglip2().double().eval(), Adapter(norm="layernorm")))
     patches, mask, shapes = patches_of_shapes((2, 7), (5, 3))
     with torch.no_grad():
         together = model(patches, mask, shapes).last_hidden_state
@@ -476,9 +479,9 @@ def test_siglip2_takes_layer_norm():
     torch.testing.assert_close(together[0, :14], alone[0])
 
 
-def test_siglip2_text_tower_is_left_alone():
+def test_siglip2_text_tower_does_not_change():
     vision = transformers.Siglip2VisionConfig(**SMALL, **MLP, patch_size=2, num_patches=25)
     text = transformers.Siglip2TextConfig(**SMALL, **MLP, vocab_size=31)
     config = transformers.Siglip2Config(text_config=text.to_dict(), vision_config=vision.to_dict())
     model = localvit.localize(transformers.Siglip2Model(config))
-    assert len(branches_of(model)) == len(branches_of(model.vision_model)) == 2
+    assert len(adapters_of(model)) == len(adapters_of(model.vision_model)) == 2

@@ -1,4 +1,4 @@
-"""Locality's weights alone, and models that remember that they were localized."""
+"""Files with the weights of locality only, and checkpoints of localized models."""
 
 import pytest
 import timm
@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 import localvit
-from localvit.surgery.localize import locality_modules
+from localvit.surgery.localize import locality_modules, localize_with_options
 from localvit.surgery.weights import locality_state
 from localvit.utils.weight_files import CheckpointError
 
@@ -33,12 +33,12 @@ IMAGE = torch.randn(2, 3, 48, 80, generator=torch.Generator().manual_seed(5))
     [
         {},
         {"blocks": "2-3", "kernel_size": 5, "gate": "se", "norm": "batchnorm"},
-        {"preserve": False, "reduction": 8},
+        {"method": "replace", "reduction": 8},
         {"filter_fn": lambda module, name: name.startswith("blocks.1.")},
     ],
 )
-def test_the_file_and_the_base_make_the_model_again(options, tmp_path):
-    model = shaken(localvit.localize(small_vit(), **options))
+def test_the_file_and_the_base_restore_the_model(options, tmp_path):
+    model = shaken(localize_with_options(small_vit(), options))
     path = localvit.save_locality(model, tmp_path / "locality.safetensors")
     held = load_file(path)
     assert held.keys() == locality_state(model).keys()
@@ -46,11 +46,11 @@ def test_the_file_and_the_base_make_the_model_again(options, tmp_path):
     again = localvit.load_locality(small_vit(), path)
     assert torch.equal(again(IMAGE), model(IMAGE))
     assert again.localized.options == model.localized.options
-    other = localvit.localize(small_vit(), **options)
+    other = localize_with_options(small_vit(), options)
     assert torch.equal(localvit.load_locality(other, path)(IMAGE), model(IMAGE))
 
 
-def test_what_cannot_be_saved_or_loaded_says_why(tmp_path):
+def test_errors_of_save_and_load(tmp_path):
     with pytest.raises(ValueError, match=r"was not localized by localvit.localize"):
         localvit.save_locality(small_vit(), tmp_path / "no.safetensors")
     assert not list(tmp_path.iterdir())
@@ -61,13 +61,13 @@ def test_what_cannot_be_saved_or_loaded_says_why(tmp_path):
         CheckpointError,
         match=r"does not fit VisionTransformer: 3 entries .* first blocks.0.mlp.fc2.locality.conv.weight",
     ):
-        localvit.load_locality(localvit.localize(small_vit(), kernel_size=5), path)
+        localvit.load_locality(localvit.localize(small_vit(), localvit.Adapter(kernel_size=5)), path)
     whole = localvit.save_checkpoint(localvit.create_model("localvit_nano_patch4_32"), tmp_path / "whole.safetensors")
     with pytest.raises(CheckpointError, match="was not written by save_locality"):
         localvit.load_locality(small_vit(), whole)
 
 
-@pytest.mark.parametrize("options", [{}, {"gate": "eca", "blocks": [1, 2]}, {"preserve": False, "act": "relu6"}])
+@pytest.mark.parametrize("options", [{}, {"gate": "eca", "blocks": [1, 2]}, {"method": "replace", "act": "relu6"}])
 def test_checkpoints_rebuild_a_localized_model(options, tmp_path):
     torch.manual_seed(0)
     model = localvit.create_model("test_vit", num_classes=7, img_size=(48, 80), localize=options).eval()
@@ -79,8 +79,8 @@ def test_checkpoints_rebuild_a_localized_model(options, tmp_path):
     assert torch.equal(again.eval()(IMAGE), model(IMAGE))
 
 
-def test_delocalized_models_are_remembered_as_they_were_made(tmp_path):
+def test_checkpoints_of_delocalized_models_have_no_locality(tmp_path):
     model = localvit.create_model("test_vit", num_classes=7, localize={})
-    localvit.delocalize(model)
+    localvit.delocalize(model, inplace=True)
     again, _ = localvit.model_from_checkpoint(localvit.save_checkpoint(model, tmp_path / "plain.safetensors"))
     assert not locality_modules(again)

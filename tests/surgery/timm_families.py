@@ -37,9 +37,10 @@ class Row:
     sites: int
     """Feed-forwards that see patches, by the depths."""
     reach: int | None = 0
-    """Patches that convolutions before the first site carry a spot away; None where norms or pools spread it."""
+    """How many patches away a change of a pixel reaches through the convolutions before the first site; None where
+    norms or pooling spread it over the whole map."""
     refused: str = ""
-    """Why the paper's form is refused, if it is."""
+    """Part of the reason why `Replace` is refused; empty if it is not."""
     shared_drop_path: bool = False
     """Whether the one stochastic depth of a block serves its attention too."""
 
@@ -90,7 +91,7 @@ ROWS = [
         any_size=True,
         sites=3,  # The first stage has none.
         reach=2,  # 3x3 convolutions at strides 4 and 8.
-        refused="adds the feed-forward's output to its own input",
+        refused="adds the feed-forward's output to the block's input",
     ),
     Row(family="eva", name="eva02_tiny_patch14_224", kwargs=PLAIN, size=(42, 70), sites=2),
     Row(
@@ -212,7 +213,7 @@ ROWS = [
         name="vit_tiny_patch16_224",
         kwargs=PLAIN | {"block_fn": ParallelThingsBlock, "init_values": 1.0},
         sites=2 * 2,
-        reach=None,  # The attention is no part of the branch of the block that holds the site.
+        reach=None,  # The attention is not in the block of the site.
     ),
     Row(
         family="vision_transformer_hybrid",
@@ -258,7 +259,7 @@ ROWS = [
 
 
 class Features(nn.Module):
-    """All tokens that a model makes of an image: its head may read the class token alone, which no site moves."""
+    """Returns all tokens of a model, whose head may read the class token only, which does not depend on every site."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -1,17 +1,19 @@
-"""Tokens and map are two views of the same numbers, and the grid is known, never guessed."""
+"""Tokens and map are two views of the same numbers, and `LocalityMlp` works on tokens."""
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
 from localvit import LocalityFeedForward
-from localvit.surgery.paper_form import Locality
+from localvit.surgery.replace import Replace
 from localvit.tokens.grid import Grid
 from localvit.tokens.layouts import TokenSequence, map_to_tokens, tokens_to_map
 from localvit.tokens.mlp import LocalityMlp
+from localvit.tokens.sources import InputMap, OutputMap, enclose_calls
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 """float64 sums of at most some hundred terms of order one."""
@@ -23,9 +25,9 @@ def tokens(batch, count, channels, seed=0):
 
 def slot(channels=5, grid_size=(7, 11), num_prefix_tokens=0, **kwargs):
     torch.manual_seed(3)
-    grid = Grid()
-    grid.size = grid_size
-    return LocalityMlp(channels, TokenSequence(grid, num_prefix_tokens), reduction=2, **kwargs).double().eval()
+    return (
+        LocalityMlp(channels, TokenSequence(Grid(grid_size), num_prefix_tokens), reduction=2, **kwargs).double().eval()
+    )
 
 
 @pytest.mark.parametrize("num_prefix_tokens", [0, 1, 2])
@@ -50,7 +52,7 @@ def test_views_share_their_storage():
 
 
 @pytest.mark.parametrize("grid_size", [(7, 11), (1, 77), (77, 1)])
-def test_back_and_forth_is_the_identity(grid_size):
+def test_to_map_and_back_is_the_identity(grid_size):
     x_BNC = tokens(2, 77, 5)
     assert torch.equal(map_to_tokens(tokens_to_map(x_BNC, grid_size)), x_BNC)
 
@@ -95,16 +97,16 @@ def test_slot_computes_on_channels_last_maps():
     assert all(output.is_contiguous(memory_format=torch.channels_last) for _, output in seen)
 
 
-def test_slot_needs_a_noted_grid():
-    with pytest.raises(ValueError, match="no patch grid was noted for these 78 tokens"):
+def test_slot_needs_a_grid():
+    with pytest.raises(ValueError, match=r"no patch grid is recorded for 77 image tokens \(1 prefix"):
         slot(grid_size=None, num_prefix_tokens=1)(tokens(2, 78, 5))
 
 
-def test_slot_tells_transposed_grids_apart():
+def test_slot_depends_on_the_shape_of_the_grid():
     mlp = slot(grid_size=(7, 11))
     x_BNC = tokens(2, 77, 5)
     wide = mlp(x_BNC)
-    mlp.layout.grid.size = (11, 7)
+    mlp.layout.grid = Grid((11, 7))
     assert not torch.allclose(mlp(x_BNC), wide)
 
 
@@ -115,17 +117,18 @@ class Host(nn.Module):
         super().__init__()
         grid = Grid()
         self.embed = nn.Identity()
-        grid.follow_output(self.embed)
+        OutputMap(self.embed, height_dim=1).connect(grid)
+        enclose_calls(self, grid)
         self.mlp = LocalityMlp(5, TokenSequence(grid), reduction=2)
 
     def forward(self, x_BHWC):
         return self.mlp(self.embed(x_BHWC).flatten(1, 2))
 
 
-@pytest.mark.parametrize("follow", ["follow_output", "follow_input"])
-def test_grid_notes_what_passes(follow):
+@pytest.mark.parametrize("source", [partial(OutputMap, height_dim=1), InputMap])
+def test_sources_record_the_grid(source):
     grid, host = Grid(), nn.Identity()
-    getattr(grid, follow)(host)
+    source(host).connect(grid)
     for height, width in ((7, 11), (11, 7), (3, 13)):
         host(torch.zeros(2, height, width, 5))
         assert grid.size == (height, width)
@@ -141,11 +144,9 @@ def test_copies_have_a_grid_of_their_own():
         assert twin.mlp.layout.grid is not host.mlp.layout.grid
         host(wide)
         torch.testing.assert_close(twin(tall), expected)
-        assert host.mlp.layout.grid.size == (3, 7)
-        assert twin.mlp.layout.grid.size == (7, 3)
 
 
-def test_compiled_hosts_follow_the_grid():
+def test_compiled_hosts_record_the_grid():
     torch._dynamo.reset()
     host = Host().double().eval()
     compiled = torch.compile(host, fullgraph=True, backend="aot_eager", dynamic=False)
@@ -172,9 +173,9 @@ def test_slot_in_lower_precision(dtype, tolerance):
     assert (out.double() - expected).norm() <= tolerance * expected.norm()
 
 
-def test_locality_passes_every_choice_on():
+def test_replace_passes_every_option_on():
     grid = Grid()
-    mlp = Locality(act="hs+se", reduction=3, expand_ratio=2.0, depthwise_first=True).feed_forward(
+    mlp = Replace(act="hs+se", reduction=3, expand_ratio=2.0, depthwise_first=True).feed_forward(
         6, TokenSequence(grid, 2), device="meta"
     )
     assert mlp.layout.grid is grid
@@ -183,5 +184,5 @@ def test_locality_passes_every_choice_on():
     assert mlp.conv[3].weight.shape == (12, 6, 1, 1)
     assert mlp.conv[6].fc[0].weight.shape == (4, 12)
     assert mlp.conv[0].weight.device.type == "meta"
-    without = Locality(act="relu6", depthwise=False).feed_forward(6, TokenSequence(grid))
+    without = Replace(act="relu6", depthwise=False).feed_forward(6, TokenSequence(grid))
     assert len(without.conv) == 5

@@ -1,4 +1,4 @@
-"""Odd layouts, on their own: permutations, the same as timm's where timm has them.
+"""Layouts whose tokens do not lie row by row: permutations, the same as timm's where timm has them.
 
 Shapes: B batch, C channels, H and W the grid.
 """
@@ -26,7 +26,7 @@ each_layout = pytest.mark.parametrize(("layout", "shape"), LAYOUTS.values(), ids
 
 @each_layout
 def test_layout_is_a_permutation(layout, shape):
-    """There and back is the identity, both ways; the map has the size of the grid, and the batch stays apart."""
+    """To the map and back is the identity, both ways. The map has the size of the grid, and images do not mix."""
     layout = layout(Grid((6, 20)))
     tokens = torch.arange(2 * 6 * 20 * 7, dtype=torch.float64).reshape(shape)
     map_BCHW = layout.to_map(tokens)
@@ -41,15 +41,15 @@ def test_layout_is_a_permutation(layout, shape):
 
 
 @each_layout
-def test_layout_says_what_does_not_fit(layout, shape):
+def test_tokens_that_do_not_fill_the_grid_raise(layout, shape):
     with pytest.raises(ValueError, match="120 image tokens do not fill the 6 x 19 grid of 114"):
         layout(Grid((6, 19))).to_map(torch.zeros(shape))
-    with pytest.raises(ValueError, match="no patch grid was noted for these 120 tokens"):
+    with pytest.raises(ValueError, match="no patch grid is recorded for 120 image tokens"):
         layout(Grid()).to_map(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("block_index", range(6))
-def test_unrolled_tokens_are_rolled_up_as_by_hiera(block_index):
+def test_unrolled_tokens_match_hiera(block_index):
     """timm's Reroll, block by block: two stages are pooled, the third stride is never consumed."""
     strides = [(2, 2), (2, 2), (2, 2)]
     reroll = Reroll((64, 96), (4, 4), strides, [0, 2, 4, 5], q_pool=2)
@@ -59,8 +59,8 @@ def test_unrolled_tokens_are_rolled_up_as_by_hiera(block_index):
     assert torch.equal(map_BCHW.permute(0, 2, 3, 1), reroll(tokens, block_index))
 
 
-def test_windows_are_put_together_as_by_nest():
-    """timm's function takes square maps alone."""
+def test_windows_match_nest():
+    """timm's function takes square maps only."""
     tokens = torch.randn(2, 9, 25, 7)
     map_BCHW = WindowedTokens(Grid((15, 15)), (5, 5)).to_map(tokens)
     assert torch.equal(map_BCHW.permute(0, 2, 3, 1), deblockify(tokens, 5))

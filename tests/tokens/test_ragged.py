@@ -1,10 +1,11 @@
-"""Locality where samples of one batch have grids of their own: the layout, and timm's hosts that take such tokens.
+"""Batches of images with different grids: the layout, and the hosts of timm that take such batches.
 
 Shapes: B batch, N tokens, P prefix tokens, C channels, H and W a grid.
 """
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -12,10 +13,10 @@ import timm
 import torch
 import torch.nn.functional as F
 from checks import (
-    branches_of,
-    check_branch_matters,
+    adapters_of,
+    check_every_adapter_matters,
     check_function_is_kept,
-    check_gradients_reach_every_branch,
+    check_gradients_reach_every_adapter,
     check_map_is_the_image,
     hidden_maps,
     output_of,
@@ -24,17 +25,19 @@ from checks import (
 from torch import nn
 
 import localvit
-from localvit.surgery.branch import LocalityBranch
+from localvit import Adapter, Replace
+from localvit.surgery.adapter import LocalityAdapter
+from localvit.surgery.localize import localize_with_options
 from localvit.surgery.sites import Site, find_sites
-from localvit.tokens.ragged import PlacedGrid, PlacedTokens, places_of_coordinates, places_of_shapes
+from localvit.tokens.ragged import Placement, RaggedGrid, RaggedTokens, placement_of_coordinates, placement_of_shapes
 
 SHAPES = ((2, 7), (5, 3), (1, 11), (3, 5), (5, 11))
-"""The last fills its canvas, so that nothing empty lies behind it."""
+"""The last one fills its canvas, so that no empty positions follow it."""
 CHANNELS = 6
 
 
 def coordinates(shapes, *, padding: int = 0, order_seed: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(row, column) of tokens (B, N, 2) and which are no padding (B, N), row by row or in any order."""
+    """(row, column) of tokens (B, N, 2) and which are not padding (B, N), row by row or in any order."""
     tokens = max(height * width for height, width in shapes) + padding
     coord_BN2 = torch.zeros(len(shapes), tokens, 2, dtype=torch.long)
     valid_BN = torch.zeros(len(shapes), tokens, dtype=torch.bool)
@@ -48,10 +51,10 @@ def coordinates(shapes, *, padding: int = 0, order_seed: int | None = None) -> t
     return coord_BN2, valid_BN
 
 
-def placed_layout(places, num_prefix_tokens: int = 0) -> PlacedTokens:
-    grid = PlacedGrid()
-    grid.size, grid.index_BN = places
-    return PlacedTokens(grid, num_prefix_tokens)
+def ragged_layout(placement: Placement, num_prefix_tokens: int = 0) -> RaggedTokens:
+    grid = RaggedGrid()
+    grid.record(placement)
+    return RaggedTokens(grid, num_prefix_tokens)
 
 
 def noise(*shape: int) -> torch.Tensor:
@@ -60,14 +63,14 @@ def noise(*shape: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("options", [{}, {"kernel_size": 5}, {"dilation": 2}], ids=["3", "5", "dilated"])
 @pytest.mark.parametrize("prefix", [0, 2])
-def test_branch_is_a_convolution_over_each_map(options, prefix):
-    """Output and gradients against one image at a time; padding is noise and stays."""
+def test_the_adapter_convolves_each_map(options, prefix):
+    """Output and gradients against one image at a time. Padding is noise and passes unchanged."""
     coord_BN2, valid_BN = coordinates(SHAPES, padding=2, order_seed=5)
-    layout = placed_layout(places_of_coordinates(coord_BN2, valid_BN), prefix)
-    branch = LocalityBranch(CHANNELS, layout, **options).double()
-    nn.init.normal_(branch.conv.weight, generator=torch.Generator().manual_seed(1))
+    layout = ragged_layout(placement_of_coordinates(coord_BN2, valid_BN), prefix)
+    adapter = LocalityAdapter(CHANNELS, layout, Adapter(**options)).double()
+    nn.init.normal_(adapter.conv.weight, generator=torch.Generator().manual_seed(1))
     x_BNC = noise(len(SHAPES), prefix + valid_BN.shape[1], CHANNELS).requires_grad_()
-    out_BNC = branch(x_BNC)
+    out_BNC = adapter(x_BNC)
 
     expected_BNC = x_BNC.clone()
     for sample, (height, width) in enumerate(SHAPES):
@@ -76,7 +79,7 @@ def test_branch_is_a_convolution_over_each_map(options, prefix):
         map_CHW = x_BNC.new_zeros(CHANNELS, height, width).index_put(
             (torch.arange(CHANNELS)[:, None], y, x), x_BNC[sample, prefix + tokens].T
         )
-        conv = branch.conv
+        conv = adapter.conv
         added_CHW = F.conv2d(map_CHW, conv.weight, None, 1, conv.padding, conv.dilation, CHANNELS)
         expected_BNC = expected_BNC.index_put(
             (torch.tensor(sample), prefix + tokens), x_BNC[sample, prefix + tokens] + added_CHW[:, y, x].T
@@ -87,23 +90,23 @@ def test_branch_is_a_convolution_over_each_map(options, prefix):
     assert torch.equal(out_BNC[:, prefix:][~valid_BN], x_BNC[:, prefix:][~valid_BN])
 
     weights = noise(*out_BNC.shape)
-    of = (x_BNC, branch.conv.weight)
+    of = (x_BNC, adapter.conv.weight)
     found = torch.autograd.grad((out_BNC * weights).sum(), of)
     expected = torch.autograd.grad((expected_BNC * weights).sum(), of)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_shapes_place_tokens_row_by_row():
+def test_placement_of_shapes_is_row_by_row():
     coord_BN2, valid_BN = coordinates(SHAPES, padding=2)
-    size, index_BN = places_of_shapes(torch.tensor(SHAPES), valid_BN.shape[1])
-    expected_size, expected_BN = places_of_coordinates(coord_BN2, valid_BN)
-    assert size == expected_size == (5, 11)
-    assert torch.equal(index_BN, expected_BN)
+    placement = placement_of_shapes(torch.tensor(SHAPES), valid_BN.shape[1])
+    expected = placement_of_coordinates(coord_BN2, valid_BN)
+    assert placement.size == expected.size == (5, 11)
+    assert torch.equal(placement.index_BN, expected.index_BN)
 
 
-def test_there_and_back():
+def test_to_map_and_back_is_the_identity():
     coord_BN2, valid_BN = coordinates(SHAPES, padding=2, order_seed=3)
-    layout = placed_layout(places_of_coordinates(coord_BN2, valid_BN), 3)
+    layout = ragged_layout(placement_of_coordinates(coord_BN2, valid_BN), 3)
     x_BNC = noise(len(SHAPES), 3 + valid_BN.shape[1], CHANNELS)
     back_BNC = layout.to_tokens(layout.to_map(x_BNC))
     assert torch.equal(back_BNC[:, 3:][valid_BN], x_BNC[:, 3:][valid_BN])
@@ -112,21 +115,21 @@ def test_there_and_back():
     assert layout.to_map(x_BNC).is_contiguous(memory_format=torch.channels_last)
 
 
-def test_coordinates_that_make_no_map():
+def test_invalid_coordinates_raise():
     coord_BN2, valid_BN = coordinates(((2, 3),))
     twice = coord_BN2.clone()
     twice[0, 1] = twice[0, 4]
     with pytest.raises(ValueError, match="two tokens of an image have the same patch coordinates"):
-        places_of_coordinates(twice, valid_BN)
+        placement_of_coordinates(twice, valid_BN)
     with pytest.raises(ValueError, match=r"start at \(-1, 0\), below 0: mark padding"):
-        places_of_coordinates(coord_BN2 - torch.tensor([1, 0]), valid_BN)
+        placement_of_coordinates(coord_BN2 - torch.tensor([1, 0]), valid_BN)
     valid_BN[0, 1] = False
-    assert places_of_coordinates(twice, valid_BN)[0] == (2, 3)
+    assert placement_of_coordinates(twice, valid_BN).size == (2, 3)
 
 
-def test_number_of_tokens_is_checked():
-    layout = placed_layout(places_of_coordinates(*coordinates(((2, 3), (3, 1)))), 1)
-    with pytest.raises(ValueError, match=r"4 image tokens \(1 prefix .* each of 2 samples, but places for 6 in 2"):
+def test_another_number_of_tokens_raises():
+    layout = ragged_layout(placement_of_coordinates(*coordinates(((2, 3), (3, 1)))), 1)
+    with pytest.raises(ValueError, match=r"4 image tokens \(1 prefix .* each of 2 samples, but positions for 6 in 2"):
         layout.to_map(noise(2, 5, CHANNELS))
 
 
@@ -189,8 +192,8 @@ def naflex_batch(*images: torch.Tensor, padding: int = 2) -> tuple[torch.Tensor,
 
 
 def perturb(model: nn.Module) -> nn.Module:
-    for branch in branches_of(model):
-        nn.init.normal_(branch.conv.weight, generator=torch.Generator().manual_seed(2))
+    for adapter in adapters_of(model):
+        nn.init.normal_(adapter.conv.weight, generator=torch.Generator().manual_seed(2))
     return model
 
 
@@ -211,8 +214,8 @@ def test_function_is_kept(host, inputs):
     model = make(host)
     assert len(find_sites(model)) == 2
     check_function_is_kept(model, *inputs)
-    check_gradients_reach_every_branch(model, *inputs)
-    check_branch_matters(model, *inputs)
+    check_gradients_reach_every_adapter(model, *inputs)
+    check_every_adapter_matters(model, *inputs)
 
 
 @every_host
@@ -234,7 +237,7 @@ def test_patches_need_not_be_square(host):
 
 
 @pytest.mark.parametrize("host", ["naflexvit", "gemma4"])
-def test_images_make_one_graph(host):
+def test_images_compile_to_one_graph(host):
     model = perturb(localvit.localize(make(host).eval()))
     compiled = torch.compile(copy.deepcopy(model), backend="eager", fullgraph=True)
     with torch.no_grad():
@@ -243,20 +246,20 @@ def test_images_make_one_graph(host):
 
 
 @every_host
-def test_placed_tokens_get_what_images_get_alone(host):
-    """The same images, one by one as images, and together as patches with coordinates."""
-    model = perturb(localvit.localize(make(host).double().eval(), kernel_size=5))
+def test_placed_tokens_compute_what_single_images_compute(host):
+    """The same images one by one, and in one batch as patches with coordinates."""
+    model = perturb(localvit.localize(make(host).double().eval(), Adapter(kernel_size=5)))
     with torch.no_grad():
         together = output_of(model, *naflex_batch(*MIXED))
         for sample, alone in enumerate(MIXED):
             expected = output_of(model, alone)
-            # timm resamples positions, and has its frequencies, in float32: 1e-6.
+            # timm computes positions and frequencies in float32: 1e-6.
             found = together[sample] if expected.ndim == 2 else together[sample, : expected.shape[1]]
             torch.testing.assert_close(found, expected[0], rtol=1e-5, atol=1e-5)
 
 
-def test_order_of_placed_tokens_is_free():
-    """Gemma 4 knows a token's place by its coordinates alone, and marks padding by -1."""
+def test_placed_tokens_may_come_in_any_order():
+    """Gemma 4 uses the coordinates only, and marks padding by -1."""
     model = perturb(localvit.localize(make("gemma4 encoder").double().eval()))
     patches, coord_BN2, valid_BN = naflex_batch(*MIXED)
     coord_BN2 = coord_BN2.masked_fill(~valid_BN[..., None], -1)
@@ -268,8 +271,8 @@ def test_order_of_placed_tokens_is_free():
     torch.testing.assert_close(shuffled[valid_BN[:, order]], expected[valid_BN[:, order]])
 
 
-def test_clamps_act_behind_the_branch():
-    """What Gemma 4's projection clamps is what the branch returns."""
+def test_clamps_act_after_the_adapter():
+    """What Gemma 4's projection clamps is what the adapter returns."""
     model = perturb(localvit.localize(make("gemma4").double().eval()))
     site = model.encoder.blocks[0].mlp.down_proj
     site.input_min.fill_(-0.01)
@@ -283,7 +286,7 @@ def test_clamps_act_behind_the_branch():
 
 
 @every_host
-def test_copies_follow_their_own_model(host):
+def test_copies_record_their_own_placement(host):
     model = perturb(localvit.localize(make(host).double().eval()))
     with torch.no_grad():
         expected = output_of(model, *naflex_batch(*MIXED))
@@ -299,25 +302,39 @@ def test_delocalize_leaves_no_hook(host):
 
 
 @pytest.mark.parametrize("options", [{"gate": "se"}, {"gate": "ecah"}, {"norm": "batchnorm"}], ids=str)
-def test_means_over_maps_are_refused_for_placed_tokens_alone(options):
-    model = localvit.localize(make("naflexvit").double().eval(), **options)
+def test_means_over_maps_are_refused_for_placed_tokens_only(options):
+    model = localize_with_options(make("naflexvit").double().eval(), options)
     output_of(model, image())
-    with pytest.raises(ValueError, match="takes means over whole maps, but images of several shapes"):
+    with pytest.raises(ValueError, match="takes means over whole maps, but this batch holds images of several shapes"):
         output_of(model, *naflex_batch(*MIXED))
 
 
-def test_paper_form_takes_images_alone():
-    model = localvit.localize(make("naflexvit prefix").double().eval(), preserve=False)
+def test_replace_takes_images_only():
+    model = localvit.localize(make("naflexvit prefix").double().eval(), Replace())
     assert torch.isfinite(output_of(model, image())).all()
-    with pytest.raises(ValueError, match="the paper's form takes means over whole maps"):
+    with pytest.raises(ValueError, match="the paper's module takes means over whole maps"):
         output_of(model, *naflex_batch(*MIXED))
-    with pytest.raises(ValueError, match="Gemma4Block norms what the feed-forward returns"):
-        localvit.localize(make("gemma4"), preserve=False)
+    with pytest.raises(ValueError, match="Gemma4Block has a norm after the feed-forward"):
+        localvit.localize(make("gemma4"), Replace(), inplace=True)
 
 
 def test_patch_dropout_is_refused():
     with pytest.raises(ValueError, match="NaFlexVit drops patches in training"):
-        localvit.localize(make("naflexvit", patch_drop_rate=0.5))
+        localvit.localize(make("naflexvit", patch_drop_rate=0.5), inplace=True)
+
+
+def test_threads_run_one_model_on_batches_of_two_kinds():
+    model = perturb(localvit.localize(make("naflexvit").double().eval()))
+    inputs = [(image(),), naflex_batch(*MIXED)]
+    with torch.no_grad():
+        expected = [output_of(model, *each) for each in inputs]
+
+    def run(index):
+        with torch.no_grad():
+            return [torch.equal(output_of(model, *inputs[index]), expected[index]) for _ in range(30)]
+
+    with ThreadPoolExecutor(2) as executor:
+        assert list(executor.map(run, range(2))) == [[True] * 30] * 2
 
 
 def test_gradient_checkpointing_changes_nothing():
@@ -329,6 +346,6 @@ def test_gradient_checkpointing_changes_nothing():
         model.zero_grad()
         x_BNC = model.forward_features(patches, coord_BN2, valid_BN)["patches"]
         (x_BNC[:, 3:][valid_BN] ** 3).sum().backward()
-        gradients.append([branch.conv.weight.grad.clone() for branch in branches_of(model)])
+        gradients.append([adapter.conv.weight.grad.clone() for adapter in adapters_of(model)])
     assert all(gradient.any() for gradient in gradients[0])
     torch.testing.assert_close(gradients[0], gradients[1])

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import localvit
-from localvit.checkpoints.checkpoint import describe
-from localvit.checkpoints.checkpoint import published_state as published_names
+from localvit.checkpoints import make_header
 from localvit.data.classes import imagenet_synsets
 from localvit.data.preprocessing import Preprocessing
 from localvit.train.config import TrainConfig
@@ -90,7 +89,7 @@ def saved(model, path, kind, **about):
     entries = model.state_dict()
     if kind == "state":  # of a training run: published names, and ours of how the model was made
         about = {"class_names": None, "preprocessing": None, "about": None} | about
-        entries = {"model": published_names(model, entries), "localvit": describe(model, **about), "epoch": 3}
+        entries = {"model": to_published_names(model, entries), "localvit": make_header(model, **about), "epoch": 3}
     torch.save(entries, path.with_suffix(".pt"))
     return str(path.with_suffix(".pt"))
 
@@ -380,19 +379,19 @@ def _distilled(kind, tmp_path):
     [
         (_nothing, FileNotFoundError, ["nowhere.pth"]),
         (_folder, CheckpointError, ["is a folder"]),
-        (_cut_off, CheckpointError, ["cut.pth", "cut off"]),
+        (_cut_off, CheckpointError, ["cut.pth", "truncated"]),
         (
             partial(_other_family, "ours"),
             CheckpointError,
-            ["does not fit", "localvit_pvt_tiny", "missing (", "surplus ("],
+            ["does not fit", "localvit_pvt_tiny", "missing (", "unexpected ("],
         ),
         (
             partial(_other_family, "plain"),
             CheckpointError,
             ["does not fit", "missing (", "of another shape (cls_token"],
         ),
-        (_other_depth, CheckpointError, [NANO[0], "surplus (blocks.2."]),
-        (_missing_and_surplus, CheckpointError, ["1 missing (norm.bias)", "1 surplus (extra.weight)"]),
+        (_other_depth, CheckpointError, [NANO[0], "unexpected (blocks.2."]),
+        (_missing_and_surplus, CheckpointError, ["1 missing (norm.bias)", "1 unexpected (extra.weight)"]),
         (_released_otherwise, CheckpointError, ["it is a localvit_swin_tiny_patch4_window7_224"]),
         (_positions_of_no_known_size, CheckpointError, ["1 of another shape (pos_embed)"]),
         (partial(_distilled, "ours"), CheckpointError, ["has a distillation token", "distilled=true"]),

@@ -51,7 +51,7 @@ def test_fine_tuning_starts_with_the_function_of_the_base(base, tmp_path, caplog
 
 def test_replacing_keeps_all_weights_but_those_of_the_feed_forwards(base, tmp_path):
     plain, _ = localvit.model_from_checkpoint(base)
-    model = built(base, tmp_path, localize={"preserve": False, "reduction": 8})
+    model = built(base, tmp_path, localize={"method": "replace", "reduction": 8})
     before, after = plain.state_dict(), model.state_dict()
     gone = {name for name in before if ".mlp." in name or ".norm2." in name}
     assert before.keys() - after.keys() == gone

@@ -8,11 +8,11 @@ import torch
 from tiny import STILL, tiny_config, train
 from torch import nn
 
-from localvit.checkpoints.checkpoint import read_checkpoint
+from localvit.checkpoints import read_checkpoint
 from localvit.data.datasets import open_images
 from localvit.data.images import UnreadableImage
 from localvit.evaluation.evaluate import evaluate
-from localvit.inference.runner import InferenceOptions, ready_model
+from localvit.inference.runner import InferenceOptions, load_model
 from localvit.train.builder import build
 from localvit.train.loop import fit
 from localvit.train.run_folder import save_epoch
@@ -101,11 +101,11 @@ def test_evaluating_the_checkpoint_gives_the_numbers_of_the_log(tiny_digits, tmp
     assert [list(row) for row in rows] == [KEYS, KEYS]
     assert [row["epoch"] for row in rows] == [0, 1]
 
-    ready = ready_model(str(tmp_path / "last.safetensors"))
+    ready = load_model(str(tmp_path / "last.safetensors"))
     assert ready.class_names == ["0", "1", "2"]
     assert (ready.preprocessing.input_size, ready.preprocessing.crop_pct) == ((32, 32), 1.0)
     images = open_images("DIGITS", tiny_digits)
-    options = InferenceOptions(batch_size=5, workers=0)
+    options = InferenceOptions(batch_size=5, workers=0, device=torch.device("cpu"))
     result = evaluate(ready.model, images, ready.preprocessing, options, class_names=ready.class_names)
     assert result.acc1 == rows[1]["test_acc1"]
     # Another batch size sums float32 products in another order.

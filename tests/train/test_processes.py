@@ -9,12 +9,13 @@ import sys
 import time
 
 import pytest
+import torch
 import yaml
 from tiny import tiny_config
 
 from localvit.data.datasets import open_images
 from localvit.evaluation.evaluate import evaluate
-from localvit.inference.runner import InferenceOptions, ready_model
+from localvit.inference.runner import InferenceOptions, load_model
 
 STILL = {"mixup": 0.0, "cutmix": 0.0, "drop_path_rate": 0.0}
 """Without random numbers per batch, which differ if the batch is split over processes."""
@@ -67,8 +68,8 @@ def test_processes_compute_the_same_as_one_process(tiny_digits, tmp_path):
 def test_without_sync_bn_all_processes_use_the_statistics_of_rank_0(tiny_digits, tmp_path):
     """Each process evaluates a part of the images; the result is that of the saved model only if all agree."""
     (_, row) = log_of(2, tiny_digits, tmp_path, **STILL, lr=0.5)
-    ready = ready_model(str(tmp_path / "run2" / "last.safetensors"))
-    options = InferenceOptions(batch_size=3, workers=0)
+    ready = load_model(str(tmp_path / "run2" / "last.safetensors"))
+    options = InferenceOptions(batch_size=3, workers=0, device=torch.device("cpu"))
     images = open_images("DIGITS", tiny_digits)
     result = evaluate(ready.model, images, ready.preprocessing, options, class_names=ready.class_names)
     # Another batch size sums float32 products in another order.

@@ -6,7 +6,8 @@ from functools import cache
 import pytest
 import torch
 
-from localvit.models.zoo import ZOO, create_model, published_model
+from localvit.models.factory import create_model
+from localvit.models.registry import find_model, registered_models
 from localvit.train.config import TrainConfig
 from localvit.train.recipe import RECIPES, read_recipe, recipe_names
 from localvit_cli.train import parse
@@ -107,12 +108,12 @@ def test_arms_differ_only_in_the_model_and_have_the_stated_parameters(recipe, fl
     with torch.device("meta"):
         model = create_model(config.model, drop_path_rate=config.drop_path_rate, **config.model_args)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
-    known = published_model(config.model)
+    known = find_model(config.model)
     if known and not config.model_args:
         assert parameters == known.parameters
         assert bool(acc1) == bool(known.acc1)
     if acc1:
-        assert (parameters, float(acc1)) in {(released.parameters, released.acc1) for released in ZOO}
+        assert (parameters, float(acc1)) in {(released.parameters, released.acc1) for released in registered_models()}
 
 
 def parameters_of_localvit_tiny(
@@ -176,7 +177,7 @@ def test_the_control_lacks_a_3x3_kernel_and_a_norm_for_each_hidden_channel(name,
 
 def test_fine_tuning_starts_from_released_weights_with_a_low_learning_rate():
     config = config_of("finetune")
-    assert published_model(config.finetune).file
+    assert find_model(config.finetune).file
     assert config.model == config.finetune
     assert config.lr * config.batch_size / 512 == pytest.approx(2e-4, rel=1e-12)
     assert config.warmup_lr < 2e-4 / 10

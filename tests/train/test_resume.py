@@ -18,7 +18,7 @@ from tiny import skip_without_plateau, tiny_config, train
 from torch import nn
 
 import localvit
-from localvit.models.registry import published_key
+from localvit.models.published_names import published_key
 from localvit.train.builder import build
 from localvit.train.config import TrainConfig
 from localvit.train.loop import Stopped, fit

@@ -10,7 +10,7 @@ from torch import nn
 from torchvision import transforms
 
 import localvit
-from localvit.checkpoints.checkpoint import read_checkpoint, save_checkpoint
+from localvit.checkpoints import read_checkpoint, save_checkpoint
 from localvit.train.builder import build
 from localvit.train.loop import fit
 from localvit.train.step import train_step

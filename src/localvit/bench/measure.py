@@ -16,7 +16,7 @@ import torch._dynamo.config
 
 from localvit.bench.prepare import BenchModel, BenchOptions, Call
 from localvit.bench.result import BatchResult, BenchResult, Latency, ModelResult, Quartiles
-from localvit.checkpoints.checkpoint import versions
+from localvit.checkpoints import versions
 
 LATENCY_CALLS = 200
 """Least number of calls with one image that are timed for the latency; 2 of them lie above the 99th percentile."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from localvit.bench.prepare import label
 from localvit.bench.result import BenchResult
-from localvit.models.zoo import published_model
+from localvit.models.registry import find_model
 from localvit.utils.files import atomic_write
 
 try:
@@ -88,8 +88,8 @@ def draw_speeds(measured: BenchResult, image: Path) -> list[str]:
 
 
 def _short(name: str) -> str:
-    published = published_model(name)
-    return published.paper_name if published else name
+    info = find_model(name)
+    return (info and info.paper_name) or name
 
 
 def _caption(left_out: Sequence[str]) -> str:

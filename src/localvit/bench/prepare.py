@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from localvit.data.preprocessing import Preprocessing
 from localvit.inference.cost import count_multiply_adds, count_parameters
 from localvit.inference.fusion import fuse
-from localvit.inference.runner import names_file, ready_model
-from localvit.models.zoo import create_model, published_model
+from localvit.inference.runner import is_checkpoint_path, load_model
+from localvit.models.factory import create_model
+from localvit.models.registry import find_model
 
 Call = Callable[[], Any]
 _SAVED_AT = (2, 4)  # batch sizes between which the growth per image is taken
@@ -143,18 +144,18 @@ def prepare(source: str, options: BenchOptions, input_size: tuple[int, int] | No
         input_size: Height and width of the images in pixels, instead of those of the model.
 
     Raises:
-        The errors of `ready_model` for files and of `create_model` for names.
+        The errors of `load_model` for files and of `create_model` for names.
     """
     model: Any
     acc1 = None
-    if names_file(source):
-        ready = ready_model(source, input_size=input_size)
+    if is_checkpoint_path(source):
+        ready = load_model(source, input_size=input_size)
         model, preprocessing = ready.model, ready.preprocessing
     else:
         size_args: dict[str, Any] = {"img_size": input_size} if input_size else {}
         model = create_model(source, **size_args).eval()
-        preprocessing = Preprocessing.of_cfg(model.pretrained_cfg, input_size)
-        published = published_model(source)
+        preprocessing = Preprocessing.from_pretrained_cfg(model.pretrained_cfg, input_size)
+        published = find_model(source)
         if published is not None and preprocessing.input_size == tuple(model.pretrained_cfg["input_size"][1:]):
             acc1 = published.acc1
     channels = model.made_from["args"].get("in_chans", model.pretrained_cfg["input_size"][0])
@@ -193,7 +194,7 @@ def prepare(source: str, options: BenchOptions, input_size: tuple[int, int] | No
 
 def label(source: str) -> str:
     """A short label for a source: its name, or the name of the file without its folder."""
-    return Path(source).name if names_file(source) else source
+    return Path(source).name if is_checkpoint_path(source) else source
 
 
 def saved_bytes(model: nn.Module, images_BCHW: Tensor) -> int:

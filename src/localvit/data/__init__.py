@@ -1,1 +1,1 @@
-"""Images and their labels: data sets, class names, preprocessing, splits, the order of training, workers."""
+"""Images and labels: data sets, class names, preprocessing, splits, training batches, worker processes."""

@@ -1,4 +1,4 @@
-"""Labels go by class name: which class of the model each class of a data set is."""
+"""Class names: which class of a model each class of a data set corresponds to."""
 
 import difflib
 import functools
@@ -11,42 +11,59 @@ from torch import nn
 from localvit.data.images import DataError, Images
 
 IMAGENET_SUBSETS = {"IMNET-A": "imagenet_a_synsets.txt", "IMNET-R": "imagenet_r_synsets.txt"}
-"""The 200-class sets that are scored on their own classes (ImageNet-A, arXiv 1907.07174; ImageNet-R, 2006.16241)."""
+"""The 200-class sets that are scored on their own classes only (ImageNet-A, arXiv 1907.07174; ImageNet-R, arXiv
+2006.16241), and the files in which timm lists their classes."""
 
 
 @functools.cache
 def imagenet_synsets() -> list[str]:
-    """WordNet synsets of ImageNet-1k in the order of its class indices (timm's list)."""
+    """WordNet synsets of ImageNet-1k, in the order of its class indices (timm's list)."""
     return list(ImageNetInfo("imagenet-1k").label_names())
 
 
 @functools.cache
 def imagenet_words() -> list[str]:
-    """Words for ImageNet-1k's classes, in the order of its class indices (timm's list)."""
+    """Readable names of ImageNet-1k's classes, in the order of its class indices (timm's list)."""
     return list(ImageNetInfo("imagenet-1k").label_descriptions())
 
 
 def subset_classes(name: str) -> list[int]:
-    """ImageNet-1k indices of the classes of ImageNet-A or -R, from the lists that timm bundles."""
+    """ImageNet-1k indices of the classes of ImageNet-A or -R, from the lists bundled with timm."""
     text = resources.files("timm.data").joinpath("_info", IMAGENET_SUBSETS[name]).read_text()
     index_of = {synset: index for index, synset in enumerate(imagenet_synsets())}
     return sorted(index_of[synset] for synset in text.split())
 
 
 def model_class_names(model: nn.Module, class_names: Sequence[str] | None) -> list[str] | None:
-    """The names that the model's classes go by: its checkpoint's, ImageNet's synsets for 1,000, else unknown."""
+    """Names of a model's classes: the given ones, else ImageNet's synsets for 1,000 classes, else None."""
     if class_names is not None:
         return list(class_names)
     return imagenet_synsets() if getattr(model, "num_classes", None) == 1000 else None
 
 
+def readable_class_names(class_names: Sequence[str] | None, num_classes: int) -> list[str]:
+    """Class names to show to a person: words for ImageNet's synsets, numbers for classes without names."""
+    if class_names is None:
+        return [str(index) for index in range(num_classes)]
+    return imagenet_words() if list(class_names) == imagenet_synsets() else list(class_names)
+
+
 def match_classes(images: Images, model_names: Sequence[str] | None, num_classes: int) -> list[int]:
-    """For each class of the data set, the model's class of that name.
+    """For each class of a data set, find the model's class of the same name.
 
-    Where either side knows no names, or the data set numbers its classes itself under other names, classes are matched
-    by position, if there are as many of them.
+    Classes are matched by position instead if either side has no class names, or if the data set defines its own class
+    order under other names; the number of classes must then be equal.
 
-    Raises DataError, naming the first few classes, when the data set has classes that the model lacks.
+    Args:
+        images: The data set.
+        model_names: Names of the model's classes, or None.
+        num_classes: Number of the model's classes.
+
+    Returns:
+        The model's class index for each class of the data set.
+
+    Raises:
+        DataError: The data set has classes that the model lacks. The message names the first few.
     """
     data_names = images.class_names
     if data_names is None:
@@ -65,10 +82,11 @@ def match_classes(images: Images, model_names: Sequence[str] | None, num_classes
     if unknown:
         close = difflib.get_close_matches(unknown[0], model_names, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
-        kind = "ImageNet-1k synset" if list(model_names) == imagenet_synsets() else "class of the model"
+        kind = "ImageNet-1k synsets" if list(model_names) == imagenet_synsets() else "classes of the model"
         raise DataError(
-            f"{len(unknown)} of the data set's {len(data_names)} classes are no {kind}: "
+            f"{len(unknown)} of the data set's {len(data_names)} classes are not {kind}: "
             f"{', '.join(map(repr, unknown[:5]))}{', ...' if len(unknown) > 5 else ''}{hint}; "
-            "labels go by folder name, so rename the folders or use a checkpoint that was trained on these classes"
+            "labels are matched by folder name, so rename the folders, or use a checkpoint that was trained on these "
+            "classes"
         )
     return [index_of[name] for name in data_names]

@@ -1,8 +1,9 @@
-"""The data sets by name: what `--data-set` accepts, and what each expects to find at `--data-path`."""
+"""Data sets by name: what `--data-set` accepts, and what each expects at `--data-path`."""
 
+import difflib
 import io
+import logging
 import os
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,107 +14,109 @@ from timm.data import create_dataset
 from torch.utils.data import IterableDataset
 
 from localvit.data.digits import write_digits
-from localvit.data.images import DataError, DatasetImages, Images, scan_folder
+from localvit.data.folders import scan_folder
+from localvit.data.images import DataError, DatasetImages, Images
 from localvit.data.inaturalist import inaturalist
 
+logger = logging.getLogger(__name__)
+
 NAMES = ("IMNET", "IMNET-A", "IMNET-R", "CIFAR", "CIFAR10", "INAT", "INAT19", "FOLDER", "DIGITS")
-"""Besides these, any name that timm's factory knows (hfds/..., wds/..., tfds/..., torch/...)."""
+"""The names besides those of timm's dataset factory (hfds/..., wds/..., tfds/..., torch/...)."""
+_PACKAGES = {"hfds": "datasets", "hfids": "datasets", "wds": "webdataset", "tfds": "tensorflow-datasets"}
 
 
 def default_digits_folder() -> Path:
-    """Where the embedded digits are written unless a data path says otherwise: the user's cache folder."""
+    """The default folder of the embedded digits, in the user's cache folder."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "localvit" / "digits"
 
 
-def open_images(
-    data_set: str,
-    data_path: Path | None,
-    *,
-    split: str = "val",
-    inat_category: str = "name",
-    remark: Callable[[str], None] = lambda message: None,
-) -> Images:
-    """The images of `split` ("train" or "val") of a data set.
+def open_images(data_set: str, data_path: Path | None, *, split: str = "val", inat_category: str = "name") -> Images:
+    """Open one split of a data set. Warnings about what was skipped are logged.
 
     Args:
-        data_set: one of `NAMES`, or a name of timm's dataset factory.
-        data_path: its folder; only DIGITS has a default.
-        inat_category: level of the taxonomy that INAT and INAT19 are labeled at.
-        remark: told of everything that was left out.
+        data_set: One of `NAMES`, in any case, or a name of timm's dataset factory.
+        data_path: Folder of the data set. Only DIGITS has a default.
+        split: "train" or "val". FOLDER, IMNET-A and IMNET-R use `data_path` itself if it has no such subfolder.
+        inat_category: Level of the taxonomy that provides the labels of INAT and INAT19.
 
     Raises:
-        DataError: for a name that is not known, or a folder that does not hold what the name says.
+        DataError: The name is unknown, or the folder does not contain what the name promises.
     """
     name = data_set.upper()
     if name == "DIGITS":
         folder = write_digits(data_path or default_digits_folder())
-        return _scan(folder / split, remark)
+        return _open_folder(folder / split)
+    if "/" not in data_set and name not in NAMES:
+        close = difflib.get_close_matches(name, NAMES, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise DataError(
+            f"--data-set {data_set} is not known{hint}; choose one of {', '.join(NAMES)}, or a timm name such as "
+            "hfds/NAME"
+        )
     if data_path is None:
         raise DataError(f"--data-set {data_set} needs --data-path, the folder of the images")
     if "/" not in data_set and not data_path.exists():
         raise DataError(f"--data-path {data_path}: no such folder")
     if name == "IMNET":
         if not (data_path / split).is_dir():
-            raise DataError(f"{data_path} has no {split}/ folder; --data-set FOLDER takes the class folders directly")
-        return _scan(data_path / split, remark)
+            raise DataError(f"{data_path} has no {split}/ folder; use --data-set FOLDER for a folder of class folders")
+        return _open_folder(data_path / split)
     if name in ("IMNET-A", "IMNET-R", "FOLDER"):
-        return _scan(data_path / split if (data_path / split).is_dir() else data_path, remark)
+        return _open_folder(data_path / split if (data_path / split).is_dir() else data_path)
     if name in ("CIFAR", "CIFAR10"):
-        return _cifar(name, data_path, split)
+        return _open_cifar(name, data_path, split)
     if name in ("INAT", "INAT19"):
         return inaturalist(data_path, split, 2018 if name == "INAT" else 2019, inat_category)
-    if "/" in data_set:
-        return _of_timm(data_set, data_path, split)
-    raise DataError(f"--data-set {data_set} is not known; choose {', '.join(NAMES)}, or a timm name like hfds/NAME")
+    return _open_timm(data_set, data_path, split)
 
 
-def _scan(folder: Path, remark: Callable[[str], None]) -> Images:
-    images, remarks = scan_folder(folder)
-    for message in remarks:
-        remark(message)
+def _open_folder(folder: Path) -> Images:
+    images, warnings = scan_folder(folder)
+    for warning in warnings:
+        logger.warning(warning)
     return images
 
 
-def _cifar(name: str, data_path: Path, split: str) -> Images:
+def _open_cifar(name: str, data_path: Path, split: str) -> Images:
     kind = torchvision.datasets.CIFAR100 if name == "CIFAR" else torchvision.datasets.CIFAR10
     try:
         dataset = kind(str(data_path), train=split == "train")
     except RuntimeError as error:
         raise DataError(
-            f"{data_path} has no whole {kind.base_folder}/ (the unpacked archive {kind.filename})"
+            f"{data_path} has no complete {kind.base_folder}/ (the contents of {kind.filename}); download and unpack it"
         ) from error
-    return _of_torchvision(dataset, name)
+    return _from_torchvision(dataset, name)
 
 
-def _of_torchvision(dataset: Any, title: str) -> Images:
-    return DatasetImages(partial(_image_of_item, dataset), list(dataset.targets), list(dataset.classes), title)
+def _from_torchvision(dataset: Any, title: str) -> Images:
+    return DatasetImages(partial(_dataset_image, dataset), list(dataset.targets), list(dataset.classes), title)
 
 
-def _of_timm(data_set: str, data_path: Path, split: str) -> Images:
+def _open_timm(data_set: str, data_path: Path, split: str) -> Images:
     kind = data_set.split("/", 1)[0].lower()
     if kind == "torch" and not data_path.exists():
         raise DataError(f"--data-path {data_path}: no such folder")
     try:
         dataset = create_dataset(data_set, root=str(data_path), split="validation" if split == "val" else split)
     except ImportError as error:
-        extra = {"hfds": "datasets", "hfids": "datasets", "wds": "webdataset", "tfds": "tensorflow-datasets"}.get(kind)
-        advice = f"pip install {extra}" if extra else "install what it names"
+        package = _PACKAGES.get(kind)
+        advice = f"pip install {package}" if package else "install the missing package"
         raise DataError(f"--data-set {data_set}: {error}; {advice}") from error
-    except Exception as error:  # whatever the data set's own library raises is about the data set
+    except Exception as error:  # each data set library raises its own types
         raise DataError(f"--data-set {data_set}: cannot be opened: {error or type(error).__name__}") from error
     if isinstance(dataset, IterableDataset):
         return _stream_to_memory(dataset, data_set)
     if hasattr(dataset, "targets") and hasattr(dataset, "classes"):
-        return _of_torchvision(dataset, data_set)
+        return _from_torchvision(dataset, data_set)
     reader = getattr(dataset, "reader", None)
     if reader is None:
-        raise DataError(f"--data-set {data_set}: {type(dataset).__name__} does not say the classes of its images")
-    # The reader and not the data set: timm's data set puts the next image in the place of one it cannot read.
+        raise DataError(f"--data-set {data_set}: {type(dataset).__name__} does not provide labels for its images")
+    # timm's data set would silently replace an unreadable image by the next one; its reader does not.
     labels = [int(label) for label in _reader_labels(reader)]
     class_to_idx = getattr(reader, "class_to_idx", None) or {}
     names = sorted(class_to_idx, key=class_to_idx.__getitem__) or None
-    return DatasetImages(partial(_image_of_reader, reader), labels, names, data_set)
+    return DatasetImages(partial(_reader_image, reader), labels, names, data_set)
 
 
 def _reader_labels(reader: Any) -> list[int]:
@@ -123,7 +126,7 @@ def _reader_labels(reader: Any) -> list[int]:
 
 
 def _stream_to_memory(dataset: IterableDataset, title: str) -> Images:
-    """A streamed data set as a fixed sequence, which can be dealt out exactly: each image kept as a lossless file."""
+    """Read a streamed data set into memory, as lossless PNG files, so that it can be indexed."""
     files, labels = [], []
     for image, label in dataset:
         packed = io.BytesIO()
@@ -131,18 +134,18 @@ def _stream_to_memory(dataset: IterableDataset, title: str) -> Images:
         files.append(packed.getvalue())
         labels.append(int(label))
     if not files:
-        raise DataError(f"--data-set {title}: the stream holds no images")
-    return DatasetImages(partial(_image_of_bytes, files), labels, None, title)
+        raise DataError(f"--data-set {title}: the stream contains no images")
+    return DatasetImages(partial(_packed_image, files), labels, None, title)
 
 
-# Functions of the module and not lambdas, since worker processes receive them pickled.
-def _image_of_item(dataset: Any, index: int) -> Image.Image:
+# Module functions rather than lambdas, because worker processes receive them pickled.
+def _dataset_image(dataset: Any, index: int) -> Image.Image:
     return dataset[index][0]
 
 
-def _image_of_reader(reader: Any, index: int) -> Image.Image:
+def _reader_image(reader: Any, index: int) -> Image.Image:
     return Image.open(reader[index][0])
 
 
-def _image_of_bytes(files: list[bytes], index: int) -> Image.Image:
+def _packed_image(files: list[bytes], index: int) -> Image.Image:
     return Image.open(io.BytesIO(files[index]))

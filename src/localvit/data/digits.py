@@ -1,4 +1,4 @@
-"""The embedded default: scikit-learn's handwritten digits as a folder of images, so that everything runs anywhere."""
+"""The embedded data set: scikit-learn's handwritten digits as a folder of images, available without a download."""
 
 import shutil
 import tempfile
@@ -15,13 +15,17 @@ SIZE = 32
 
 
 def write_digits(root: Path) -> Path:
-    """Write the 1,797 digits (UCI optical recognition of handwritten digits) as an ImageFolder, once; returns `root`.
+    """Write the 1,797 digits (UCI optical recognition of handwritten digits) as an ImageFolder, unless it exists.
 
-    8 x 8 gray values from 0 to 16 become 32 x 32 PNGs (nearest neighbor: each value a 4 x 4 square) below
-    `root/{train,val}/<digit>/`. The split is stratified and fixed: 1,437 to train on, 360 to validate on. The folder
-    appears whole or not at all.
+    The 8 x 8 gray values from 0 to 16 become 32 x 32 PNG files (nearest neighbor: each value is a 4 x 4 square) in
+    `root/{train,val}/<digit>/`. The split is stratified and fixed: 1,437 training and 360 validation images. The folder
+    is created atomically.
 
-    Raises DataError when scikit-learn, which holds the images, is not installed.
+    Returns:
+        `root`.
+
+    Raises:
+        DataError: scikit-learn, which contains the images, is not installed.
     """
     if (root / "val").is_dir():
         return root
@@ -29,7 +33,7 @@ def write_digits(root: Path) -> Path:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError as error:
-        raise DataError('the embedded digits come with scikit-learn: pip install "localvit[digits]"') from error
+        raise DataError('the embedded digits are part of scikit-learn: pip install "localvit[digits]"') from error
     digits = load_digits()
     train, val = train_test_split(
         np.arange(len(digits.target)), test_size=VAL_FRACTION, stratify=digits.target, random_state=SPLIT_SEED
@@ -46,7 +50,7 @@ def write_digits(root: Path) -> Path:
         unfinished.chmod(0o755)
         unfinished.rename(root)
     except OSError:
-        if not (root / "val").is_dir():  # else another process finished first, which serves as well
+        if not (root / "val").is_dir():  # otherwise another process has written it meanwhile
             raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,6 +1,5 @@
-"""Images, whatever they are stored in, and what becomes of one that cannot be read."""
+"""Indexed images from files and data sets, and how an image is decoded."""
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -9,53 +8,58 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 
 class DataError(ValueError):
-    """A data set that cannot be used; the message says where it is, what is wrong with it and what to do."""
+    """A data set that cannot be used. The message names the data set, the problem and what to do."""
 
 
 class UnreadableImage(ValueError):
-    """An image that cannot be decoded; the message names the file and the decoder's reason."""
+    """An image that cannot be decoded. The message names the file and the decoder's reason."""
 
 
 class ImageSequence(ABC):
-    """A fixed sequence of images."""
+    """An indexed sequence of images."""
 
     root: Path | None = None
-    """The folder below which `name` finds each image, where images are files of one folder."""
+    """The folder that `name` is relative to, or None if the images are not files in one folder."""
 
     @abstractmethod
     def load(self, index: int) -> Image.Image:
-        """Image `index`, decoded, in RGB. Raises UnreadableImage, or whatever the decoder raises."""
+        """Decode one image to RGB. Raises UnreadableImage or the decoder's exceptions."""
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What to call image `index`: its path (below `root`, if there is one), or its place in the data set."""
+        """The path of an image (relative to `root`, if there is one), or its position in the data set."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
 
 class Images(ImageSequence):
-    """A fixed sequence of labeled images."""
+    """An indexed sequence of labeled images."""
 
     class_names: list[str] | None
-    """Names of the classes that labels count through; None where the data set does not say."""
+    """Name of each class, in label order; None if the data set has no class names."""
     labels: list[int]
-    """The class of each image."""
+    """The class index of each image."""
     fixed_order: bool = False
-    """Whether the data set itself numbers its classes (CIFAR), rather than the order of some folders."""
+    """True if the data set itself defines the class order (CIFAR); False if it is the sorted folder names."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
 
 class FileImages(Images):
-    """Images in files: paths below a folder, each with its class."""
+    """Labeled image files below one folder."""
 
     def __init__(self, root: Path, samples: list[tuple[str, int]], class_names: list[str]) -> None:
+        """
+        Args:
+            root: The folder.
+            samples: Path relative to `root` and class index of each image.
+            class_names: Name of each class.
+        """
         self.root = root
         self.class_names = class_names
         self.paths = [path for path, _ in samples]
@@ -70,13 +74,20 @@ class FileImages(Images):
 
 
 class DatasetImages(Images):
-    """Images of a data set that is indexed and numbers its own classes."""
+    """Labeled images of an indexed data set that defines its own class order."""
 
     fixed_order = True
 
     def __init__(
         self, open_image: Callable[[int], Image.Image], labels: list[int], class_names: list[str] | None, title: str
     ) -> None:
+        """
+        Args:
+            open_image: Returns the image at an index, in any mode. Must be picklable for worker processes.
+            labels: The class index of each image.
+            class_names: Name of each class, or None.
+            title: Name of the data set, for messages.
+        """
         self.open_image = open_image
         self.labels = labels
         self.class_names = class_names
@@ -90,98 +101,43 @@ class DatasetImages(Images):
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """The image in a file, the first one of an animation, in RGB. Raises whatever the decoder raises."""
+    """Decode an image file to RGB; of an animation, its first frame. Raises the decoder's exceptions."""
     with Image.open(path) as image:
         return to_rgb(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image in RGB with 8 bits a channel; of 16 bits the upper 8 are kept, as PIL does where there is color.
+    """Convert an image to 8-bit RGB. 16-bit grayscale keeps its upper 8 bits, as PIL does for 16-bit color.
 
-    Raises ValueError for one of 32-bit numbers, whose black and white nothing tells.
+    Raises ValueError for 32-bit pixels, because their black and white levels are unknown.
     """
     if image.mode.startswith("I;16"):  # PIL would clip these to 255, that is, to white
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise ValueError("32-bit pixels, whose black and white are not known; save it with 8 or 16 bits")
+        raise ValueError("32-bit pixels, whose black and white levels are unknown; save it with 8 or 16 bits")
     return image.convert("RGB")
 
 
-def scan_folder(root: Path) -> tuple[FileImages, list[str]]:
-    """The images of a folder with one folder a class, and remarks on what was left out.
-
-    Classes are the visible sub-folders in the order of their names, as torchvision's ImageFolder counts them; a
-    class's images may lie in folders of its own. Hidden folders and files are left out; a class folder without an
-    image stays a class; both are remarked on.
-
-    Raises DataError when `root` is no folder, has no class folder, or has no image.
-    """
-    if not root.is_dir():
-        raise DataError(
-            f"no folder {root}" if not root.exists() else f"{root} is a file, not a folder of class folders"
-        )
-    folders = sorted(path.name for path in root.iterdir() if path.is_dir())
-    visible = [name for name in folders if not name.startswith(".")]
-    hidden = [name for name in folders if name.startswith(".")]
-    if not visible:
-        raise DataError(f"{root} has no class folders; put the images into one sub-folder for each class")
-    remarks = [f"left out the hidden folder {root / name}" for name in hidden]
-    samples = []
-    for label, class_name in enumerate(visible):
-        paths = images_below(root / class_name)
-        if not paths:
-            remarks.append(f"the class folder {root / class_name} holds no images")
-        samples += [(path.relative_to(root).as_posix(), label) for path in paths]
-    if not samples:
-        raise DataError(f"{root} has {len(visible)} class folders but no images ({', '.join(IMG_EXTENSIONS)})")
-    return FileImages(root, samples, visible), remarks
-
-
-def images_below(folder: Path) -> list[Path]:
-    """The image files in a folder and its sub-folders, each folder's sorted, hidden files and folders left out.
-
-    Links are followed, to each folder once. Raises OSError for a folder that cannot be listed.
-    """
-    found: list[Path] = []
-    walked = set()
-    for directory, subdirectories, files in os.walk(folder, onerror=_raise, followlinks=True):
-        if (where := Path(directory).resolve()) in walked:  # a link to a folder above would lead around in circles
-            subdirectories.clear()
-            continue
-        walked.add(where)
-        subdirectories[:] = sorted(name for name in subdirectories if not name.startswith("."))
-        found += [
-            Path(directory, name)
-            for name in sorted(files)
-            if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
-        ]
-    return found
-
-
-def _raise(error: OSError) -> None:
-    raise error
-
-
 def load_image(images: ImageSequence, index: int) -> Image.Image:
-    """Image `index` in RGB; raises UnreadableImage, naming it, for whatever PIL cannot decode."""
+    """Decode one image to RGB. Raises UnreadableImage, with the image's name, if PIL cannot decode it."""
     try:
         return images.load(index)
     except UnreadableImage:
         raise
     except FileNotFoundError as error:
-        raise UnreadableImage(f"{_where(images, index)}: no such file any more") from error
+        raise UnreadableImage(f"{_location(images, index)}: no such file") from error
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UnreadableImage(f"{_where(images, index)}: cannot be read as an image ({reason})") from error
+        raise UnreadableImage(f"{_location(images, index)}: cannot be read as an image ({reason})") from error
 
 
-def _where(images: ImageSequence, index: int) -> str:
+def _location(images: ImageSequence, index: int) -> str:
     name = images.name(index)
     return str(images.root / name) if images.root else name
 
 
 class PreparedImages(Dataset):
-    """Images ready for a model: item i is (i, tensor (C, H, W)), or (i, the reason) for one that cannot be read."""
+    """Images transformed for a model. Item i is (i, tensor (C, H, W)), or (i, reason) if the image is unreadable."""
 
     def __init__(self, images: ImageSequence, transform: Callable[[Image.Image], Tensor]) -> None:
         self.images = images
@@ -191,7 +147,7 @@ class PreparedImages(Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
-        # A reason instead of an exception: an exception from a worker process arrives as a traceback, not a message.
+        # The reason instead of an exception, because one raised in a worker process arrives as a traceback.
         try:
             return index, self.transform(load_image(self.images, index))
         except UnreadableImage as error:

@@ -1,4 +1,4 @@
-"""iNaturalist 2018 and 2019 as the competition's files lay them out, labeled at any level of the taxonomy."""
+"""iNaturalist 2018 and 2019, in the file layout of the competition, labeled at any level of the taxonomy."""
 
 import json
 from pathlib import Path
@@ -9,18 +9,24 @@ INAT_CATEGORIES = ("name", "kingdom", "phylum", "class", "order", "supercategory
 
 
 def inaturalist(root: Path, split: str, year: int, category: str) -> FileImages:
-    """Images of `split` ("train" or "val"), their class being their `category` of the taxonomy.
+    """Open one split of iNaturalist.
 
-    Reads `<split><year>.json`, `train<year>.json` and, where categories are described outside them (2018),
-    `categories.json`. Classes are counted in the order in which the training annotations first mention them, as the
-    published program does.
+    Reads `<split><year>.json`, `train<year>.json` and, if it exists (2018), `categories.json`. Classes are numbered in
+    the order in which they first appear in the training annotations, as in the published program.
 
-    Raises DataError when a file is missing or a category is not described.
+    Args:
+        root: Folder with the .json files.
+        split: "train" or "val".
+        year: 2018 or 2019.
+        category: Level of the taxonomy that provides the labels; one of `INAT_CATEGORIES`.
+
+    Raises:
+        DataError: A file or the description of a category is missing, or `category` is unknown.
     """
     if category not in INAT_CATEGORIES:
         raise DataError(f"--inat-category {category}: choose one of {', '.join(INAT_CATEGORIES)}")
     train = _read(root / f"train{year}.json")
-    wanted = train if split == "train" else _read(root / f"{split}{year}.json")
+    annotated = train if split == "train" else _read(root / f"{split}{year}.json")
     described = root / "categories.json"
     categories = _read(described) if described.exists() else train.get("categories", [])
     taxon_of = {entry["id"]: str(entry[category]) for entry in categories if category in entry}
@@ -30,28 +36,28 @@ def inaturalist(root: Path, split: str, year: int, category: str) -> FileImages:
             return taxon_of[annotation["category_id"]]
         except KeyError:
             raise DataError(
-                f"{described if described.exists() else root / f'train{year}.json'} gives no {category!r} for "
+                f"{described if described.exists() else root / f'train{year}.json'} has no {category!r} for "
                 f"category {annotation['category_id']}"
             ) from None
 
     class_names = list(dict.fromkeys(taxon(annotation) for annotation in train["annotations"]))
     label_of = {name: label for label, name in enumerate(class_names)}
-    file_of = {image["id"]: _existing(root, image["file_name"]) for image in wanted["images"]}
-    unknown = {taxon(annotation) for annotation in wanted["annotations"]} - set(label_of)
+    file_of = {image["id"]: _existing(root, image["file_name"]) for image in annotated["images"]}
+    unknown = {taxon(annotation) for annotation in annotated["annotations"]} - set(label_of)
     if unknown:
         raise DataError(f"{split}{year}.json has classes that train{year}.json lacks: {', '.join(sorted(unknown)[:5])}")
-    samples = [(file_of[entry["image_id"]], label_of[taxon(entry)]) for entry in wanted["annotations"]]
+    samples = [(file_of[entry["image_id"]], label_of[taxon(entry)]) for entry in annotated["annotations"]]
     return FileImages(root, samples, class_names)
 
 
 def _read(path: Path) -> dict:
     if not path.exists():
-        raise DataError(f"no {path}; the data path of iNaturalist is the folder with its .json files")
+        raise DataError(f"no {path}; --data-path must be the folder with iNaturalist's .json files")
     return json.loads(path.read_text())
 
 
 def _existing(root: Path, file_name: str) -> str:
-    """The path as listed, or without its taxon folder (train_val2018/Aves/123/x.jpg), as some copies are laid out."""
+    """The listed path, or, as in some copies, without its taxon folder: train_val2018/Aves/123/x.jpg without Aves/."""
     parts = Path(file_name).parts
     if len(parts) == 4 and not (root / file_name).exists():
         return Path(parts[0], *parts[2:]).as_posix()

@@ -1,4 +1,4 @@
-"""How an image is prepared for evaluation, as a value that a checkpoint carries."""
+"""How images are prepared for evaluation. A checkpoint stores these settings."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -12,35 +12,35 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """Resize, center crop and normalization of images for a model."""
+    """Resizing, cropping and normalization of images for a model."""
 
     input_size: tuple[int, int] = (224, 224)
-    """Height and width that the model sees, in pixels."""
+    """Height and width of the model's input, in pixels."""
     crop_pct: float = 224 / 256
-    """Cropped side over the resized short side."""
+    """Side of the crop divided by the short side of the resized image."""
     crop_mode: str = "center"
     """`center`, `squash` or `border`, as in timm."""
     interpolation: str = "bicubic"
-    """PIL's filter for resizing."""
+    """PIL's filter for resizing: `bicubic`, `bilinear`, ..."""
     mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
-    """Mean of each channel, of values in [0, 1]."""
+    """Mean of each channel, for values in [0, 1]."""
     std: tuple[float, ...] = IMAGENET_DEFAULT_STD
-    """Standard deviation of each channel, of values in [0, 1]."""
+    """Standard deviation of each channel, for values in [0, 1]."""
 
     def __post_init__(self) -> None:
         if min(self.input_size) < 1:
             raise ValueError(f"input_size={self.input_size} must be at least 1 x 1")
         if not 0 < self.crop_pct <= 1:
-            raise ValueError(f"crop_pct={self.crop_pct} must lie in (0, 1]")
+            raise ValueError(f"crop_pct={self.crop_pct} must be in (0, 1]")
 
     @classmethod
     def published(cls, input_size: tuple[int, int]) -> "Preprocessing":
-        """The published program's: the same for every model, and no resizing margin for small images (32 or less)."""
+        """The published preprocessing: the same for every model, without a resizing margin for inputs of at most 32."""
         return cls(input_size=input_size, crop_pct=1.0 if max(input_size) <= 32 else 224 / 256)
 
     @classmethod
-    def of_cfg(cls, cfg: dict[str, Any], input_size: tuple[int, int] | None = None) -> "Preprocessing":
-        """What timm's pretrained configuration says, for its own input size or another."""
+    def from_pretrained_cfg(cls, cfg: dict[str, Any], input_size: tuple[int, int] | None = None) -> "Preprocessing":
+        """The settings in a timm model's `pretrained_cfg`, for its own or another input size (height and width)."""
         return cls(
             input_size=tuple(input_size or cfg["input_size"][1:]),
             crop_pct=cfg.get("crop_pct") or 224 / 256,
@@ -52,18 +52,18 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Preprocessing":
-        """Read back what `to_dict` wrote, as JSON returns it."""
+        """The inverse of `to_dict`; also accepts what JSON made of it (lists instead of tuples)."""
         fields: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
         }
         return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """The settings as plain values, for JSON."""
         return asdict(self)
 
     def transform(self) -> Callable[[Image.Image], Tensor]:
-        """timm's evaluation transform: PIL image to normalized float32 tensor (3, H, W)."""
+        """timm's evaluation transform: from a PIL image to a normalized float32 tensor (3, H, W)."""
         return create_transform(
             (3, *self.input_size),
             is_training=False,

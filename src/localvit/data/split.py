@@ -1,15 +1,18 @@
-"""A data set without a validation set split in two, class by class."""
+"""Splitting a data set without a validation set into training and validation images, class by class."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 
 from PIL import Image
 
 from localvit.data.images import DataError, Images
 
+logger = logging.getLogger(__name__)
 
-class SomeImages(Images):
-    """Those of `images` at `indices`; classes are numbered and named as before."""
+
+class ImageSubset(Images):
+    """The images at some indices of `images`, with the same classes."""
 
     def __init__(self, images: Images, indices: Sequence[int]) -> None:
         self.images = images
@@ -26,18 +29,24 @@ class SomeImages(Images):
         return self.images.name(self.indices[index])
 
 
-def split_images(
-    images: Images, val_fraction: float, seed: int, remark: Callable[[str], None] = lambda message: None
-) -> tuple[Images, Images]:
-    """The images to train on, and `val_fraction` of those of each class to evaluate on.
+def split_images(images: Images, val_fraction: float, seed: int) -> tuple[Images, Images]:
+    """Split images into a training and a validation set, with `val_fraction` of each class in the latter.
 
-    An image's side follows from the seed, its class and its name, whatever order the images come in and whatever
-    other classes there are. Each class with two images or more has at least one on either side; the only image of
-    a class is trained on.
+    The split depends on the seed, the class names and the image names only, not on the order of the images or on other
+    classes. A class with two or more images has at least one in either set. The only image of a class is in the
+    training set, and a warning is logged.
+
+    Args:
+        images: All images.
+        val_fraction: Share of each class in the validation set, between 0 and 1.
+        seed: Decides which images are in which set.
+
+    Returns:
+        Training images, validation images.
 
     Raises:
-        ValueError: for a fraction outside (0, 1).
-        DataError: when no class has two images.
+        ValueError: `val_fraction` is not between 0 and 1.
+        DataError: No class has two images.
     """
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction={val_fraction} must be in (0, 1)")
@@ -47,22 +56,22 @@ def split_images(
     chosen: set[int] = set()
     for label, indices in of_class.items():
         class_name = _class_name(images, label)
-        drawn = sorted(indices, key=lambda index: _draw(seed, class_name, images.name(index)))
-        chosen.update(drawn[: min(max(round(val_fraction * len(indices)), 1), len(indices) - 1)])
+        shuffled = sorted(indices, key=lambda index: _sort_key(seed, class_name, images.name(index)))
+        chosen.update(shuffled[: min(max(round(val_fraction * len(indices)), 1), len(indices) - 1)])
     if not chosen:
         raise DataError(
-            f"{images.root or 'the data set'} has no class with two images, so none to evaluate on; add some"
+            f"{images.root or 'the data set'} has no class with two images, so none to evaluate on; add images"
         )
     single = sorted(_class_name(images, label) for label, indices in of_class.items() if len(indices) == 1)
     if single:
-        remark(
-            f"{len(single)} classes have one image each, which is trained on and leaves none to evaluate on: "
+        logger.warning(
+            f"{len(single)} classes have a single image, which is used for training, so they are not evaluated: "
             f"{', '.join(single[:5])}{', ...' if len(single) > 5 else ''}"
         )
     everything = range(len(images))
     return (
-        SomeImages(images, [index for index in everything if index not in chosen]),
-        SomeImages(images, [index for index in everything if index in chosen]),
+        ImageSubset(images, [index for index in everything if index not in chosen]),
+        ImageSubset(images, [index for index in everything if index in chosen]),
     )
 
 
@@ -70,7 +79,7 @@ def _class_name(images: Images, label: int) -> str:
     return images.class_names[label] if images.class_names else str(label)
 
 
-def _draw(seed: int, class_name: str, name: str) -> bytes:
-    """A number that is as good as random: lower ones are evaluated on."""
-    # Names of files may be no valid text, and none holds a zero byte.
+def _sort_key(seed: int, class_name: str, name: str) -> bytes:
+    """A pseudorandom key; the images with the lowest ones are for validation."""
+    # File names need not be valid UTF-8, and cannot contain a zero byte.
     return hashlib.sha256(f"{seed}\0{class_name}\0{name}".encode(errors="surrogateescape")).digest()

@@ -1,4 +1,4 @@
-"""Worker processes that prepare images: they start, stop and die without noise."""
+"""Worker processes that decode images: how they start and stop without tracebacks."""
 
 import os
 import signal
@@ -11,15 +11,14 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
-"""What asks a program to end: Ctrl-C, a scheduler, and SLURM's usual warning ahead of time."""
-
+"""Signals that ask a program to stop: Ctrl-C, a scheduler's stop, and SLURM's usual advance warning."""
 
 _GRACE_SECONDS = 10.0
 
 
 @contextmanager
-def _stop_signals_held() -> Iterator[None]:
-    """Hold back what asks a program to end until worker processes have started and `leave_quietly` has run in them."""
+def _stop_signals_blocked() -> Iterator[None]:
+    """Block the stop signals until the worker processes have started and run `init_worker`."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -30,37 +29,38 @@ def _stop_signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def leave_quietly(worker: int) -> None:
-    """Let a worker process leave its ending to its parent, and say nothing when the parent has gone.
+def init_worker(worker: int) -> None:
+    """Leave stopping a worker process to its parent, and print no traceback if the parent is gone.
 
-    An interrupted worker would print a traceback. One that a scheduler ends at the same time as its parent would fail
-    the parent, which wants to finish its step and save: it goes on a while before it leaves.
+    For `DataLoader(worker_init_fn=...)`. Without it, an interrupted worker prints a traceback. If a scheduler stops the
+    worker and its parent at the same time, the worker keeps running for a while, because the parent needs it to finish
+    the current step and save.
     """
 
     def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
         if not issubclass(kind, ConnectionError | EOFError):
             sys.__excepthook__(kind, error, traceback)
 
-    def leave_later(number: int, frame: FrameType | None) -> None:
+    def exit_later(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))
         signal.setitimer(signal.ITIMER_REAL, _GRACE_SECONDS)
 
     sys.excepthook = hook
     if hasattr(signal, "pthread_sigmask"):
         for number in STOP_SIGNALS:
-            signal.signal(number, leave_later if number == signal.SIGTERM else signal.SIG_IGN)
+            signal.signal(number, exit_later if number == signal.SIGTERM else signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
-def loaded(loader: DataLoader) -> Iterator[Any]:
-    """The loader's batches. Raises RuntimeError, saying what to do, when a worker process dies."""
+def iterate_batches(loader: DataLoader) -> Iterator[Any]:
+    """Iterate over a loader. Raises RuntimeError, with advice, if a worker process dies."""
     try:
-        with _stop_signals_held():
-            loading = iter(loader)
-        yield from loading
+        with _stop_signals_blocked():
+            batches = iter(loader)
+        yield from batches
     except RuntimeError as error:
         if "exited unexpectedly" in str(error) or ("worker" in str(error) and "killed" in str(error)):
             raise RuntimeError(
-                "a process that decodes images died (out of memory, or killed); try fewer --workers"
+                "a worker process that decodes images died (out of memory, or killed); try fewer --workers"
             ) from error
         raise

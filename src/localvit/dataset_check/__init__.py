@@ -1,1 +1,1 @@
-"""What would harm training in a folder of images."""
+"""Checking a folder of images for anything that would harm training."""

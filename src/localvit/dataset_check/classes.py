@@ -1,4 +1,4 @@
-"""What the names of the classes and their numbers of images tell of trouble to come."""
+"""Problems with the class names and the number of images per class."""
 
 import difflib
 import re
@@ -6,28 +6,29 @@ from collections import defaultdict
 from collections.abc import Mapping
 from itertools import pairwise
 
-from localvit.dataset_check.findings import Finding, Place, found
-from localvit.dataset_check.splits import UNSPLIT, below
+from localvit.dataset_check.findings import Finding, Location, finding_at
+from localvit.dataset_check.splits import UNSPLIT, join_split
 
 IMBALANCE = 10
-"""How many times the images of a class the largest may have before it is remarked on."""
+"""A class is reported if the largest class has more than this many times its images."""
 
 Counts = Mapping[str, Mapping[str, int]]
-"""Images by split and class; a class folder without images counts 0."""
+"""Number of images by split and class; 0 for a class folder without images."""
 
 
 def class_findings(counts: Counts) -> list[Finding]:
-    """What the names of the classes and their numbers of images tell."""
-    places = [
-        Place((below(split, name),))
+    """Find the problems with the class names and the number of images per class."""
+    locations = [
+        Location((join_split(split, name),))
         for split, classes in counts.items()
         for name, count in classes.items()
         if not count
     ]
     advice = (
-        "A folder in train becomes an output of the model all the same, which nothing teaches. Fill or delete them."
+        "Each class folder in train becomes an output of the model, which is never trained without images. Add images, "
+        "or delete the folders."
     )
-    findings = found("warning", "empty-classes", "class folders without images", advice, places)
+    findings = finding_at("warning", "empty-classes", "class folders without images", advice, locations)
     split = "train" if "train" in counts else UNSPLIT
     if split in counts:
         filled = {name: count for name, count in counts[split].items() if count}
@@ -36,78 +37,84 @@ def class_findings(counts: Counts) -> list[Finding]:
     return findings
 
 
+def _images(count: int) -> str:
+    return f"{count:,} image{'' if count == 1 else 's'}"
+
+
 def _one_class(split: str, filled: Mapping[str, int]) -> list[Finding]:
     advice = (
-        "A model of one class is always right. If this folder holds the class folders, check and train on it; "
-        "if not, give each class a folder."
+        "A model with a single class is always right. If this folder contains the class folders, check it instead; "
+        "otherwise create a folder for each class."
     )
-    places = [Place((below(split, name),)) for name in filled] if len(filled) == 1 else []
-    return found("error", "one-class", "only one class", advice, places)
+    locations = [Location((join_split(split, name),)) for name in filled] if len(filled) == 1 else []
+    return finding_at("error", "one-class", "only one class", advice, locations)
 
 
 def _unknown(counts: Counts, filled: Mapping[str, int]) -> list[Finding]:
     findings = []
     advice = (
-        "No model can learn them: training stops, or each of their images counts as an error. Classes go by the "
-        "names of their folders, in every split. Rename the folders, or add images of these classes to train."
+        "The model cannot predict them: training stops, or each of their images counts as an error. Classes are "
+        "matched by folder name in all splits. Rename the folders, or add images of these classes to train."
     )
     for split in ("val", "test"):
-        places = []
+        locations = []
         for name, count in counts.get(split, {}).items():
             if count and name not in filled:
                 close = difflib.get_close_matches(name, filled, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
-                places.append(Place((below(split, name),), f"holds {count:,}{hint}"))
-        title = f"classes of {split} that have no images in train"
-        findings += found("error", "unknown-classes", title, advice, places)
+                locations.append(Location((join_split(split, name),), f"{_images(count)}{hint}"))
+        title = f"classes in {split} without images in train"
+        findings += finding_at("error", "unknown-classes", title, advice, locations)
     return findings
 
 
 def _unevaluated(counts: Counts, filled: Mapping[str, int]) -> list[Finding]:
     if "val" not in counts:
         return []
-    title = "classes of train that have no images in val"
-    advice = "They are trained but not evaluated: the accuracy does not tell of them. Move some of their images to val."
-    places = [Place((below("train", name),)) for name in filled if not counts["val"].get(name)]
-    return found("warning", "not-in-val", title, advice, places)
+    title = "classes in train without images in val"
+    advice = (
+        "They are trained but not evaluated, so the accuracy does not include them. Move some of their images to val."
+    )
+    locations = [Location((join_split("train", name),)) for name in filled if not counts["val"].get(name)]
+    return finding_at("warning", "not-in-val", title, advice, locations)
 
 
 def _imbalance(split: str, filled: Mapping[str, int]) -> list[Finding]:
     if not filled:
         return []
     largest = max(filled, key=filled.__getitem__)
-    places = [
-        Place(
-            (below(split, name),),
-            f"holds {filled[name]:,}, the largest {filled[largest] / filled[name]:,.0f} times as many",
+    locations = [
+        Location(
+            (join_split(split, name),),
+            f"{_images(filled[name])}; the largest class has {filled[largest] / filled[name]:,.0f} times as many",
         )
         for name in sorted(filled, key=filled.__getitem__)
         if filled[name] * IMBALANCE < filled[largest]
     ]
-    title = f"classes with less than 1 image to {IMBALANCE} of the largest"
+    title = f"classes with less than 1/{IMBALANCE} of the images of the largest"
     advice = (
-        f"The largest, {below(split, largest)}, has {filled[largest]:,}. A model seldom answers with a class that it "
-        "seldom saw, and the accuracy over all images hides that. Add images, or train with class weights."
+        f"The largest class, {join_split(split, largest)}, has {_images(filled[largest])}. A model rarely predicts a "
+        "class with few training images, and the overall accuracy hides this. Add images, or train with class weights."
     )
-    return found("warning", "imbalance", title, advice, places)
+    return finding_at("warning", "imbalance", title, advice, locations)
 
 
 def _numeric_order(names: list[str]) -> list[Finding]:
-    """Names that differ in a number alone ("10", or "class_10") and lie in another order, as text, than the numbers."""
+    """Numbered names ("10" or "class_10") whose alphabetical order differs from the order of their numbers."""
     series = defaultdict(list)
     for index, name in enumerate(names):
         if match := re.fullmatch(r"(\D*)(\d+)(\D*)", name):
             series[match[1], match[3]].append((int(match[2]), index, name))
-    places = []
+    locations = []
     for numbered in series.values():
         for (number, index, name), (next_number, next_index, next_name) in pairwise(numbered):
             if number > next_number:
-                places.append(Place((name, next_name), f"in this order, as classes {index} and {next_index}"))
+                locations.append(Location((name, next_name), f"they are classes {index} and {next_index}"))
                 break
-    title = "numbered classes that are not in the order of their numbers"
+    title = "numbered classes that are not sorted by number"
     advice = (
-        "Classes are counted from 0 in the order of their names as text, so the number in a name is not the class's "
-        "number among the model's outputs. localvit goes by name; what else reads the outputs may not. Fill the "
-        "numbers up with zeros (002, 010), or use words."
+        "Class indices follow the alphabetical order of the folder names, so the number in a name is not the index of "
+        "the class in the model's output. localvit matches classes by name, but other programs may use the index. Pad "
+        "the numbers with zeros (002, 010), or use words."
     )
-    return found("warning", "numeric-names", title, advice, places)
+    return finding_at("warning", "numeric-names", title, advice, locations)

@@ -1,4 +1,4 @@
-"""Images that are there twice, to the pixel or nearly, and what follows from it where they are."""
+"""Duplicate images: identical pixels anywhere, and near duplicates where they make the accuracy too high."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -7,109 +7,113 @@ from operator import itemgetter
 import numpy as np
 
 from localvit.data.images import FileImages
-from localvit.dataset_check.findings import Finding, Place, Progress, Severity, found
+from localvit.dataset_check.findings import Finding, Location, Progress, Severity, finding_at
 from localvit.dataset_check.inspection import ImageFacts, Inspection, pixel_digests
-from localvit.dataset_check.perceptual_hash import FLAT, NEAR_BITS, nearest_before
+from localvit.dataset_check.near_duplicates import FLAT, NEAR_BITS, nearest_before
 from localvit.dataset_check.splits import UNSPLIT, SplitImages
 
 
-def duplicate_findings(images: SplitImages, seen: Inspection, workers: int, progress: Progress) -> list[Finding]:
-    """Images that are the same, anywhere; and nearly the same, in different splits or where there is but one.
+def duplicate_findings(images: SplitImages, inspection: Inspection, workers: int, progress: Progress) -> list[Finding]:
+    """Find identical images in the whole data set, and near duplicates in different splits.
+
+    In a folder without splits, near duplicates are reported everywhere, because part of it will be kept for validation.
 
     Args:
-        images: of all splits.
-        seen: what a look at them told.
-        workers: processes that decode those again whose thumbnails are equal.
-        progress: how to give an account of the comparison.
+        images: The images of all splits.
+        inspection: The inspection of these images.
+        workers: Number of worker processes that decode images with equal thumbnails again.
+        progress: Shows the progress of the comparison.
 
     Raises:
-        UnreadableImage: when one can no longer be read.
-        RuntimeError: when a worker process dies.
+        UnreadableImage: An image can no longer be read.
+        RuntimeError: A worker process died.
     """
-    undivided = images.splits == [UNSPLIT]
-    places = defaultdict(list)
-    groups = _equal_images(images, seen.facts, workers)
+    unsplit = images.splits == [UNSPLIT]
+    locations = defaultdict(list)
+    groups = _identical_images(images, inspection.facts, workers)
     for group in groups:
-        place = _place(images, group)
+        location = _location(images, group)
         if len({images.split_of[index] for index in group}) > 1:
-            places["same-across-splits"].append(place)
+            locations["same-across-splits"].append(location)
         else:
-            places["same-in-classes" if place.note else "same-twice"].append(place)
+            locations["same-in-classes" if location.note else "same-twice"].append(location)
     copies = [index for group in groups for index in group[1:]]
-    for query, candidate, bits in sorted(_near_pairs(images, seen, copies, progress), key=itemgetter(2)):
-        place = _place(images, (query, candidate), f"{bits} of 256 bits differ")
-        places["near-twice" if undivided else "near-across-splits"].append(place)
+    for query, candidate, bits in sorted(_near_pairs(images, inspection, copies, progress), key=itemgetter(2)):
+        location = _location(images, (query, candidate), f"{bits} of 256 bits differ")
+        locations["near-twice" if unsplit else "near-across-splits"].append(location)
     return [
         finding
-        for name, (severity, title, advice) in _texts(undivided).items()
-        for finding in found(severity, name, title, advice, places[name])
+        for name, (severity, title, advice) in _texts(unsplit).items()
+        for finding in finding_at(severity, name, title, advice, locations[name])
     ]
 
 
-def _place(images: SplitImages, group: Sequence[int], note: str = "") -> Place:
+def _location(images: SplitImages, group: Sequence[int], note: str = "") -> Location:
     if len({images.labels[index] for index in group}) > 1:
-        note = ", ".join(filter(None, (note, "under different classes")))
-    return Place(tuple(images.paths[index] for index in group), note)
+        note = ", ".join(filter(None, (note, "in different classes")))
+    return Location(tuple(images.paths[index] for index in group), note)
 
 
-def _texts(undivided: bool) -> dict[str, tuple[Severity, str, str]]:
-    """Severity, title and advice by name; `undivided` if training has yet to part train from val."""
-    alike = (
-        f"Perceptual hashes of 256 bits differ in {NEAR_BITS} or less: mostly one image scaled, compressed or "
-        "retouched, the surest ones first; now and then two takes of one scene, or drawings as simple as a digit. "
+def _texts(unsplit: bool) -> dict[str, tuple[Severity, str, str]]:
+    """Severity, title and advice of each finding, by name."""
+    near = (
+        f"Their perceptual hashes differ in at most {NEAR_BITS} of 256 bits. Most are one image that was scaled, "
+        "compressed or edited; some are two photographs of one scene, or simple drawings such as digits. The most "
+        "similar pairs are listed first. "
     )
-    by_lot = (
-        "Part of each class is kept for evaluation, by lot: of two, one may be trained on and the other evaluated. "
+    random_split = (
+        "Part of each class is chosen at random for validation, so one copy may be in the training set and the other "
+        "in the validation set. "
     )
     return {
         "same-across-splits": (
             "error",
-            "images that are in several splits, the same to the pixel",
-            "A model knows the answer to an image that it was trained on: the accuracy comes out too high. Delete all "
+            "identical images in several splits",
+            "The model is evaluated on images that it was trained on, so the accuracy is too high. Delete all copies "
             "but one.",
         ),
         "same-in-classes": (
             "warning",
-            "images that are in several classes, the same to the pixel",
-            "A label is wrong, or the classes overlap. Keep the right one.",
+            "identical images in several classes",
+            "A label is wrong, or the classes overlap. Keep the image in the right class only.",
         ),
         "same-twice": (
             "warning",
-            "images that are in one class several times, the same to the pixel",
-            f"{by_lot if undivided else 'They count several times. '}Delete all but one.",
+            "identical images in one class",
+            f"{random_split if unsplit else 'They count several times. '}Delete all copies but one.",
         ),
         "near-across-splits": (
             "warning",
-            "images nearly the same as one of an earlier split",
-            f"{alike}A model has all but seen them before it is evaluated on them. Look at them, and delete one of "
-            "each two.",
+            "near duplicates of images in an earlier split",
+            f"{near}The model is evaluated on images that it has almost been trained on. Look at them, and delete one "
+            "of each pair.",
         ),
         "near-twice": (
             "warning",
-            "images nearly the same as another",
-            f"{alike}{by_lot}Look at them, and delete one of each two, or make train/ and val/ by hand.",
+            "near duplicates of other images",
+            f"{near}{random_split}Look at them, and delete one of each pair, or create train/ and val/ yourself.",
         ),
     }
 
 
-def _equal_images(images: FileImages, facts: Sequence[ImageFacts | str], workers: int) -> list[list[int]]:
-    """Groups of images with equal pixels. Only those with equal thumbnails are decoded again."""
-    alike = defaultdict(list)
+def _identical_images(images: FileImages, facts: Sequence[ImageFacts | str], workers: int) -> list[list[int]]:
+    """Groups of images with identical pixels. Only images with identical thumbnails are decoded again."""
+    by_thumbnail = defaultdict(list)
     for index, fact in enumerate(facts):
         if isinstance(fact, ImageFacts):
-            alike[fact.thumbnail_digest].append(index)
-    suspects = sorted(index for group in alike.values() if len(group) > 1 for index in group)
-    equal = defaultdict(list)
-    for index, digest in zip(suspects, pixel_digests(images, suspects, workers), strict=True):
-        equal[digest].append(index)
-    return [group for group in equal.values() if len(group) > 1]
+            by_thumbnail[fact.thumbnail_digest].append(index)
+    candidates = sorted(index for group in by_thumbnail.values() if len(group) > 1 for index in group)
+    by_pixels = defaultdict(list)
+    for index, digest in zip(candidates, pixel_digests(images, candidates, workers), strict=True):
+        by_pixels[digest].append(index)
+    return [group for group in by_pixels.values() if len(group) > 1]
 
 
 def _near_pairs(
-    images: SplitImages, seen: Inspection, copies: Sequence[int], progress: Progress
+    images: SplitImages, inspection: Inspection, copies: Sequence[int], progress: Progress
 ) -> Iterator[tuple[int, int, int]]:
-    """Images and the nearest of an earlier split, or, of class folders alone, of those before them."""
-    usable = seen.contrasts >= FLAT
+    """Each image with its nearest one in an earlier split, or, in a folder without splits, among those before it."""
+    usable = inspection.contrasts >= FLAT
     usable[copies] = False
     split_of = np.array(images.split_of)
     if images.splits == [UNSPLIT]:
@@ -124,4 +128,4 @@ def _near_pairs(
         return
     with progress("compare", total) as advance:
         for queries, candidates in searches:
-            yield from nearest_before(seen.hashes, queries, candidates, advance)
+            yield from nearest_before(inspection.hashes, queries, candidates, advance)

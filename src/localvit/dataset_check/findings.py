@@ -1,4 +1,4 @@
-"""What a check has to say: findings, each with how bad it is, what follows from it, and where it is."""
+"""The findings of a check: how severe each is, what to do, and where it was found."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -6,37 +6,38 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 Severity = Literal["error", "warning"]
-"""An error stops training, or makes its accuracy untrue without a sign; a warning may cost accuracy or time."""
+"""An error stops training or silently makes its accuracy wrong. A warning may cost accuracy or time."""
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
-"""Opens an account of some work, from its title and size; the call that it yields counts on."""
+"""Shows the progress of a task, given its title and size. Yields a function to call with each number of items done."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where something was found: an image or folder, or several that belong together, and what is special there."""
+class Location:
+    """Where something was found: one path or several related ones, and a detail about them."""
 
     paths: tuple[str, ...]
+    """Relative to the checked folder."""
     note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """Something that would hurt, everywhere that it was found."""
+    """A problem and all its locations."""
 
     severity: Severity
     name: str
-    """A short name that stays, for programs."""
+    """A stable identifier, for programs."""
     title: str
     """What was found, in the plural."""
     advice: str
-    """What follows from it, and what to do."""
-    places: list[Place]
+    """The consequences, and what to do."""
+    locations: list[Location]
 
 
-def found(severity: Severity, name: str, title: str, advice: str, places: list[Place]) -> list[Finding]:
-    """The finding, or none where there are no places of it."""
-    if not places:
+def finding_at(severity: Severity, name: str, title: str, advice: str, locations: list[Location]) -> list[Finding]:
+    """A list with the finding, or an empty list if there are no locations."""
+    if not locations:
         return []
-    return [Finding(severity=severity, name=name, title=title, advice=advice, places=places)]
+    return [Finding(severity=severity, name=name, title=title, advice=advice, locations=locations)]

@@ -1,4 +1,7 @@
-"""One look at every image of a folder, in parallel: whether it can be read, and what there is to know about it."""
+"""The inspection of each image of a folder, in parallel: whether it can be read, and what is known about it.
+
+Shapes: N images.
+"""
 
 import hashlib
 import warnings
@@ -13,46 +16,52 @@ from PIL.ExifTags import Base
 from torch.utils.data import DataLoader, Dataset
 
 from localvit.data.images import FileImages, UnreadableImage, load_image, to_rgb
-from localvit.data.workers import leave_quietly, loaded
-from localvit.dataset_check.perceptual_hash import THUMBNAIL_SIDE, perceptual_hash
+from localvit.data.workers import init_worker, iterate_batches
+from localvit.dataset_check.near_duplicates import THUMBNAIL_SIDE, perceptual_hash
 
 _BATCH = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageFacts:
-    """What there is to know about an image that can be read."""
+    """What is known about a readable image."""
 
     size: tuple[int, int]
     """Width and height in pixels, as decoded."""
-    turned: bool
-    """Whether the file asks viewers to turn or mirror the image (EXIF), which training does not do."""
-    unseen: str
-    """What the file holds but training does not see; empty if there is nothing."""
-    remark: str
-    """What the decoder remarked, while it read the image all the same."""
+    rotated: bool
+    """Whether the file asks viewers to rotate or mirror the image (EXIF orientation), which training does not do."""
+    ignored: str
+    """Contents of the file that training ignores, or an empty string."""
+    decoder_warning: str
+    """Warnings of the decoder, or an empty string."""
     thumbnail_digest: bytes
-    """Equal for images of equal pixels, and for some others."""
+    """Identical for images with identical pixels, and for some others."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """All that one look at N images tells."""
+    """The inspection of all images."""
 
     facts: list[ImageFacts | str]
-    """Of each image, or why it cannot be read."""
+    """For each image, the facts, or the reason it is unreadable."""
     hashes: NDArray[np.uint64]
-    """`perceptual_hash` of each image, (N, 4); of no meaning for one that cannot be read."""
+    """`perceptual_hash` of each image, (N, 4); zero for unreadable ones."""
     contrasts: NDArray[np.float64]
-    """Standard deviation of each thumbnail's gray levels (0 to 255), (N,); 0 for an image that cannot be read."""
+    """Standard deviation of each thumbnail's gray levels (0 to 255), (N,); 0 for unreadable images."""
 
 
 def inspect(images: FileImages, workers: int, advance: Callable[[int], None] = lambda done: None) -> Inspection:
-    """Look at each image. Each is decoded once, by one of `workers` processes, or by this one if 0.
+    """Decode each image once and collect its facts.
 
-    Raises RuntimeError when a worker process dies.
+    Args:
+        images: The images.
+        workers: Number of worker processes; 0 decodes in this process.
+        advance: Called with the number of images done since the last call.
+
+    Raises:
+        RuntimeError: A worker process died.
     """
-    batches = list(_each(_Looks(images), range(len(images)), _summarized, workers, advance))
+    batches = list(_batches(_InspectedImages(images), range(len(images)), _collate, workers, advance))
     return Inspection(
         facts=[facts for batch, _, _ in batches for facts in batch],
         hashes=np.concatenate([hashes for _, hashes, _ in batches]),
@@ -61,86 +70,90 @@ def inspect(images: FileImages, workers: int, advance: Callable[[int], None] = l
 
 
 def pixel_digests(images: FileImages, indices: Sequence[int], workers: int) -> list[bytes]:
-    """For each of `indices`, a digest of that image's size and decoded pixels.
+    """Compute a digest of the size and the decoded pixels of the images at some indices.
 
-    Raises UnreadableImage when one can no longer be read, and RuntimeError when a worker process dies.
+    Raises:
+        UnreadableImage: An image can no longer be read.
+        RuntimeError: A worker process died.
     """
-    batches = _each(_PixelDigests(images), indices, list, workers, lambda done: None)
+    batches = _batches(_PixelDigests(images), indices, list, workers, lambda done: None)
     return [digest for batch in batches for digest in batch]
 
 
-class _FileNoted(FileImages):
-    """Images in files, with notes on what the file of the last one holds beside its pixels."""
+class _FilesWithMetadata(FileImages):
+    """Image files that keep some metadata of the last decoded file."""
 
-    turned = False
-    unseen = ""
+    rotated = False
+    ignored = ""
 
     def load(self, index: int) -> Image.Image:
         assert self.root is not None
         with Image.open(self.root / self.paths[index]) as opened:
             image = to_rgb(opened)
-            self.turned = _orientation(opened) in range(2, 9)
-            self.unseen = ", ".join(_unseen(opened))
+            self.rotated = _orientation(opened) in range(2, 9)
+            self.ignored = ", ".join(_ignored_contents(opened))
         return image
 
 
 def _orientation(opened: Image.Image) -> int | None:
     try:
         return opened.getexif().get(Base.Orientation)
-    except Exception:  # whatever a broken EXIF block makes of PIL's parser; the image itself can be read
+    except Exception:  # PIL raises many types for a damaged EXIF block; the image itself is readable
         return None
 
 
-def _unseen(opened: Image.Image) -> list[str]:
-    unseen = []
+def _ignored_contents(opened: Image.Image) -> list[str]:
+    ignored = []
     if opened.has_transparency_data and opened.convert("RGBA").getchannel("A").getextrema()[0] != 255:
-        unseen.append("transparency")
-    if (
-        getattr(opened, "is_animated", False) and opened.format != "MPO"
-    ):  # a telephone's previews, beside its photograph
-        unseen.append("all frames but the first")
+        ignored.append("transparency")
+    # Phones save a photograph and its preview as MPO.
+    if getattr(opened, "is_animated", False) and opened.format != "MPO":
+        ignored.append("all frames but the first")
     if opened.mode.startswith("I;16"):
-        unseen.append("the lower 8 of 16 bits")
-    return unseen
+        ignored.append("the lower 8 of 16 bits")
+    return ignored
 
 
-class _Looks(Dataset):
-    """Each image's facts, or why it cannot be read, and its thumbnail."""
+class _InspectedImages(Dataset):
+    """For each image, its facts or the reason it is unreadable, its perceptual hash, and its contrast."""
 
     def __init__(self, images: FileImages) -> None:
         assert images.root is not None
         samples = list(zip(images.paths, images.labels, strict=True))
-        self.images = _FileNoted(images.root, samples, [])
+        self.images = _FilesWithMetadata(images.root, samples, [])
 
-    def __getitem__(self, index: int) -> tuple[ImageFacts | str, np.ndarray]:
-        with warnings.catch_warnings(record=True, action="always") as remarks:
+    def __getitem__(self, index: int) -> tuple[ImageFacts | str, NDArray[np.uint64], float]:
+        with warnings.catch_warnings(record=True, action="always") as caught:
             try:
                 image = load_image(self.images, index)
             except UnreadableImage as error:
                 path = self.images.root / self.images.paths[index]  # type: ignore[operator]
                 empty = path.exists() and path.stat().st_size == 0
                 reason = "an empty file" if empty else str(error).removeprefix(f"{path}: ")
-                return reason, np.zeros((THUMBNAIL_SIDE, THUMBNAIL_SIDE), np.uint8)
+                return reason, np.zeros(4, np.uint64), 0.0
         thumbnail = _thumbnail(image)
+        pixels = np.asarray(thumbnail)
         facts = ImageFacts(
             size=image.size,
-            turned=self.images.turned,
-            unseen=self.images.unseen,
-            remark="; ".join(dict.fromkeys(str(remark.message).splitlines()[0] for remark in remarks)),
-            thumbnail_digest=hashlib.sha256(thumbnail.tobytes()).digest()[:16],
+            rotated=self.images.rotated,
+            ignored=self.images.ignored,
+            decoder_warning="; ".join(dict.fromkeys(str(warning.message).splitlines()[0] for warning in caught)),
+            thumbnail_digest=hashlib.sha256(pixels.tobytes()).digest()[:16],
         )
-        return facts, thumbnail
+        return facts, perceptual_hash(thumbnail), float(pixels.std())
 
 
-def _thumbnail(image: Image.Image) -> np.ndarray:
-    """Gray levels (S, S), in which every pixel counts; those of a large image by way of averages, which are quick."""
-    rough = image.reduce((max(1, image.width // 64), max(1, image.height // 64)))
-    return np.asarray(rough.convert("L").resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS))
+def _thumbnail(image: Image.Image) -> Image.Image:
+    """A small grayscale copy to which every pixel contributes. Large images are averaged first, which is fast."""
+    reduced = image.reduce((max(1, image.width // 64), max(1, image.height // 64)))
+    return reduced.convert("L").resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
 
 
-def _summarized(looks: Sequence[tuple[ImageFacts | str, np.ndarray]]) -> tuple[list, np.ndarray, np.ndarray]:
-    thumbnails_NSS = np.stack([thumbnail for _, thumbnail in looks])
-    return [facts for facts, _ in looks], perceptual_hash(thumbnails_NSS), thumbnails_NSS.std(axis=(1, 2))
+def _collate(
+    items: Sequence[tuple[ImageFacts | str, NDArray[np.uint64], float]],
+) -> tuple[list[ImageFacts | str], NDArray[np.uint64], NDArray[np.float64]]:
+    facts, hashes, contrasts = zip(*items, strict=True)
+    return list(facts), np.stack(hashes), np.array(contrasts)
 
 
 class _PixelDigests(Dataset):
@@ -152,18 +165,18 @@ class _PixelDigests(Dataset):
         return hashlib.sha256(str(image.size).encode() + image.tobytes()).digest()
 
 
-def _each(
+def _batches(
     items: Dataset, indices: Sequence[int], collate: Callable[[list], Any], workers: int, advance: Callable[[int], None]
 ) -> Iterator[Any]:
-    """Batches of `items[index]` for each of `indices`, in their order."""
+    """The items at some indices, in their order, in collated batches."""
     loader: DataLoader = DataLoader(
         items,
         sampler=indices,
         batch_size=_BATCH,
         num_workers=min(workers, -(-len(indices) // _BATCH)),
         collate_fn=collate,
-        worker_init_fn=leave_quietly,
+        worker_init_fn=init_worker,
     )
-    for number, batch in enumerate(loaded(loader)):
+    for number, batch in enumerate(iterate_batches(loader)):
         yield batch
         advance(min(_BATCH, len(indices) - number * _BATCH))

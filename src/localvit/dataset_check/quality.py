@@ -1,43 +1,48 @@
-"""What is wrong with images, each looked at by itself."""
+"""Problems of single images."""
 
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-from localvit.dataset_check.findings import Finding, Place, Severity, found
+from localvit.dataset_check.findings import Finding, Location, Severity, finding_at
 from localvit.dataset_check.inspection import ImageFacts, Inspection
-from localvit.dataset_check.perceptual_hash import FLAT
+from localvit.dataset_check.near_duplicates import FLAT
 
 SMALL_SIDE = 32
-"""Pixels of the shorter side below which an image is small, if most others have more than twice its side."""
+"""An image with a shorter side below this many pixels is small, if the median is more than twice as long."""
 LARGE_PIXELS = 4096 * 4096
-"""Pixels above which decoding an image takes longer than training on it."""
+"""Number of pixels above which decoding an image takes longer than training on it."""
 ELONGATED = 4
-"""Times that the longer side may have the shorter's length: a center crop then shows a quarter of the image."""
+"""Largest aspect ratio that is not reported; a center crop then contains a quarter of the image."""
 
 
-def image_findings(paths: Sequence[str], seen: Inspection) -> list[Finding]:
-    """What is wrong with images, each by itself."""
-    places: dict[str, list[Place]] = defaultdict(list)
-    sizes = [facts.size for facts in seen.facts if isinstance(facts, ImageFacts)]
-    usual_side = statistics.median(min(size) for size in sizes) if sizes else 0
-    for path, facts, contrast in zip(paths, seen.facts, seen.contrasts.tolist(), strict=True):
+def image_findings(paths: Sequence[str], inspection: Inspection) -> list[Finding]:
+    """Find the problems of single images.
+
+    Args:
+        paths: Path of each image.
+        inspection: The inspection of these images.
+    """
+    locations: dict[str, list[Location]] = defaultdict(list)
+    sizes = [facts.size for facts in inspection.facts if isinstance(facts, ImageFacts)]
+    median_side = statistics.median(min(size) for size in sizes) if sizes else 0
+    for path, facts, contrast in zip(paths, inspection.facts, inspection.contrasts.tolist(), strict=True):
         if isinstance(facts, str):
-            places["unreadable"].append(Place((path,), facts))
+            locations["unreadable"].append(Location((path,), facts))
             continue
-        for name, note in _oddities(facts, contrast, usual_side):
-            places[name].append(Place((path,), note))
+        for name, note in _problems(facts, contrast, median_side):
+            locations[name].append(Location((path,), note))
     return [
         finding
         for name, (severity, title, advice) in _IMAGE_FINDINGS.items()
-        for finding in found(severity, name, title, advice, places[name])
+        for finding in finding_at(severity, name, title, advice, locations[name])
     ]
 
 
-def _oddities(facts: ImageFacts, contrast: float, usual_side: float) -> Iterator[tuple[str, str]]:
+def _problems(facts: ImageFacts, contrast: float, median_side: float) -> Iterator[tuple[str, str]]:
     width, height = facts.size
     size = f"{width} x {height}"
-    if min(facts.size) < SMALL_SIDE and 2 * min(facts.size) < usual_side:
+    if min(facts.size) < SMALL_SIDE and 2 * min(facts.size) < median_side:
         yield "small", size
     if width * height > LARGE_PIXELS:
         yield "large", size
@@ -45,55 +50,56 @@ def _oddities(facts: ImageFacts, contrast: float, usual_side: float) -> Iterator
         yield "elongated", size
     if contrast < FLAT:
         yield "blank", ""
-    if facts.turned:
-        yield "turned", ""
-    if facts.unseen:
-        yield "unseen", facts.unseen
-    if facts.remark:
-        yield "remarks", facts.remark
+    if facts.rotated:
+        yield "rotated", ""
+    if facts.ignored:
+        yield "partly-ignored", facts.ignored
+    if facts.decoder_warning:
+        yield "decoder-warnings", facts.decoder_warning
 
 
 _IMAGE_FINDINGS: dict[str, tuple[Severity, str, str]] = {
     "unreadable": (
         "error",
-        "images that cannot be read",
-        "Training stops at the first of them. Fetch them again, or delete them.",
+        "unreadable images",
+        "Training stops at the first of them. Download them again, or delete them.",
     ),
     "small": (
         "warning",
         "images much smaller than the others",
-        "Enlarged to the model's size they are a blur; thumbnails and icons often got in by mistake. Look at them.",
+        "They are blurred when enlarged to the model's input size. Often they are thumbnails or icons that were "
+        "included by mistake. Look at them.",
     ),
     "large": (
         "warning",
         f"images of more than {LARGE_PIXELS // 10**6} million pixels",
-        "Decoding them takes longer than training on them. Save them smaller, with some reserve over the model's size.",
+        "Decoding them takes longer than training on them. Save them smaller, but larger than the model's input size.",
     ),
     "elongated": (
         "warning",
-        f"images more than {ELONGATED} times as long as wide",
-        "The crop from the middle that is evaluated shows a small part of them. Cut them to what matters.",
+        f"images with an aspect ratio above {ELONGATED}",
+        "Evaluation uses a center crop, which contains only a small part of them. Crop them to what matters.",
     ),
     "blank": (
         "warning",
-        "images with next to nothing on them",
-        "They are of one shade, as failed exposures and placeholders are, and teach their class nothing. Look at them.",
+        "images of a single color",
+        "Failed exposures and placeholders look like this. They contain nothing about their class. Look at them.",
     ),
-    "turned": (
+    "rotated": (
         "warning",
-        "images that viewers turn but training does not",
-        "Training does not look at their EXIF orientation: the model sees them lying or upside down. Turn the pixels, "
-        "for example with `mogrify -auto-orient`.",
+        "images that viewers rotate but training does not",
+        "Training ignores their EXIF orientation, so the model sees them on their side or upside down. Rotate the "
+        "pixels, for example with `mogrify -auto-orient`.",
     ),
-    "unseen": (
+    "partly-ignored": (
         "warning",
-        "images of which training sees only a part",
-        "Behind transparency lies whatever color was saved there; 12 bits that are stored as 16 come out nearly "
-        "black. Convert them to what the model should see.",
+        "images with contents that training ignores",
+        "Transparent areas show the color that was saved there, only the first frame of an animation is used, and "
+        "12-bit values stored as 16 bits become nearly black. Convert them to what the model should see.",
     ),
-    "remarks": (
+    "decoder-warnings": (
         "warning",
-        "images that the decoder remarked on",
-        "They were read, but may be damaged. Look at them.",
+        "images with decoder warnings",
+        "They can be read, but may be damaged. Look at them.",
     ),
 }

@@ -1,36 +1,38 @@
-"""Exact evaluation: every image once, whatever the batch size and the number of processes.
+"""Exact evaluation: each image counts once, at any batch size and any number of processes.
 
-Each process takes every n-th image, keeps one row for each, and the rows are gathered and put back in order; sums
-are made in float64 from the rows. Nothing is padded, so nothing is counted twice.
+With several processes, each takes every n-th image and keeps one row per image. The rows are gathered and sorted, and
+averages are computed from them in float64. No batch is padded, so no image counts twice.
 
-Shapes: N images, B images of a batch, M classes of the model, K the kept best classes (5, or all of fewer).
+Shapes: N images, B batch size, M classes of the model, K top classes kept (5, or all if there are fewer).
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from localvit.data.classes import match_classes
-from localvit.data.images import Images, PreparedImages, UnreadableImage
+from localvit.data.datasets import open_images
+from localvit.data.images import Images, UnreadableImage
 from localvit.data.preprocessing import Preprocessing
-from localvit.inference.runner import InferenceOptions, batches, forward
+from localvit.inference.runner import InferenceOptions, ModelSource, Runner
 from localvit.utils.distributed import all_gather, rank, world_size
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """One row an image, in the data set's order, and what follows from the rows."""
+    """The result of an evaluation: one row per image, in the data set's order, and the metrics of all rows."""
 
     paths: list[str]
-    """Each image's path below the data set's folder, or its place, where a data set has no files."""
+    """Path of each image, relative to the data set's folder, or its position in a data set without files."""
     labels_N: Tensor
-    """The true class, int64, as the model counts its classes."""
+    """The true class, int64, as an index of the model's classes."""
     top_classes_NK: Tensor
-    """The best classes, best first."""
+    """The top classes, best first."""
     top_logits_NK: Tensor
     """Their logits, float32."""
     top_probabilities_NK: Tensor
@@ -38,23 +40,23 @@ class Evaluation:
     losses_N: Tensor
     """Cross-entropy of each image in nats, float64."""
     class_names: list[str]
-    """Name of each class of the model, in the model's order."""
+    """Name of each class of the model."""
     skipped: list[str] = field(default_factory=list)
-    """Images that could not be read and were left out on request, with the reason."""
+    """Name and reason of each unreadable image that was skipped."""
 
     @property
     def acc1(self) -> float:
-        """Percent of images whose best class is the true one."""
+        """Top-1 accuracy in percent."""
         return self._accuracy(1)
 
     @property
     def acc5(self) -> float:
-        """Percent of images with the true class among the best five."""
+        """Top-5 accuracy in percent."""
         return self._accuracy(5)
 
     @property
     def loss(self) -> float:
-        """Mean cross-entropy over images, in nats."""
+        """Mean cross-entropy in nats."""
         return self.losses_N.mean().item()
 
     def _accuracy(self, k: int) -> float:
@@ -62,59 +64,75 @@ class Evaluation:
         return 100.0 * hits.sum().item() / len(hits)
 
     def line(self) -> str:
-        """The published program's last line."""
+        """The metrics in the format of the published program's last line."""
         return f"* Acc@1 {self.acc1:.3f} Acc@5 {self.acc5:.3f} loss {self.loss:.3f}"
 
+    def __str__(self) -> str:
+        skipped = f", {len(self.skipped):,} unreadable skipped" if self.skipped else ""
+        return (
+            f"top-1 accuracy {self.acc1:.2f} %, top-5 accuracy {self.acc5:.2f} %, loss {self.loss:.3f} "
+            f"({len(self.paths):,} images{skipped})"
+        )
 
-@torch.inference_mode()
+
 def evaluate(
-    model: nn.Module,
-    images: Images,
-    preprocessing: Preprocessing,
-    options: InferenceOptions,
+    model: ModelSource,
+    images: str | Path | Images,
+    preprocessing: Preprocessing | None = None,
+    options: InferenceOptions | None = None,
     *,
-    class_names: Sequence[str] | None,
+    class_names: Sequence[str] | None = None,
     valid_classes: Sequence[int] | None = None,
     limit: int | None = None,
     skip_unreadable: bool = False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
-    """Evaluate `model` on labeled images, each exactly once, over all processes; every process gets the result.
+    """Evaluate a model on labeled images, each exactly once.
+
+    Under torchrun, the images are distributed over all processes, and every process gets the result.
 
     Args:
-        model: in evaluation mode, on `options.device`.
-        class_names: names of the model's classes, by which labels are matched; None if it has none.
-        valid_classes: score on these classes of the model alone (the 200-class sets).
-        limit: only the first so many images.
-        skip_unreadable: leave unreadable images out, named in the result, instead of stopping.
-        progress: told how many images this process has just finished.
+        model: A checkpoint file, a model's name (with its released weights), a `LoadedModel`, or a module in evaluation
+            mode. A module runs as it is, on the device it is on; `fuse` and `compile` of the options do not apply.
+        images: A folder with one subfolder per class (or with val/ containing them), or any `Images`; see
+            `localvit.data.datasets.open_images` for data sets by name.
+        preprocessing: By default the one stored in the checkpoint, or the model's `pretrained_cfg`.
+        options: Batch size, device, precision; by default the best available device, or the module's.
+        class_names: Names of the model's classes, by which labels are matched. By default those stored in the
+            checkpoint, or ImageNet's synsets for a model of 1,000 classes.
+        valid_classes: Indices of the only classes to predict (the 200-class subsets of ImageNet).
+        limit: Evaluate only the first `limit` images.
+        skip_unreadable: Skip unreadable images and list them in the result, instead of raising an error.
+        progress: Called with the number of images that this process has finished since the last call.
 
     Raises:
-        UnreadableImage: for one that cannot be decoded, on every process, unless `skip_unreadable`.
-        DataError: when the data set has classes that the model lacks.
-        ValueError: for a limit below 1, or when no image could be evaluated.
-        RuntimeError: when a worker process dies, or another process failed.
+        UnreadableImage: An image cannot be decoded, and `skip_unreadable` is False. Raised on every process.
+        DataError: The images cannot be used, or have classes that the model lacks.
+        ValueError: `limit` is below 1, no image could be evaluated, or the model cannot run (see `Runner.of`).
+        RuntimeError: A worker process died, or another process failed.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} must be at least 1")
-    num_classes = len(class_names) if class_names is not None else cast(int, model.num_classes)
-    class_of = match_classes(images, class_names, num_classes)
+    if not isinstance(images, Images):
+        images = open_images("FOLDER", Path(images))
+    runner = Runner.of(model, preprocessing, options, class_names)
+    names = runner.class_names
+    num_classes = len(names) if names is not None else cast(int, runner.model.num_classes)
+    class_of = match_classes(images, names, num_classes)
     count = len(images) if limit is None else min(limit, len(images))
-    rows: dict[int, tuple] = {}
+    rows: dict[int, tuple[Any, ...]] = {}
     skipped: list[str] = []
     failure: Exception | None = None
-    prepared = PreparedImages(images, preprocessing.transform())
     try:
-        for indices, images_BCHW, failed in batches(prepared, range(rank(), count, world_size()), options):
+        for indices, images_BCHW, failed in runner.load_batches(images, range(rank(), count, world_size())):
             if failed and not skip_unreadable:
-                raise UnreadableImage(f"{failed[0][1]}; --skip-unreadable leaves such images out and counts them")
+                raise UnreadableImage(f"{failed[0][1]}; --skip-unreadable skips and counts such images")
             skipped += [reason for _, reason in failed]
             if images_BCHW is not None:
                 labels_B = torch.tensor([class_of[images.labels[index]] for index in indices])
-                logits_BM = forward(model, images_BCHW, options).cpu()
-                rows.update(zip(indices, _rows(logits_BM, labels_B, valid_classes), strict=True))
+                rows.update(zip(indices, _rows(runner, images_BCHW, labels_B, valid_classes), strict=True))
             progress(len(indices) + len(failed))
-    except Exception as error:  # told to every process below, so that none waits for this one
+    except Exception as error:  # shared with every process below, so that none waits forever for this one
         failure = error
     parts = all_gather((rows, skipped, None if failure is None else f"{type(failure).__name__}: {failure}"))
     if failure is not None:
@@ -122,11 +140,22 @@ def evaluate(
     failures = [text for _, _, text in parts if text]
     if failures:
         raise RuntimeError(f"another process failed: {failures[0]}")
-    everything = {index: row for part, _, _ in parts for index, row in part.items()}
-    if not everything:
-        raise ValueError("no image could be evaluated")
-    order = sorted(everything)
-    columns = [torch.stack(column) for column in zip(*(everything[index] for index in order), strict=True)]
+    return _combine(
+        images,
+        {index: row for part, _, _ in parts for index, row in part.items()},
+        names or [str(index) for index in range(num_classes)],
+        sorted(text for _, part, _ in parts for text in part),
+    )
+
+
+def _combine(
+    images: Images, rows: dict[int, tuple[Any, ...]], class_names: list[str], skipped: list[str]
+) -> Evaluation:
+    """The rows of all processes, in the data set's order."""
+    if not rows:
+        raise ValueError(f"no image could be evaluated ({len(skipped)} unreadable)")
+    order = sorted(rows)
+    columns = [torch.stack(column) for column in zip(*(rows[index] for index in order), strict=True)]
     return Evaluation(
         paths=[images.name(index) for index in order],
         labels_N=columns[0],
@@ -134,13 +163,17 @@ def evaluate(
         top_logits_NK=columns[2],
         top_probabilities_NK=columns[3],
         losses_N=columns[4],
-        class_names=list(class_names) if class_names is not None else [str(index) for index in range(num_classes)],
-        skipped=sorted(text for _, part, _ in parts for text in part),
+        class_names=class_names,
+        skipped=skipped,
     )
 
 
-def _rows(logits_BM: Tensor, labels_B: Tensor, valid_classes: Sequence[int] | None) -> list[tuple[Any, ...]]:
-    """For each image: its label, best classes, their logits and probabilities, and its loss."""
+@torch.inference_mode()
+def _rows(
+    runner: Runner, images_BCHW: Tensor, labels_B: Tensor, valid_classes: Sequence[int] | None
+) -> list[tuple[Any, ...]]:
+    """For each image: its label, top classes, their logits and probabilities, and its loss."""
+    logits_BM = runner.logits(images_BCHW).cpu()
     if valid_classes is not None:
         others = torch.ones(logits_BM.shape[1], dtype=torch.bool)
         others[list(valid_classes)] = False

@@ -1,83 +1,110 @@
-"""What a model sees in images, one after another; nothing of an image is kept once its classes are told.
+"""Predict the classes of images, one after another, in bounded memory.
 
-Shapes: B images of a batch, M classes of the model, K the best classes that are asked for.
+Shapes: B batch size, M classes of the model, K top classes returned.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from torch import nn
 
-from localvit.data.classes import imagenet_synsets, imagenet_words
-from localvit.data.images import ImageSequence, PreparedImages
+from localvit.data.classes import readable_class_names
+from localvit.data.folders import PathImages
+from localvit.data.images import ImageSequence
 from localvit.data.preprocessing import Preprocessing
-from localvit.inference.runner import InferenceOptions, batches, forward
+from localvit.inference.runner import InferenceOptions, ModelSource, Runner
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """The best classes of one image, or why there are none."""
+    """The top classes of one image, or why there are none."""
 
     file: str
-    """The image's path, or its place in a data set."""
+    """Path of the image, or its position in a data set."""
     classes: tuple[int, ...] = ()
-    """Indices of the best classes, best first."""
+    """Indices of the top classes, best first."""
+    class_names: tuple[str, ...] = ()
+    """Their names: words for ImageNet's synsets, numbers if the model has no class names."""
     probabilities: tuple[float, ...] = ()
-    """Their softmax probabilities."""
+    """Their softmax probabilities, from 0 to 1."""
     error: str | None = None
-    """Why the image has no classes: it cannot be read, or the model gave no finite numbers for it."""
+    """Why there is no prediction: the image is unreadable, or the model's output for it is not finite."""
+
+    def __str__(self) -> str:
+        best = (
+            f"{name} {100 * probability:.1f} %"
+            for name, probability in zip(self.class_names, self.probabilities, strict=True)
+        )
+        return f"{self.file}: {self.error or ', '.join(best)}"
 
 
 def predict(
-    model: nn.Module,
-    images: ImageSequence,
-    preprocessing: Preprocessing,
-    options: InferenceOptions,
+    model: ModelSource,
+    images: str | Path | Iterable[str | Path] | ImageSequence,
+    preprocessing: Preprocessing | None = None,
+    options: InferenceOptions | None = None,
     *,
+    class_names: Iterable[str] | None = None,
     topk: int = 5,
 ) -> Iterator[Prediction]:
-    """The `topk` best classes of each image (all classes, where there are fewer), in the order of the images.
+    """Predict the top classes of each image, in the order of the images.
 
-    Works in step with whoever takes the predictions: no more than the batches under way are in memory.
+    Images are decoded as the predictions are consumed, so only the batches being processed are in memory.
 
     Args:
-        model: in evaluation mode, on `options.device`.
+        model: A checkpoint file, a model's name (with its released weights), a `LoadedModel`, or a module in evaluation
+            mode. A module runs as it is, on the device it is on; `fuse` and `compile` of the options do not apply.
+        images: A file, folder or glob pattern, several of them, or any `ImageSequence`.
+        preprocessing: By default the one stored in the checkpoint, or the model's `pretrained_cfg`.
+        options: Batch size, device, precision; by default the best available device, or the module's.
+        class_names: Names of the model's classes; by default those stored in the checkpoint.
+        topk: Number of classes per image; all classes if there are fewer.
+
+    Yields:
+        A `Prediction` for each image. An unreadable image has an error instead of classes.
 
     Raises:
-        ValueError: for `topk` below 1.
-        RuntimeError: when a worker process dies.
+        DataError: No path leads to an image.
+        ValueError: `topk` is below 1, or the model cannot run (see `Runner.of`).
+        RuntimeError: A worker process died.
     """
     if topk < 1:
         raise ValueError(f"topk={topk} must be at least 1")
-    return _predict(model, PreparedImages(images, preprocessing.transform()), options, topk)
+    if isinstance(images, str | Path):
+        images = [images]
+    if not isinstance(images, ImageSequence):
+        images = PathImages(images)
+    names = None if class_names is None else list(class_names)
+    return _predict(Runner.of(model, preprocessing, options, names), images, topk)
 
 
 @torch.inference_mode()
-def _predict(model: nn.Module, prepared: PreparedImages, options: InferenceOptions, topk: int) -> Iterator[Prediction]:
-    for indices, images_BCHW, failed in batches(prepared, range(len(prepared)), options):
+def _predict(runner: Runner, images: ImageSequence, topk: int) -> Iterator[Prediction]:
+    for indices, images_BCHW, failed in runner.load_batches(images, range(len(images))):
         done = {}
         for index, reason in failed:
-            file = prepared.images.name(index)
+            file = images.name(index)
             done[index] = Prediction(file=file, error=reason.removeprefix(f"{file}: "))
         if images_BCHW is not None:
-            probabilities_BM = forward(model, images_BCHW, options).cpu().double().softmax(1)
+            probabilities_BM = runner.logits(images_BCHW).cpu().double().softmax(1)
+            names = readable_class_names(runner.class_names, probabilities_BM.shape[1])
             finite_B = probabilities_BM.isfinite().all(1)
             best_BK, classes_BK = probabilities_BM.topk(min(topk, probabilities_BM.shape[1]), dim=1)
             for index, finite, best, classes in zip(indices, finite_B, best_BK, classes_BK, strict=True):
-                file = prepared.images.name(index)
-                if finite:
-                    done[index] = Prediction(
-                        file=file, classes=tuple(classes.tolist()), probabilities=tuple(best.tolist())
-                    )
-                else:
-                    done[index] = Prediction(file=file, error="the model gave numbers for it that are not finite")
+                done[index] = (
+                    _prediction(images.name(index), classes.tolist(), best.tolist(), names)
+                    if finite
+                    else Prediction(file=images.name(index), error="the model's output is not finite")
+                )
         for index in sorted(done):
             yield done[index]
 
 
-def readable_class_names(class_names: Sequence[str] | None, num_classes: int) -> list[str]:
-    """A model's class names for a person: words for ImageNet's synsets, numbers where the classes have no names."""
-    if class_names is None:
-        return [str(index) for index in range(num_classes)]
-    return imagenet_words() if list(class_names) == imagenet_synsets() else list(class_names)
+def _prediction(file: str, classes: list[int], probabilities: list[float], names: list[str]) -> Prediction:
+    return Prediction(
+        file=file,
+        classes=tuple(classes),
+        class_names=tuple(names[index] for index in classes),
+        probabilities=tuple(probabilities),
+    )

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from localvit.locality import EfficientChannelAttention, SqueezeExcite
-from localvit.surgery.branch import CHILD, LocalityBranch
+from localvit.surgery.adapter import CHILD, LocalityAdapter
 from localvit.tokens.mlp import LocalityMlp
 from localvit.utils.tables import format_table
 
@@ -188,9 +188,9 @@ def _map_shapes(model: nn.Module, input_size: tuple[int, ...]) -> dict[str, tupl
         shapes[name] = tuple(module.layout.to_map(args[0]).shape[1:])
 
     for name, module in copied.named_modules():
-        if isinstance(module, LocalityBranch | LocalityMlp):
+        if isinstance(module, LocalityAdapter | LocalityMlp):
             module.register_forward_pre_hook(partial(record, name))
-    if any(isinstance(module, LocalityBranch | LocalityMlp) for module in copied.modules()):
+    if any(isinstance(module, LocalityAdapter | LocalityMlp) for module in copied.modules()):
         _run(copied, input_size)
     return shapes
 

@@ -1,4 +1,4 @@
-"""The inference form of a model: batch norms folded, and no work for what the logits do not depend on."""
+"""Fuse a model for inference: batch norms folded, and no work for what the logits do not depend on."""
 
 import copy
 from collections.abc import Callable
@@ -13,51 +13,64 @@ from torch import Tensor, nn
 
 from localvit.inference.last_block import shorten_last_block
 from localvit.ops.stages import is_untouched
-from localvit.surgery.branch import CHILD, LocalityBranch, attach, has_branch
+from localvit.surgery.adapter import CHILD, LocalityAdapter, attach, has_adapter
+from localvit.tokens.sources import stop_recognizing_inputs
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def fuse(model: Model) -> Model:
-    """A copy of a model in its inference form: equal outputs, less work. The original is left as it is.
+def fuse(model: Model, *, inplace: bool = False) -> Model:
+    """Fuse a model for inference: equal outputs up to rounding, less work.
 
-    Folds the batch norms of every locality module, and of whatever else follows timm's convention
-    (`timm.utils.model.reparameterize_model`); has TNT's and Swin's attention done by scaled_dot_product_attention,
-    unless timm is told otherwise (`timm.layers.set_fused_attn`); drops the last block's dead work in families whose
-    head reads prefix tokens alone (`localvit.inference.last_block`). That holds for `model(images)`; `forward_features`
-    and `forward_intermediates` still give every token. Device and dtype stay, and so does the memory format, but for
-    the weights of PVT's spatial reduction. The copy cannot be trained, nor loaded into.
+    - The batch norms of every locality module are folded, and all others that follow timm's convention
+      (`timm.utils.model.reparameterize_model`).
+    - The attention of TNT and Swin uses scaled_dot_product_attention, unless `timm.layers.set_fused_attn` disables it.
+    - In families whose head reads the prefix tokens only, the last block computes nothing else
+      (`localvit.inference.last_block`). This holds for `model(images)`; `forward_features` and
+      `forward_intermediates` still return every token.
+
+    Device, dtype and memory format stay the same, except for the weights of PVT's spatial reduction, which become
+    channels-last. A fused model cannot be trained, and checkpoints do not load into it.
+
+    Args:
+        model: a model in evaluation mode.
+        inplace: change `model` itself, which saves the memory of a second model; it can then no longer be trained. By
+            default `model` stays as it is, and a changed deep copy is returned.
+
+    Returns:
+        The fused model.
 
     Raises:
         ValueError: for a model in training mode.
     """
     if any(module.training for module in model.modules()):
         raise ValueError(
-            f"{type(model).__name__} is in training mode, where batch norms take each batch's statistics and cannot be "
-            "folded: call model.eval() before fuse"
+            f"{type(model).__name__} is in training mode, where batch norms use the statistics of each batch and "
+            "cannot be folded: call model.eval() before fuse"
         )
-    fused = copy.deepcopy(model)
-    branches = {name: branch for name, branch in fused.named_modules() if isinstance(branch, LocalityBranch)}
-    reparameterize_model(fused, inplace=True)
     dtypes = {parameter.dtype for parameter in model.parameters()}
+    fused = model if inplace else copy.deepcopy(model)
+    adapters = {name: module for name, module in fused.named_modules() if isinstance(module, LocalityAdapter)}
+    reparameterize_model(fused, inplace=True)
     if len(dtypes) == 1:
-        fused.to(dtype=dtypes.pop())  # timm folds into float32
-    for name, branch in branches.items():
+        fused.to(dtype=dtypes.pop())  # timm folds into float32.
+    for name, adapter in adapters.items():
         projection = fused.get_submodule(name.removesuffix(f".{CHILD}"))
-        if not has_branch(projection):  # what it hung on was folded into something new
-            attach(projection, branch)
+        if not has_adapter(projection):  # The projection it was attached to was folded into a new one.
+            attach(projection, adapter)
     for name, module in list(fused.named_modules()):
         if name and (faster := _ATTENTIONS.get(type(module))):
             fused.set_submodule(name, faster(module))
+    stop_recognizing_inputs(fused)  # That is for gradient checkpointing.
     for module in list(fused.modules()):
         shorten_last_block(module)
     return fused
 
 
 def _by_sdpa(attn: tnt.Attention) -> nn.Module:
-    """TNT's attention, which takes its softmax step by step, as timm's plain one, which leaves it to torch.
+    """TNT's attention, which computes its softmax in steps, as timm's `Attention`, which uses torch's fused kernel.
 
-    One of another query width, whose projections are no plain linear layers, or that somebody hooks stays as it is.
+    It stays as it is if the queries have another width, its projections are not plain linear layers, or it has hooks.
     """
     qk, v = attn.qk, attn.v
     plain_projections = {type(qk), type(v)} == {nn.Linear} and attn.hidden_dim == v.out_features
@@ -76,13 +89,13 @@ def _stacked(*weights: Tensor) -> nn.Parameter:
 
 
 def _window_by_sdpa(attn: Any) -> nn.Module:
-    """Swin's attention, in which timm has scaled_dot_product_attention switched off."""
+    """Swin's attention, for which timm disables scaled_dot_product_attention by default."""
     attn.fused_attn = use_fused_attn()
     return attn
 
 
-def _reduced_in_place(attn: pvt_v2.Attention) -> nn.Module:
-    """PVT's attention, whose weights for the spatial reduction lie as its tokens do, or torch copies them each time."""
+def _channels_last_reduction(attn: pvt_v2.Attention) -> nn.Module:
+    """PVT's attention with channels-last weights for its spatial reduction, as its tokens are: torch copies others."""
     if attn.sr is not None:
         attn.sr.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return attn
@@ -91,6 +104,6 @@ def _reduced_in_place(attn: pvt_v2.Attention) -> nn.Module:
 _ATTENTIONS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
     tnt.Attention: _by_sdpa,
     WindowAttention: _window_by_sdpa,
-    pvt_v2.Attention: _reduced_in_place,
+    pvt_v2.Attention: _channels_last_reduction,
 }
-"""The faster form of an attention, by its exact class."""
+"""Makes a faster attention of one of exactly this class."""

@@ -1,7 +1,8 @@
-"""A model's last block where the head reads the prefix tokens alone (class, distillation): no work for the others.
+"""The last block of a model whose head reads the prefix tokens only (class, distillation): no work for the patches.
 
-The patches' queries, output projections and feed-forward reach nothing there: they run for the prefix tokens only, and
-locality, which does not act on those, not at all. Keys and values are still every token's.
+In such a block nothing depends on the queries, output projections and feed-forward of the patches: these run for the
+prefix tokens only. Locality, which does not act on prefix tokens, does not run. Keys and values are computed for every
+token.
 
 Shapes: B batch, N tokens, P prefix tokens, C channels, M attention heads, D channels of a head.
 """
@@ -19,37 +20,40 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from localvit.models.pvt import LocalPVT
+from localvit.models.pvt_stage import Block as PyramidBlock
+from localvit.models.tnt import LocalTNT
 from localvit.ops.stages import is_untouched
-from localvit.surgery.branch import LocalityBranch, detach, has_branch
+from localvit.surgery.adapter import LocalityAdapter, detach, has_adapter
+from localvit.surgery.override import override_forward
 from localvit.tokens.mlp import FusedMlp
+from localvit.tokens.per_call import PerCall
 
 
 class LastBlock(nn.Module):
-    """A pre-norm block that, while the whole model runs, computes the prefix tokens alone.
+    """A pre-norm block that computes the prefix tokens only while the whole model runs.
 
-    Takes what the block takes; tokens (B, N, C) become (B, P, C) then, and (B, N, C) when it is called by itself.
+    It has the arguments of the block. Tokens (B, N, C) become (B, P, C) in a call of the model, and (B, N, C) in any
+    other call.
     """
 
     norm1, attn, norm2 = "norm1", "attn", "norm2"
-    """The block's names for its attention and for the norms before that and before the feed-forward."""
+    """Attribute names, in the block, of its attention and of the norms before attention and feed-forward."""
     attention: type[nn.Module] = Attention
-    """The class of that attention, exactly."""
+    """The exact class of that attention."""
 
     def __init__(self, block: Any, num_prefix_tokens: int) -> None:
         super().__init__()
         self.block = block
         self.num_prefix_tokens = num_prefix_tokens
-        self.for_logits = False
-        # That of the prefix tokens; the paper's form does not act on them.
-        self.mlp = None if isinstance(block.mlp, FusedMlp) else _without_branch(block.mlp)
+        self.calls = PerCall()
+        # That of the prefix tokens, on which the paper's module does not act.
+        self.mlp = None if isinstance(block.mlp, FusedMlp) else _without_adapter(block.mlp)
 
-    def begin(self, model: Any, args: tuple) -> None:
-        """The whole model begins: nothing but its logits is wanted, unless its head has come to read all tokens."""
-        self.for_logits = model.global_pool == "token"
-
-    def end(self, model: nn.Module, args: tuple, output: Any) -> None:
-        """The whole model is done."""
-        self.for_logits = False
+    @property
+    def for_logits(self) -> bool:
+        """Whether a call of the whole model is in progress, whose head reads the prefix tokens only."""
+        return bool(self.calls.value)
 
     def forward(self, x_BNC: Tensor, *args: Any, **kwargs: Any) -> Any:
         masked = any(value is not None and value is not False for value in (*args, *kwargs.values()))
@@ -65,7 +69,7 @@ class LastBlock(nn.Module):
         return x_BPC if self.mlp is None else x_BPC + scale2(self.mlp(norm2(x_BPC)))
 
     def attend(self, attn: Any, y_BNC: Tensor) -> Tensor:
-        """What timm's `Attention` gives to the prefix tokens."""
+        """The output of timm's `Attention` for the prefix tokens."""
         y_BPC = y_BNC[:, : self.num_prefix_tokens]
         dim = attn.num_heads * attn.head_dim
         weight, bias = attn.qkv.weight, attn.qkv.bias
@@ -80,7 +84,7 @@ class LastBlock(nn.Module):
 
 
 class LastPyramidBlock(LastBlock):
-    """PVT's last block, which is told its tokens' grid and has apart what makes queries, and keys and values."""
+    """PVT's last block, which is given the grid, and has one projection for queries and one for keys and values."""
 
     attention = pvt_v2.Attention
 
@@ -88,7 +92,7 @@ class LastPyramidBlock(LastBlock):
         return self.prefix_tokens(x_BNC) if self.for_logits else self.block(x_BNC, grid_size)
 
     def attend(self, attn: Any, y_BNC: Tensor) -> Tensor:
-        """What PVT's attention, without spatial reduction, gives to the prefix tokens."""
+        """The output of PVT's attention, without spatial reduction, for the prefix tokens."""
         query, (key, value) = attn.q(y_BNC[:, : self.num_prefix_tokens]), attn.kv(y_BNC).chunk(2, dim=-1)
         query_BMPD, key_BMND, value_BMND = _split_heads(attn.num_heads, query, key, value)
         out_BMPD = F.scaled_dot_product_attention(query_BMPD, key_BMND, value_BMND)
@@ -96,15 +100,15 @@ class LastPyramidBlock(LastBlock):
 
 
 class LastOuterBlock(LastBlock):
-    """TNT's last block. Its inner transformer runs whole: what it finds in the pixels is in the keys and values."""
+    """TNT's last block. Its inner transformer runs for all patches: the keys and values depend on it."""
 
     norm1, attn, norm2 = "norm_out", "attn_out", "norm_mlp"
 
     def __init__(self, block: Any, num_prefix_tokens: int) -> None:
         super().__init__(block, num_prefix_tokens)
-        silent = {"norm_out": nn.Identity(), "attn_out": _Nothing(), "norm_mlp": nn.Identity(), "mlp": _Nothing()}
-        self.inner = copy.copy(block)  # the same modules otherwise
-        self.inner._modules = block._modules | silent
+        outer = {"norm_out": nn.Identity(), "attn_out": _Zero(), "norm_mlp": nn.Identity(), "mlp": _Zero()}
+        self.inner = copy.copy(block)  # It shares the other modules.
+        self.inner._modules = block._modules | outer
 
     def forward(self, pixels: Tensor, x_BNC: Tensor) -> Any:  # type: ignore[override]
         if not self.for_logits:
@@ -113,8 +117,8 @@ class LastOuterBlock(LastBlock):
         return pixels, self.prefix_tokens(x_BNC)
 
 
-class _Nothing(nn.Module):
-    """A part of a block that adds nothing to its tokens."""
+class _Zero(nn.Module):
+    """A part of a block that adds zero to its tokens."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.new_zeros(())
@@ -125,33 +129,37 @@ def _split_heads(num_heads: int, *parts_BNC: Tensor) -> list[Tensor]:
 
 
 _FEED_FORWARDS = (FusedMlp, Mlp, GluMlp, SwiGLU)
-"""Those that do not mix tokens, but for locality."""
+"""Feed-forwards that do not mix tokens, apart from locality."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixReader:
-    """A class of models whose head, with `global_pool="token"`, reads the last block's prefix tokens alone."""
+    """A class of models whose head, with `global_pool="token"`, reads only the prefix tokens of the last block."""
 
     block: type[nn.Module]
-    """The class of that block, exactly: another one computes something else."""
+    """The exact class of that block: a subclass may compute something else."""
     shortened: type[LastBlock] = LastBlock
-    """What takes its place."""
+    """The class that replaces it."""
     blocks: Callable[[Any], Any] = attrgetter("blocks")
-    """The list, in the model, that it is the last of."""
+    """Returns the model's list of blocks, whose last one it is."""
 
 
 PREFIX_READERS: dict[type[nn.Module], PrefixReader] = {
     VisionTransformer: PrefixReader(block=Block),
     VisionTransformerDistilled: PrefixReader(block=Block),
     tnt.TNT: PrefixReader(block=tnt.Block, shortened=LastOuterBlock),
+    LocalTNT: PrefixReader(block=tnt.Block, shortened=LastOuterBlock),
+    LocalPVT: PrefixReader(
+        block=PyramidBlock, shortened=LastPyramidBlock, blocks=lambda model: model.stages[-1].blocks
+    ),
 }
-"""Families add their own. A row holds for subclasses too, as long as they leave all of `FORWARDS` alone."""
+"""Subclasses are included as long as they override none of `FORWARDS`."""
 FORWARDS = ("forward", "forward_features", "forward_head", "pool")
-"""The methods that a model goes through from its images to its logits."""
+"""The methods that a model calls from its images to its logits."""
 
 
 def shorten_last_block(model: nn.Module) -> None:
-    """Put a `LastBlock` where a model's last block is, if no more than prefix tokens is read of it; else do nothing."""
+    """Replace a model's last block, in place, by a `LastBlock` if the head reads its prefix tokens only."""
     own: Any = model
     reader = next((reader for cls, reader in PREFIX_READERS.items() if _runs_as(own, cls)), None)
     if reader is None or own.global_pool != "token":
@@ -159,35 +167,42 @@ def shorten_last_block(model: nn.Module) -> None:
     blocks = reader.blocks(own)
     if len(blocks) and _is_known(blocks[-1], reader, own.num_prefix_tokens):
         blocks[-1] = last = reader.shortened(blocks[-1], own.num_prefix_tokens)
-        own.register_forward_pre_hook(last.begin)
-        own.register_forward_hook(last.end, always_call=True)
+        override_forward(own, _forward_for_logits, last)
+
+
+def _forward_for_logits(model: Any, last: LastBlock, *args: Any, **kwargs: Any) -> Any:
+    last.calls.begin(model.global_pool == "token")  # `reset_classifier` may have changed the head.
+    try:
+        return type(model).forward(model, *args, **kwargs)
+    finally:
+        last.calls.end()
 
 
 def _runs_as(model: nn.Module, cls: type[nn.Module]) -> bool:
     same = (getattr(type(model), name, None) is getattr(cls, name, None) for name in FORWARDS)
-    return isinstance(model, cls) and all(same)
+    return isinstance(model, cls) and all(same) and "forward" not in vars(model)
 
 
 def _is_known(block: Any, reader: PrefixReader, num_prefix_tokens: int) -> bool:
-    """Whether the block's parts, run for the prefix tokens, give what it gives to them."""
+    """Whether the parts of the block, run for the prefix tokens, compute what the block computes for them."""
     attn: Any = getattr(block, reader.shortened.attn, None)
     kinds = type(block) is reader.block and type(attn) is reader.shortened.attention
     if not kinds or type(block.mlp) not in _FEED_FORWARDS:
         return False
     if getattr(attn, "sr", None) is not None or type(getattr(attn, "qkv", None)) not in (nn.Linear, type(None)):
-        return False  # Keys of a reduced map, or a projection whose weight is not all of it.
+        return False  # Keys of a reduced map, or a projection that does more than multiply by its weight.
     if not all(map(is_untouched, (block, *attn.modules()))):
         return False
-    local = [module.layout for module in block.modules() if isinstance(module, LocalityBranch | FusedMlp)]
-    return all(getattr(layout, "num_prefix_tokens", 0) == num_prefix_tokens for layout in local)
+    local = [module.layout for module in block.modules() if isinstance(module, LocalityAdapter | FusedMlp)]
+    return all(layout.num_prefix_tokens == num_prefix_tokens for layout in local)
 
 
-def _without_branch(mlp: nn.Module) -> nn.Module:
-    """The feed-forward without its branch: itself where it has none, else a copy."""
-    hosts = [name for name, module in mlp.named_modules() if has_branch(module)]
-    if not hosts:
+def _without_adapter(mlp: nn.Module) -> nn.Module:
+    """The feed-forward without its adapter: itself where it has none, else a copy."""
+    names = [name for name, module in mlp.named_modules() if has_adapter(module)]
+    if not names:
         return mlp
     plain = copy.deepcopy(mlp)
-    for name in hosts:
+    for name in names:
         detach(plain.get_submodule(name))
     return plain

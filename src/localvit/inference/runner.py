@@ -1,83 +1,123 @@
-"""A model made ready to be used on images, and images fed to it in batches.
+"""Load a trained model and run it on batches of images.
 
-Shapes: B images of a batch, C channels, H and W pixels, M classes of the model.
+Shapes: B batch size, C channels, H and W height and width in pixels, M classes of the model.
 """
 
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from localvit.checkpoints.checkpoint import Checkpoint, model_from_checkpoint
+from localvit.checkpoints import Checkpoint, model_from_checkpoint
 from localvit.data.classes import model_class_names
-from localvit.data.images import PreparedImages
+from localvit.data.images import ImageSequence, PreparedImages
 from localvit.data.preprocessing import Preprocessing
-from localvit.data.workers import leave_quietly, loaded
+from localvit.data.workers import init_worker, iterate_batches
 from localvit.inference.fusion import fuse
-from localvit.models.zoo import create_model
+from localvit.models.factory import create_model
+from localvit.utils.devices import choose_device
 
 CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReadyModel:
-    """A model with what is needed to use it on images."""
+class InferenceOptions:
+    """Where and how a model runs. None of these changes a result beyond rounding."""
+
+    batch_size: int | None = None
+    """Images per batch and process; by default 16 on a CPU, where more are slower (docs/eval_speed.md), else 128."""
+    workers: int = 2
+    """Number of processes that decode images; 0 decodes in the main process."""
+    device: torch.device = field(default_factory=lambda: choose_device(None)[0])
+    """Where the model runs; by default CUDA, MPS or the CPU, whichever is available first."""
+    dtype: torch.dtype = torch.float32
+    """float32, or a half precision type, which is used through autocast."""
+    channels_last: bool = False
+    """Use the channels-last memory format."""
+    compile: bool = False
+    """Compile the model with torch.compile, which pays off over many batches."""
+    fuse: bool = True
+    """Run the fused model (`localvit.fuse`), which is faster."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size} must be at least 1")
+        if self.workers < 0:
+            raise ValueError(f"workers={self.workers} must not be negative")
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """The context of a forward pass: autocast in half precision, nothing in float32."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A trained model with its class names and preprocessing."""
 
     model: nn.Module
     """In evaluation mode, on the CPU, in float32."""
     name: str
-    """The architecture's name."""
+    """Name of the architecture."""
     class_names: list[str] | None
-    """Names of its classes, if it knows them."""
+    """Names of its classes, or None if they are unknown."""
     preprocessing: Preprocessing
     """How its images are prepared."""
     description: str
-    """What was loaded from where, for a person."""
+    """What was loaded from where."""
 
-    def place(self, options: "InferenceOptions") -> Any:
-        """The model where and how `options` want it."""
-        layout = torch.channels_last if options.channels_last else torch.preserve_format
+    def __str__(self) -> str:
+        return f"{self.description}; {self.preprocessing}"
+
+    def prepare(self, options: InferenceOptions) -> nn.Module:
+        """The model on the device and in the state that `options` ask for: fused, channels-last, compiled."""
+        memory_format = torch.channels_last if options.channels_last else torch.preserve_format
         model: Any = fuse(self.model) if options.fuse else self.model
-        model = model.to(options.device).to(memory_format=layout)
-        return torch.compile(model) if options.compile else model
+        model = model.to(options.device).to(memory_format=memory_format)
+        if options.compile:
+            model = torch.compile(model)
+        return model
 
 
-def names_file(source: str) -> bool:
-    """Whether `source` is meant as a checkpoint file, there or not, rather than as a model's name."""
+def is_checkpoint_path(source: str) -> bool:
+    """Whether `source` means a checkpoint file, existing or not, rather than a model's name."""
     return Path(source).suffix in CHECKPOINT_SUFFIXES or Path(source).is_file()
 
 
-def ready_model(
-    source: str,
+def load_model(
+    source: str | Path,
     *,
     checkpoint: Path | None = None,
     weights: Literal["raw", "ema"] = "raw",
     input_size: tuple[int, int] | None = None,
-) -> ReadyModel:
-    """Load the model that `source` names: a checkpoint file, or a model's name with its released weights.
+) -> LoadedModel:
+    """Load a model from a checkpoint file, or by name with its released weights.
 
     Args:
-        source: a file, or a name that timm knows; a name takes its weights from `checkpoint` where that is given.
-        checkpoint: weights for the model called `source`.
-        weights: the raw or the averaged ones of a checkpoint.
-        input_size: height and width to use instead of the model's own, in pixels.
+        source: A checkpoint file, or the name of a model registered with timm.
+        checkpoint: Weights for the model named `source`, instead of the released ones.
+        weights: Load the raw or the averaged (EMA) weights of a checkpoint.
+        input_size: Height and width to use instead of the model's own, in pixels.
 
     Raises:
-        FileNotFoundError, CheckpointError: see `load_checkpoint`.
-        ValueError: for a name that is not known.
-        RuntimeError: when released weights cannot be downloaded.
+        FileNotFoundError: No such checkpoint file.
+        CheckpointError: The file is damaged or unsafe, or does not fit the model; see `load_checkpoint`.
+        ValueError: The name is unknown.
+        RuntimeError: The released weights cannot be downloaded.
     """
+    source = str(source)
     size: dict[str, Any] = {"img_size": input_size} if input_size else {}
     model: Any
     loaded: Checkpoint | None = None
     if checkpoint is not None:
         model, loaded = model_from_checkpoint(checkpoint, weights, name=source, **size)
-    elif names_file(source):
+    elif is_checkpoint_path(source):
         model, loaded = model_from_checkpoint(source, weights, **size)
     else:
         model = create_model(source, pretrained=True, **size)
@@ -87,8 +127,8 @@ def ready_model(
             loaded.preprocessing | ({"input_size": input_size} if input_size else {})
         )
     else:
-        preprocessing = Preprocessing.of_cfg(model.pretrained_cfg, input_size)
-    return ReadyModel(
+        preprocessing = Preprocessing.from_pretrained_cfg(model.pretrained_cfg, input_size)
+    return LoadedModel(
         model=model.eval(),
         name=name,
         class_names=model_class_names(model, loaded.class_names if loaded else None),
@@ -97,65 +137,96 @@ def ready_model(
     )
 
 
+ModelSource = str | Path | nn.Module | LoadedModel
+"""A checkpoint file, a model's name, a module, or the result of `load_model`."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class InferenceOptions:
-    """How images are fed to a model and where it runs; none of it changes a result beyond rounding."""
+class Runner:
+    """A model on its device, with everything needed to run it on images."""
 
-    batch_size: int = 16
-    """Images a batch and process. On a CPU larger ones are slower (docs/eval_speed.md)."""
-    workers: int = 2
-    """Processes that decode images, beside each process that computes; 0 decodes in that one."""
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    """Where the model runs."""
-    dtype: torch.dtype = torch.float32
-    """float32, or the half precision that autocast uses."""
-    channels_last: bool = False
-    """Lay images and weights out channels-last."""
-    compile: bool = False
-    """Compile the model with torch.compile; pays off over many batches."""
-    fuse: bool = True
-    """Use the model's inference form (`localvit.fuse`)."""
+    model: nn.Module
+    preprocessing: Preprocessing
+    class_names: list[str] | None
+    options: InferenceOptions
 
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size={self.batch_size} must be at least 1")
-        if self.workers < 0:
-            raise ValueError(f"workers={self.workers} must not be negative")
+    @classmethod
+    def of(
+        cls,
+        model: ModelSource,
+        preprocessing: Preprocessing | None = None,
+        options: InferenceOptions | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> Self:
+        """Prepare any `ModelSource`. What is not given is taken from the checkpoint or the model.
 
-    def autocast(self) -> contextlib.AbstractContextManager:
-        """What a forward runs under: autocast in half precision, nothing in float32."""
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+        A module runs as it is, on the device it is on. Raises ValueError if it is in training mode or on another
+        device than `options.device`, or if it has no preprocessing and none is given; for files and names, raises as
+        `load_model` does.
+        """
+        if isinstance(model, nn.Module):
+            device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+            options = options or InferenceOptions(device=device)
+            _check_runnable(model, device, options)
+            pretrained_cfg: Any = getattr(model, "pretrained_cfg", None)
+            if preprocessing is None and not pretrained_cfg:
+                raise ValueError(f"{type(model).__name__} does not define its preprocessing; give preprocessing=")
+            return cls(
+                model=model,
+                preprocessing=preprocessing or Preprocessing.from_pretrained_cfg(pretrained_cfg),
+                class_names=model_class_names(model, class_names),
+                options=options,
+            )
+        loaded = model if isinstance(model, LoadedModel) else load_model(model)
+        options = options or InferenceOptions()
+        return cls(
+            model=loaded.prepare(options),
+            preprocessing=preprocessing or loaded.preprocessing,
+            class_names=list(class_names) if class_names is not None else loaded.class_names,
+            options=options,
+        )
+
+    def load_batches(
+        self, images: ImageSequence, indices: Sequence[int]
+    ) -> Iterator[tuple[list[int], Tensor | None, list[tuple[int, str]]]]:
+        """Load and transform images in batches.
+
+        Yields for each batch the indices of its readable images, these images (B, C, H, W) or None if there are none,
+        and index and reason of each unreadable one. Raises RuntimeError if a worker process dies.
+        """
+        cuda = self.options.device.type == "cuda"
+        batch_size = self.options.batch_size or (16 if self.options.device.type == "cpu" else 128)
+        loader: DataLoader = DataLoader(
+            Subset(PreparedImages(images, self.preprocessing.transform()), list(indices)),
+            batch_size=batch_size,
+            num_workers=min(self.options.workers, -(-len(indices) // batch_size)),
+            collate_fn=_collate,
+            pin_memory=cuda,
+            worker_init_fn=init_worker,
+        )
+        yield from iterate_batches(loader)
+
+    def logits(self, images_BCHW: Tensor) -> Tensor:
+        """Logits (B, M) in float32, on the model's device. Call it in inference mode."""
+        memory_format = torch.channels_last if self.options.channels_last else torch.contiguous_format
+        images_BCHW = images_BCHW.to(self.options.device, non_blocking=True, memory_format=memory_format)
+        with self.options.autocast():
+            return self.model(images_BCHW).float()
+
+
+def _check_runnable(model: nn.Module, device: torch.device, options: InferenceOptions) -> None:
+    """Raise ValueError for a module in training mode, or on another device than `options.device`."""
+    if model.training:
+        raise ValueError(f"{type(model).__name__} is in training mode; call model.eval() first")
+    if device.type != options.device.type or options.device.index not in (None, device.index):
+        raise ValueError(
+            f"{type(model).__name__} is on {device}, and options.device is {options.device}; "
+            f"call model.to({str(options.device)!r}), or use InferenceOptions(device=torch.device({str(device)!r}))"
+        )
 
 
 def _collate(items: Sequence[tuple[int, Tensor | str]]) -> tuple[list[int], Tensor | None, list[tuple[int, str]]]:
-    read = [(index, image) for index, image in items if isinstance(image, Tensor)]
+    readable = [(index, image) for index, image in items if isinstance(image, Tensor)]
     failed = [(index, reason) for index, reason in items if isinstance(reason, str)]
-    return [index for index, _ in read], torch.stack([image for _, image in read]) if read else None, failed
-
-
-def batches(
-    prepared: PreparedImages, indices: Sequence[int], options: InferenceOptions
-) -> Iterator[tuple[list[int], Tensor | None, list[tuple[int, str]]]]:
-    """Batches of prepared images: their indices, the images (B, C, H, W), and the unreadable ones with the reason.
-
-    Raises RuntimeError when a worker process dies.
-    """
-    loader: DataLoader = DataLoader(
-        Subset(prepared, list(indices)),
-        batch_size=options.batch_size,
-        num_workers=min(options.workers, -(-len(indices) // options.batch_size)),
-        collate_fn=_collate,
-        pin_memory=options.device.type == "cuda",
-        worker_init_fn=leave_quietly,
-    )
-    yield from loaded(loader)
-
-
-def forward(model: nn.Module, images_BCHW: Tensor, options: InferenceOptions) -> Tensor:
-    """Logits (B, M) in float32 of a model in evaluation mode."""
-    memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
-    images_BCHW = images_BCHW.to(options.device, non_blocking=True, memory_format=memory_format)
-    with options.autocast():
-        return model(images_BCHW).float()
+    images_BCHW = torch.stack([image for _, image in readable]) if readable else None
+    return [index for index, _ in readable], images_BCHW, failed

@@ -1,62 +1,57 @@
-"""LocalViT on the Pyramid Vision Transformer (PVT v1), and that baseline itself, which timm does not have.
+"""LocalViT on the Pyramid Vision Transformer (PVT v1), and the baseline itself, which timm does not have.
 
-PVT is arXiv 2102.12122: four stages of shrinking grids, attention with spatially reduced keys and values. LocalViT-PVT
-is arXiv 2104.05707, Table 6: every feed-forward holds the locality module, its gate's reduction the stage's width.
+PVT is arXiv 2102.12122: four stages with smaller and smaller grids, and attention with spatially reduced keys and
+values. LocalViT-PVT is arXiv 2104.05707, Table 6: every feed-forward is the locality module, and the reduction of its
+gate is the width of the stage.
 
-Shapes: B batch, N tokens (class token first in the last stage), P prefix tokens, C a stage's width, H and W its grid.
+Shapes: B batch, N tokens (class token first in the last stage), C width of a stage, H and W its grid.
 """
 
 from collections.abc import Sequence
 from math import prod
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from timm.layers import (
-    global_pool_nlc,
-    register_notrace_function,
-    to_2tuple,
-    trunc_normal_,
-)
-from timm.models import generate_default_cfgs
+from timm.layers import global_pool_nlc, to_2tuple, trunc_normal_
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
 
-from localvit.inference.last_block import PREFIX_READERS, LastPyramidBlock, PrefixReader
-from localvit.models.positions import PositionGrids, move_positions, patch_grid
+from localvit.models import positions
+from localvit.models.family import Family, PositionGrids
 from localvit.models.pvt_stage import Block, Size, Stage
-from localvit.models.registry import also_known_as, build, released_cfg
+from localvit.models.registry import ModelInfo, register_model
 from localvit.surgery.blocks import BlockSelection
-from localvit.surgery.paper_form import Locality, replace_feed_forwards
+from localvit.surgery.replace import Replace, replace_feed_forwards
 from localvit.surgery.sites import Site, local_sites
-from localvit.tokens.layouts import tokens_to_map
-
-register_notrace_function(tokens_to_map)  # It branches on shapes, which a graph tracer cannot follow.
 
 
-class LocalPVT(nn.Module):
+class LocalPVT(Family, nn.Module):
     """Pyramid Vision Transformer with locality in the feed-forward of the selected blocks.
 
-    Takes images (B, in_chans, H, W) of any size that the patches of all stages together (32 pixels) divide; positions
-    are resampled from `img_size`'s grids.
+    Takes images (B, in_chans, H, W) of any size that is a multiple of 32 pixels, the patch size of all stages. Position
+    embeddings are resampled from the grids of `img_size`.
 
     Args:
         img_size: height and width, in pixels, of the images that the position embeddings are made for.
-        in_chans, num_classes: channels of the images and width of the head; 0 classes for no head.
+        in_chans, num_classes: channels of the images and classes of the head; 0 classes for no head.
         global_pool: the head reads "token", the class token; "avg", the mean of the image tokens; "", all tokens.
-        patch_sizes, embed_dims, depths, num_heads, mlp_ratios, sr_ratios: one entry a stage.
+        patch_sizes, embed_dims, depths, num_heads, mlp_ratios, sr_ratios: one value per stage.
         drop_rate, pos_drop_rate, proj_drop_rate, attn_drop_rate: dropout before the head, after the positions, in
-            feed-forwards and after attentions, and on attention weights.
-        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
-        act, reduction, expand_ratio, depthwise, depthwise_first: see `localvit.surgery.paper_form.Locality`;
-            `reduction` is each stage's width and `expand_ratio` its entry of `mlp_ratios` unless given.
-        local_blocks: as for `LocalViT`, counted through all stages; none of them is PVT.
+            feed-forwards and after attention, and on attention weights.
+        drop_path_rate: stochastic depth of the last block. It grows linearly from 0 in the first block.
+        act, reduction, expand_ratio, depthwise, depthwise_first: see `localvit.Replace`;
+            `reduction` is each stage's width and `expand_ratio` its value of `mlp_ratios` unless given.
+        local_blocks: as for `LocalViT`, counted through all stages. With an empty list the model is PVT.
 
     Raises:
-        ValueError: for ablation arguments or a pooling that name nothing, or an image that the patches do not divide.
+        ValueError: for a value of these arguments that does not exist, or an image that the patches do not divide.
     """
 
-    PUBLISHED_KEYS = tuple(
+    timm_cfg = MappingProxyType({"first_conv": "stages.0.patch_embed.proj"})
+    out_indices = (0, 1, 2, 3)
+    published_keys = tuple(
         rule
         for i in range(4)
         for rule in (
@@ -66,7 +61,7 @@ class LocalPVT(nn.Module):
         )
     )
 
-    stages: Any  # An nn.ModuleList of Stage: typed loosely, for mypy knows nothing of what such a list holds.
+    stages: Any  # An nn.ModuleList of Stage. mypy does not know the type of its items.
     norm: nn.Module
 
     def __init__(
@@ -102,7 +97,7 @@ class LocalPVT(nn.Module):
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dims[-1]
         self.num_prefix_tokens = 1
         self.patch_size = to_2tuple(prod(patch_sizes))
-        patch_grid(to_2tuple(img_size), self.patch_size)
+        positions.patch_grid(to_2tuple(img_size), self.patch_size)
         drop_paths = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
 
         self.cls_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim, **factory))
@@ -127,8 +122,8 @@ class LocalPVT(nn.Module):
             self.stages.append(stage)
             self.feature_info.append({"module": f"stages.{i}", "num_chs": dim, "reduction": stride * patch_size})
 
-        def locality_of(site: Site) -> Locality:
-            return Locality(
+        def locality_of(site: Site) -> Replace:
+            return Replace(
                 act=act,
                 reduction=site.dim if reduction is None else reduction,
                 expand_ratio=site.expand_ratio if expand_ratio is None else expand_ratio,
@@ -148,11 +143,11 @@ class LocalPVT(nn.Module):
             trunc_normal_(position, std=0.02)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that weight decay leaves alone; the positions are not among them."""
+        """Names of the parameters without weight decay. The position embeddings have weight decay."""
         return {"cls_token"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that put every parameter into a stage (`coarse`) or block, for layer-wise learning rates."""
+        """Patterns that assign every parameter to a stage (`coarse`) or a block, for layer-wise learning rates."""
         last = len(self.stages) - 1
         fine = [
             (r"^stages\.(\d+)\.(?:patch_embed|pos_embed)", (0,)),
@@ -164,7 +159,7 @@ class LocalPVT(nn.Module):
         return {"stem": r"^stages\.0\.(?:patch_embed|pos_embed)", "blocks": stages if coarse else fine}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping what it computed."""
+        """Recompute each block in the backward pass instead of storing its activations."""
         for stage in self.stages:
             stage.grad_checkpointing = enable
 
@@ -173,7 +168,7 @@ class LocalPVT(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head for `num_classes` (0 for none), and another pooling where one is given."""
+        """Replace the head by a new one for `num_classes` (0 for none), and change the pooling if one is given."""
         if global_pool is not None:
             if global_pool not in ("", "token", "avg"):
                 raise ValueError(f"global_pool={global_pool!r} must be 'token', 'avg' or '' (none)")
@@ -187,34 +182,34 @@ class LocalPVT(nn.Module):
         grids = {}
         size = img_size or self.stages[0].patch_embed.img_size
         for i, stage in enumerate(self.stages):
-            size = patch_grid(size, stage.patch_embed.patch_size)
+            size = positions.patch_grid(size, stage.patch_embed.patch_size)
             grids[f"stages.{i}.pos_embed"] = (size, stage.num_prefix_tokens)
         return grids
 
     def set_input_size(self, img_size: tuple[int, int]) -> None:
-        """Make images of `img_size` (height, width) the model's own, its positions resampled once and for all."""
+        """Make `img_size` (height, width) the size that the model is made for, and resample its positions to it."""
         old = self.position_grids()
-        patch_grid(img_size, self.patch_size)
+        positions.patch_grid(img_size, self.patch_size)
         for stage in self.stages:
             stage.patch_embed.set_input_size(img_size)
             img_size = stage.patch_embed.grid_size
-        move_positions(self, old)
+        positions.resample_own(self, old)
 
     def _run_stages(self, image_BCHW: Tensor, num_stages: int | None = None) -> list[tuple[Tensor, Size]]:
-        """Tokens and grid after each of the first `num_stages` stages, all by default, before the last norm."""
-        patch_grid(image_BCHW.shape[-2:], self.patch_size)
+        """Tokens and grid after each of the first `num_stages` stages (by default all), before the last norm."""
+        positions.patch_grid(image_BCHW.shape[-2:], self.patch_size)
         after: list[tuple[Tensor, Size]] = []
         for stage in self.stages[:num_stages]:
-            map_BCHW = tokens_to_map(*after[-1]) if after else image_BCHW
+            map_BCHW = _to_map(*after[-1]) if after else image_BCHW
             after.append(stage(map_BCHW, self.cls_token if stage.num_prefix_tokens else None))
         return after
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Last stage's tokens (B, 1 + N, C) of images (B, in_chans, H, W), class token first, after the last norm."""
+        """Tokens (B, 1 + N, C) of the last stage, class token first, after the last norm."""
         return self.norm(self._run_stages(x)[-1][0])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits (B, num_classes) of tokens (B, 1 + N, C), or with `pre_logits` what the head would read."""
+        """Logits (B, num_classes) of tokens (B, 1 + N, C), or with `pre_logits` the input of the head."""
         x = self.head_drop(global_pool_nlc(x, self.global_pool, self.num_prefix_tokens))
         return x if pre_logits else self.head(x)
 
@@ -231,9 +226,9 @@ class LocalPVT(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """Features after the stages in `indices`, as timm's `VisionTransformer.forward_intermediates` gives them.
+        """Features after the stages in `indices`; arguments as in timm's `VisionTransformer.forward_intermediates`.
 
-        Only the last stage has a norm to apply and a class token: prefix tokens of the others are (B, 0, C).
+        Only the last stage has a norm and a class token. The prefix tokens of the others have the shape (B, 0, C).
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt={output_fmt!r} must be NCHW or NLC")
@@ -248,14 +243,14 @@ class LocalPVT(nn.Module):
             num_prefix_tokens = self.stages[i].num_prefix_tokens
             feature = tokens[:, num_prefix_tokens:]
             if output_fmt == "NCHW":
-                feature = tokens_to_map(feature, grid_size).contiguous()
+                feature = _to_map(feature, grid_size).contiguous()
             intermediates.append((feature, tokens[:, :num_prefix_tokens]) if return_prefix_tokens else feature)
         return intermediates if intermediates_only else (final, intermediates)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what the features in `indices` do not need; returns the indices, all counted from 0."""
+        """Remove what the features in `indices` do not need. Returns the indices, all counted from 0."""
         take, last = feature_take_indices(len(self.stages), indices)
         if prune_norm or last < len(self.stages) - 1:
             self.norm = nn.Identity()
@@ -265,27 +260,29 @@ class LocalPVT(nn.Module):
         return take
 
 
-PREFIX_READERS[LocalPVT] = PrefixReader(
-    block=Block, shortened=LastPyramidBlock, blocks=lambda model: model.stages[-1].blocks
+def _to_map(x_BNC: Tensor, grid_size: Size) -> Tensor:
+    """Tokens of a grid (H, W) as a channels-last map (B, C, H, W), a view."""
+    return x_BNC.unflatten(1, grid_size).permute(0, 3, 1, 2)
+
+
+register_model(
+    ModelInfo(
+        name="localvit_pvt_tiny",
+        paper_name="LocalViT-PVT",
+        family=LocalPVT,
+        parameters=13_456_152,
+        file="localvit_pvt.pth",
+        acc1=78.144,
+        acc5=94.238,
+        loss=1.058,
+    )
 )
-
-
-default_cfgs = generate_default_cfgs(
-    {
-        "localvit_pvt_tiny.in1k": released_cfg("localvit_pvt.pth", first_conv="stages.0.patch_embed.proj"),
-        "pvt_tiny.untrained": released_cfg(first_conv="stages.0.patch_embed.proj"),
-    }
+register_model(
+    ModelInfo(
+        name="pvt_tiny",  # the baseline: no block is local
+        paper_name="PVT-Tiny",
+        family=LocalPVT,
+        args={"local_blocks": ()},
+        parameters=13_229_288,
+    )
 )
-
-
-@also_known_as()
-def localvit_pvt_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """LocalViT-PVT: 78.1 % on ImageNet-1k."""
-    return build(LocalPVT, "localvit_pvt_tiny", pretrained, **{"out_indices": (0, 1, 2, 3)} | kwargs)
-
-
-@also_known_as()
-def pvt_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """PVT-Tiny, the baseline with the ordinary feed-forward: no block is local (no weights were released)."""
-    config = {"local_blocks": (), "out_indices": (0, 1, 2, 3)}
-    return build(LocalPVT, "pvt_tiny", pretrained, **config | kwargs)

@@ -1,6 +1,6 @@
 """One stage of the Pyramid Vision Transformer (PVT v1, arXiv 2102.12122, section 3).
 
-Shapes: B batch, N tokens, P prefix tokens (the class token of the last stage), C the stage's width, H and W its grid.
+Shapes: B batch, N tokens, P prefix tokens (the class token in the last stage), C width of the stage, H and W its grid.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,10 +12,10 @@ from timm.models import checkpoint
 from timm.models.pvt_v2 import Attention
 from torch import Tensor, nn
 
-from localvit.models.positions import resample_positions
+from localvit.models import positions
 from localvit.surgery.hosts.timm_plain import in_order
 from localvit.surgery.sites import Site, host
-from localvit.tokens.grid import patch_map
+from localvit.tokens.sources import OutputMap
 
 Size = tuple[int, int]
 
@@ -23,7 +23,7 @@ Size = tuple[int, int]
 class Block(nn.Module):
     """Pre-norm transformer block with spatial-reduction attention: tokens (B, N, C) of a grid (H, W) in and out.
 
-    `sr_ratio` shrinks the grid of keys and values; with 1 the tokens may begin with prefix tokens.
+    `sr_ratio` is the factor by which the grid of keys and values is smaller. If it is 1, prefix tokens may come first.
     """
 
     def __init__(
@@ -54,10 +54,10 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """Patch embedding, positions and blocks of one width.
+    """Patch embedding, position embedding and blocks of one width.
 
-    Takes a map (B, in_chans, H * patch_size, W * patch_size) and the class token, None where the stage has none;
-    returns the tokens (B, P + H * W, C) and their grid (H, W).
+    Takes a map (B, in_chans, H * patch_size, W * patch_size) and the class token, or None for a stage without one.
+    Returns the tokens (B, P + H * W, C) and their grid (H, W).
     """
 
     def __init__(
@@ -92,8 +92,8 @@ class Stage(nn.Module):
         if cls_token_11C is not None:
             x_BNC = torch.cat((cls_token_11C.expand(x_BNC.shape[0], -1, -1), x_BNC), dim=1)
         own_grid = self.patch_embed.grid_size
-        positions = resample_positions(self.pos_embed, own_grid, grid_size, self.num_prefix_tokens)
-        x_BNC = self.pos_drop(x_BNC + positions)
+        pos_1NC = positions.resample_positions(self.pos_embed, own_grid, grid_size, self.num_prefix_tokens)
+        x_BNC = self.pos_drop(x_BNC + pos_1NC)
         for block in self.blocks:
             x_BNC = checkpoint(block, x_BNC, grid_size) if self.grad_checkpointing else block(x_BNC, grid_size)
         return x_BNC, grid_size
@@ -101,4 +101,6 @@ class Stage(nn.Module):
 
 @host(f"{__name__}.Stage")
 def _sites(stage: Stage) -> Iterator[Site]:
-    return in_order(stage, "blocks", patch_map(stage.patch_embed.proj, stage.patch_embed), stage.num_prefix_tokens)
+    return in_order(
+        stage, "blocks", OutputMap(stage.patch_embed.proj, within=stage.patch_embed), stage.num_prefix_tokens
+    )

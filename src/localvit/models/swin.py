@@ -1,35 +1,38 @@
-"""LocalViT on Swin: timm's SwinTransformer whose feed-forwards hold the locality module.
+"""LocalViT on Swin: timm's SwinTransformer with the locality module as its feed-forward.
 
-arXiv 2104.05707, Table 6. The gate's reduction is a quarter of each stage's width; the head averages the tokens, so
-every block's feed-forward counts. Swin's own drop path default, 0.1, stays.
+arXiv 2104.05707, Table 6. The gate's reduction is a quarter of each stage's width. The head averages the tokens, so
+every block's feed-forward has an effect. The default drop path rate is timm's, 0.1.
 """
 
 import inspect
+from types import MappingProxyType
 from typing import Any
 
-from timm.models import generate_default_cfgs
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
-from torch import Tensor, nn
+from torch import Tensor
 
-from localvit.models.registry import also_known_as, build, released_cfg
+from localvit.models.family import Family
+from localvit.models.registry import ModelInfo, register_model
 from localvit.surgery.blocks import BlockSelection
-from localvit.surgery.paper_form import Locality, replace_feed_forwards
+from localvit.surgery.replace import Replace, replace_feed_forwards
 from localvit.surgery.sites import Site, local_sites
 
 
-class LocalSwin(SwinTransformer):
+class LocalSwin(Family, SwinTransformer):
     """timm's SwinTransformer with locality in the feed-forward of the selected blocks.
 
-    Takes images (B, in_chans, H, W) of any size that the patches divide. Arguments are timm's and those of
-    `LocalViT`; `reduction` is each stage's width // 4 unless given, and `local_blocks` counts through all stages.
+    Takes images (B, in_chans, H, W) of any size that the patches divide. Its arguments are timm's and those of
+    `LocalViT`. `reduction` is each stage's width // 4 unless given, and `local_blocks` counts through all stages.
 
     Raises:
-        ValueError: for ablation arguments that name nothing.
+        ValueError: for a value of these arguments that does not exist.
     """
 
-    PUBLISHED_KEYS = (
+    timm_cfg = MappingProxyType({"pool_size": (7, 7), "classifier": "head.fc"})
+    out_indices = (0, 1, 2, 3)
+    published_keys = (
         (r"\.mlp\.conv\.", ".conv.conv."),
-        # The published program merges patches at the end of a stage, timm at the start of the next.
+        # The published program merges patches at the end of a stage, timm at the start of the next one.
         (r"^layers\.1\.downsample\.", "layers.0.downsample."),
         (r"^layers\.2\.downsample\.", "layers.1.downsample."),
         (r"^layers\.3\.downsample\.", "layers.2.downsample."),
@@ -51,13 +54,13 @@ class LocalSwin(SwinTransformer):
         **kwargs: Any,
     ) -> None:
         unknown = kwargs.keys() - inspect.signature(SwinTransformer.__init__).parameters.keys()
-        if unknown:  # timm before 1.0.30 takes and forgets them
-            raise TypeError(f"LocalSwin takes no argument {', '.join(sorted(unknown))}")
+        if unknown:  # timm before 1.0.30 ignores them
+            raise TypeError(f"LocalSwin has no argument {', '.join(sorted(unknown))}")
         factory = {"device": device, "dtype": dtype}
         super().__init__(*args, mlp_ratio=mlp_ratio, strict_img_size=False, **factory, **kwargs)  # type: ignore[misc]
 
-        def locality_of(site: Site) -> Locality:
-            return Locality(
+        def locality_of(site: Site) -> Replace:
+            return Replace(
                 act=act,
                 reduction=site.dim // 4 if reduction is None else reduction,
                 expand_ratio=mlp_ratio if expand_ratio is None else expand_ratio,
@@ -68,11 +71,11 @@ class LocalSwin(SwinTransformer):
         replace_feed_forwards(local_sites(self, local_blocks), locality_of)
 
     def no_weight_decay(self) -> set[str]:
-        """No parameter: timm spares the relative position biases, the published training did not."""
+        """No parameter. timm has no weight decay on relative position biases; the published training had."""
         return set()
 
     def published_buffers(self) -> dict[str, Tensor]:
-        """The entries of a published state dict that are computed: relative position indices and attention masks."""
+        """Relative position indices and attention masks, which the published program stores."""
         computed = {}
         for name, module in self.named_modules():
             if isinstance(module, SwinTransformerBlock):
@@ -85,22 +88,17 @@ class LocalSwin(SwinTransformer):
         return computed
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        "localvit_swin_tiny_patch4_window7_224.in1k": released_cfg(
-            "localvit_swin.pth", pool_size=(7, 7), first_conv="patch_embed.proj", classifier="head.fc"
-        )
-    }
-)
-
-
-@also_known_as("localvit_swin_tiny")
-def localvit_swin_tiny_patch4_window7_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """LocalViT-Swin: 81.9 % on ImageNet-1k."""
-    config = {"patch_size": 4, "window_size": 7, "embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)}
-    return build(
-        LocalSwin,
-        "localvit_swin_tiny_patch4_window7_224",
-        pretrained,
-        **config | {"out_indices": (0, 1, 2, 3)} | kwargs,
+register_model(
+    ModelInfo(
+        name="localvit_swin_tiny_patch4_window7_224",
+        alias="localvit_swin_tiny",
+        paper_name="LocalViT-Swin",
+        family=LocalSwin,
+        args={"patch_size": 4, "window_size": 7, "embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)},
+        parameters=29_079_010,
+        file="localvit_swin.pth",
+        acc1=81.86,
+        acc5=95.72,
+        loss=1.109,
     )
+)

@@ -1,40 +1,43 @@
-"""LocalViT on Tokens-to-Token ViT: timm's VisionTransformer behind T2T's tokenizer, and that baseline itself.
+"""LocalViT on Tokens-to-Token ViT: timm's VisionTransformer after T2T's tokenizer, and the baseline itself.
 
-T2T-ViT is arXiv 2101.11986, with the performer tokenizer of its section 3.1 (random features of arXiv 2009.14794, 2.3).
-LocalViT-T2T is arXiv 2104.05707, Table 6: every feed-forward holds the locality module, the tokenizer's two included.
+T2T-ViT is arXiv 2101.11986, with the performer tokenizer of its section 3.1 (random features of arXiv 2009.14794,
+section 2.3). LocalViT-T2T is arXiv 2104.05707, Table 6: every feed-forward is the locality module, including the two of
+the tokenizer.
 
-Shapes: B batch, N tokens (H x W of them), D token width, M random features.
+Shapes: B batch, N tokens (H x W), D token width, M random features.
 """
 
 import math
 from collections.abc import Iterator
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import PatchEmbed, register_notrace_function
-from timm.models import generate_default_cfgs
+from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
-from localvit.models.positions import patch_grid
-from localvit.models.registry import also_known_as, build, released_cfg
+from localvit.models import positions
+from localvit.models.registry import ModelInfo, register_model
 from localvit.models.vit import LocalViT
 from localvit.surgery.blocks import BlockSelection, select_blocks
 from localvit.surgery.hosts.timm_plain import in_order
-from localvit.surgery.paper_form import Locality
+from localvit.surgery.replace import Replace
 from localvit.surgery.sites import Site, host
-from localvit.tokens.grid import Grid, GridSource
+from localvit.tokens.grid import Grid
 from localvit.tokens.layouts import TokenSequence
+from localvit.tokens.sources import InputMap, OutputMap, enclose_calls
 
 
-@register_notrace_function  # It asks for dtype and device type, which a graph tracer does not know.
+@torch.fx.wrap  # It reads the dtype and the device type, which a graph tracer does not know.
 def random_feature_attention(query_BND: Tensor, key_BND: Tensor, value_BND: Tensor, features_MD: Tensor) -> Tensor:
-    """Softmax attention, without its 1 / sqrt(D), approximated in linear time; returns (B, N, D).
+    """Softmax attention without the factor 1 / sqrt(D), approximated in linear time. Returns (B, N, D).
 
-    The kernel exp(q.k) is the mean over the random features w of exp(w.q - |q|^2 / 2) exp(w.k - |k|^2 / 2), positive as
-    in arXiv 2009.14794, equation 7. These exponents leave half precision's range, so the sums are single precision at
-    least. The 1e-8 in the denominator is the published one; it matters where queries and keys are long.
+    The kernel exp(q.k) is the mean over the random features w of exp(w.q - |q|^2 / 2) exp(w.k - |k|^2 / 2), which are
+    the positive features of arXiv 2009.14794, equation 7. These exponents exceed the range of half precision, so the
+    sums are at least single precision. The 1e-8 in the denominator is the published one. It matters for long queries
+    and keys.
     """
     with torch.autocast(query_BND.device.type, enabled=False):
         precise = torch.promote_types(value_BND.dtype, torch.float32)
@@ -52,17 +55,17 @@ def random_feature_attention(query_BND: Tensor, key_BND: Tensor, value_BND: Tens
 
 
 class TokenPerformer(nn.Module):
-    """A tokenizer stage's transformer: linear attention of one head, and a feed-forward as wide as its tokens.
+    """The transformer of a tokenizer stage: linear attention with one head, and a feed-forward as wide as its tokens.
 
-    Maps (B, H, W, in_dim) to (B, H, W, dim). The attention changes the width, so its residual is its own value.
+    Maps (B, H, W, in_dim) to (B, H, W, dim). The attention changes the width, so the residual adds its values.
 
     Args:
         in_dim: width of the unfolded pixels or tokens.
-        dim: width of the tokens it makes.
-        locality: for the feed-forward; None for the ordinary one behind a norm.
+        dim: width of the output tokens.
+        locality: the module for the feed-forward; None for a plain feed-forward after a norm.
     """
 
-    def __init__(self, in_dim: int, dim: int, locality: Locality | None, *, device=None, dtype=None) -> None:
+    def __init__(self, in_dim: int, dim: int, locality: Replace | None, *, device=None, dtype=None) -> None:
         super().__init__()
         factory = {"device": device, "dtype": dtype}
         self.local = locality is not None
@@ -70,18 +73,19 @@ class TokenPerformer(nn.Module):
         self.norm1 = nn.LayerNorm(in_dim, eps=1e-5, **factory)
         self.kqv = nn.Linear(in_dim, 3 * dim, **factory)
         self.proj = nn.Linear(dim, dim, **factory)
-        # With locality nothing reads this norm, but published state dicts have it.
+        # Not used with locality, but published state dicts have it.
         self.norm2 = nn.LayerNorm(dim, eps=1e-5, **factory)
         self.mlp: nn.Module
         if locality is None:
             self.mlp = nn.Sequential(nn.Linear(dim, dim, **factory), nn.GELU(), nn.Linear(dim, dim, **factory))
         else:
             grid = Grid()
-            grid.follow_input(self)
+            InputMap(self).connect(grid)
+            enclose_calls(self, grid)
             self.mlp = locality.feed_forward(dim, TokenSequence(grid), **factory)
 
     def init_weights(self) -> None:
-        """Draw the frozen random features: orthogonal, of length sqrt(M). timm's init calls this."""
+        """Initialize the frozen random features: orthogonal, of length sqrt(M). timm's `init_weights` calls this."""
         features = nn.init.orthogonal_(torch.empty(self.w.shape, device=self.w.device))
         with torch.no_grad():
             self.w.copy_(features * math.sqrt(self.w.shape[0]))
@@ -95,7 +99,7 @@ class TokenPerformer(nn.Module):
 
 
 def soft_split(x_BHWD: Tensor, kernel_size: int, stride: int, grid_size: tuple[int, int]) -> Tensor:
-    """Overlapping windows of a map, each as one token: (B, H, W, D) to (B, *grid_size, D * kernel_size^2)."""
+    """Overlapping windows of a map as tokens: (B, H, W, D) to (B, *grid_size, D * kernel_size^2)."""
     windows = F.unfold(x_BHWD.permute(0, 3, 1, 2), kernel_size, padding=(kernel_size - stride + 1) // 2, stride=stride)
     return windows.transpose(1, 2).unflatten(1, grid_size)
 
@@ -103,11 +107,11 @@ def soft_split(x_BHWD: Tensor, kernel_size: int, stride: int, grid_size: tuple[i
 class TokensToToken(PatchEmbed):
     """T2T's tokenizer as a patch embedding: (B, in_chans, 16 H, 16 W) to (B, H, W, embed_dim).
 
-    Three overlapping splits of stride 4, 2 and 2, a `TokenPerformer` after each of the first two, a projection last.
-    Arguments are timm's PatchEmbed's and `locality`, for the feed-forwards of both performers.
+    Three overlapping splits of stride 4, 2 and 2, a `TokenPerformer` after each of the first two, and a projection.
+    Its arguments are those of timm's PatchEmbed, and `locality` for the feed-forwards of both performers.
 
     Raises:
-        ValueError: for a patch size other than 16, or an image that such patches do not divide.
+        ValueError: for a patch size other than 16, or an image whose size is not a multiple of 16.
     """
 
     def __init__(
@@ -117,7 +121,7 @@ class TokensToToken(PatchEmbed):
         in_chans: int,
         embed_dim: int,
         *,
-        locality: Locality | None,
+        locality: Replace | None,
         device=None,
         dtype=None,
         **kwargs: Any,
@@ -125,39 +129,42 @@ class TokensToToken(PatchEmbed):
         factory = {"device": device, "dtype": dtype}
         super().__init__(img_size, patch_size, in_chans, embed_dim, **factory, **kwargs)
         if self.patch_size != (16, 16):
-            raise ValueError(f"patch_size={patch_size}: the tokens-to-token splits make patches of 16 pixels, no other")
-        patch_grid(self.img_size, self.patch_size)
+            raise ValueError(
+                f"patch_size={patch_size} must be 16: the tokens-to-token splits make patches of 16 pixels"
+            )
+        positions.patch_grid(self.img_size, self.patch_size)
         token_dim = 64
         self.attention1 = TokenPerformer(in_chans * 7 * 7, token_dim, locality, **factory)
         self.attention2 = TokenPerformer(token_dim * 3 * 3, token_dim, locality, **factory)
         self.proj = nn.Linear(token_dim * 3 * 3, embed_dim, **factory)  # type: ignore[assignment]
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
-        height, width = patch_grid(image_BCHW.shape[-2:], self.patch_size)
+        height, width = positions.patch_grid(image_BCHW.shape[-2:], self.patch_size)
         x_BHWD = self.attention1(soft_split(image_BCHW.permute(0, 2, 3, 1), 7, 4, (4 * height, 4 * width)))
         x_BHWD = self.attention2(soft_split(x_BHWD, 3, 2, (2 * height, 2 * width)))
         return self.proj(soft_split(x_BHWD, 3, 2, (height, width)))
 
 
-def sinusoid(num_tokens: int, dim: int) -> Tensor:
+def sinusoid(num_tokens: int, dim: int, device: torch.device) -> Tensor:
     """Position embedding (1, num_tokens, dim) of arXiv 1706.03762, section 3.5, in double precision."""
-    position_N1 = torch.arange(num_tokens, dtype=torch.float64)[:, None]
-    frequency_D = 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    position_N1 = torch.arange(num_tokens, dtype=torch.float64, device=device)[:, None]
+    frequency_D = 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
     angle_ND = position_N1 * frequency_D
     return torch.stack((angle_ND.sin(), angle_ND.cos()), dim=-1).flatten(1)[None]
 
 
 class LocalT2T(LocalViT):
-    """T2T-ViT with locality in the feed-forward of the selected blocks, and of the tokenizer where any block has it.
+    """T2T-ViT with locality in the feed-forward of the selected blocks, and in the tokenizer if any block has it.
 
-    Arguments are those of `LocalViT`. The tokenizer's module has `expand_ratio` 1 and act `hs` whatever the blocks
-    have; `depthwise` and `depthwise_first` hold for both. Positions are sinusoids of the token's number, frozen.
+    Its arguments are those of `LocalViT`. The module in the tokenizer always has `expand_ratio` 1 and act `hs`, while
+    `depthwise` and `depthwise_first` apply to all modules. The position embedding is sinusoidal and frozen.
 
     Raises:
-        ValueError: for ablation arguments that name nothing, or an image that patches of 16 pixels do not divide.
+        ValueError: for a value of these arguments that does not exist, or an image whose size is not a multiple of 16.
     """
 
-    PUBLISHED_KEYS = (
+    timm_cfg = MappingProxyType({"first_conv": None})
+    published_keys = (
         (r"^patch_embed\.proj\.", "tokens_to_token.project."),
         (r"^patch_embed\.(attention\d)\.mlp\.conv\.", r"tokens_to_token.\1.conv.conv."),
         (r"^patch_embed\.", "tokens_to_token."),
@@ -177,7 +184,7 @@ class LocalT2T(LocalViT):
     ) -> None:
         ablation = {"depthwise": depthwise, "depthwise_first": depthwise_first}
         local = bool(select_blocks(local_blocks, depth))
-        locality = Locality(act="hs", expand_ratio=1.0, **ablation) if local else None
+        locality = Replace(act="hs", expand_ratio=1.0, **ablation) if local else None
         super().__init__(
             *args,
             depth=depth,
@@ -189,54 +196,54 @@ class LocalT2T(LocalViT):
 
     def init_weights(self, *args: Any, **kwargs: Any) -> None:
         super().init_weights(*args, **kwargs)
+        _, num_tokens, dim = self.pos_embed.shape
         with torch.no_grad():
-            self.pos_embed.copy_(sinusoid(*self.pos_embed.shape[1:]))
+            self.pos_embed.copy_(sinusoid(num_tokens, dim, self.pos_embed.device))
         self.pos_embed.requires_grad_(False)
 
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
-        """timm's, after which the positions are still frozen."""
+        """timm's `set_input_size`, with the position embedding still frozen afterwards."""
         super().set_input_size(*args, **kwargs)
         self.pos_embed.requires_grad_(False)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that weight decay leaves alone."""
+        """Names of the parameters without weight decay."""
         return {"cls_token"}
 
 
 @host(f"{__name__}.LocalT2T")
 def _sites(model: LocalT2T) -> Iterator[Site]:
-    """Those of the blocks; the tokenizer's transformers are its own."""
-    return in_order(model, "blocks", GridSource(model.patch_embed), model.num_prefix_tokens)
+    """The feed-forwards of the blocks, not those of the tokenizer."""
+    return in_order(model, "blocks", OutputMap(model.patch_embed, height_dim=1), model.num_prefix_tokens)
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        "localvit_T2t_conv7.untrained": released_cfg(first_conv=None),
-        "T2t_vit_7.untrained": released_cfg(first_conv=None),
-    }
+_SEVEN: dict[str, Any] = {
+    "embed_dim": 256,
+    "depth": 7,
+    "num_heads": 4,
+    "mlp_ratio": 2.0,
+    "qkv_bias": False,
+    "reduction": 128,
+}
+_SEVEN |= {"norm_layer": partial(nn.LayerNorm, eps=1e-5)}
+
+register_model(
+    ModelInfo(
+        name="localvit_T2t_conv7",
+        alias="localvit_t2t_7",
+        paper_name="LocalViT-T2T",
+        family=LocalT2T,
+        args=_SEVEN,
+        parameters=4_385_386,
+    )
 )
-
-
-def _localvit_t2t(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    config = {
-        "embed_dim": 256,
-        "depth": 7,
-        "num_heads": 4,
-        "mlp_ratio": 2.0,
-        "qkv_bias": False,
-        "reduction": 128,
-        "out_indices": 3,
-    }
-    return build(LocalT2T, variant, pretrained, **config | {"norm_layer": partial(nn.LayerNorm, eps=1e-5)} | kwargs)
-
-
-@also_known_as("localvit_t2t_7")
-def localvit_T2t_conv7(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """LocalViT-T2T: T2T-ViT-7 with locality in tokenizer and blocks (no weights were released)."""
-    return _localvit_t2t("localvit_T2t_conv7", pretrained, **kwargs)
-
-
-@also_known_as("t2t_vit_7")
-def T2t_vit_7(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """T2T-ViT-7, the baseline with the ordinary feed-forward: nothing is local (no weights were released)."""
-    return _localvit_t2t("T2t_vit_7", pretrained, **{"local_blocks": ()} | kwargs)
+register_model(
+    ModelInfo(
+        name="T2t_vit_7",  # the baseline: nothing is local
+        alias="t2t_vit_7",
+        paper_name="T2T-ViT-7",
+        family=LocalT2T,
+        args=_SEVEN | {"local_blocks": ()},
+        parameters=4_310_222,
+    )
+)

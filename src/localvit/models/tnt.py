@@ -1,34 +1,31 @@
-"""LocalViT on Transformer in Transformer: timm's TNT whose outer feed-forwards hold the locality module.
+"""LocalViT on Transformer in Transformer: timm's TNT with the locality module as its outer feed-forward.
 
-arXiv 2104.05707, Table 6; TNT is arXiv 2103.00112. The inner transformer, over each patch's pixels, stays as it is.
+arXiv 2104.05707, Table 6; TNT is arXiv 2103.00112. The inner transformer, over the pixels of each patch, is unchanged.
 
-Shapes: B batch, N patches (H x W of them), C outer width, c inner width, n pixels a patch (h x w of them).
+Shapes: B batch, N patches (H x W), C outer width, c inner width, n pixels per patch (h x w).
 """
 
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from timm.models import checkpoint, generate_default_cfgs
+from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from timm.models.tnt import TNT
 from torch import Tensor, nn
 
-from localvit.inference.last_block import PREFIX_READERS
-from localvit.models.positions import PositionGrids, move_positions, patch_grid, resample_positions
-from localvit.models.registry import also_known_as, build, released_cfg
+from localvit.models import positions
+from localvit.models.family import Family, PositionGrids
+from localvit.models.registry import ModelInfo, register_model
 from localvit.surgery.blocks import BlockSelection, select_blocks
-from localvit.surgery.paper_form import Locality, replace_feed_forwards
+from localvit.surgery.replace import Replace, replace_feed_forwards
 from localvit.surgery.sites import local_sites
-
-# These branch on shapes, which a graph tracer cannot follow; timm registers its own for the files of its own models.
-torch.fx.wrap("patch_grid")
-torch.fx.wrap("resample_positions")
 
 
 def _keep_drop_path(block: Any) -> None:
-    """Move the block's one stochastic depth to the end of the three branches that keep it.
+    """Move the block's only stochastic depth module to the end of the three branches that keep it.
 
-    timm's block calls a single `drop_path` after all four branches; locality replaces the fourth and must have none.
+    timm's block calls a single `drop_path` after all four branches. Locality replaces the fourth, which has none.
     """
     for attention in (block.attn_in, block.attn_out):
         attention.proj_drop = nn.Sequential(attention.proj_drop, block.drop_path)
@@ -36,17 +33,20 @@ def _keep_drop_path(block: Any) -> None:
     block.drop_path = nn.Identity()
 
 
-class LocalTNT(TNT):
+class LocalTNT(Family, TNT):
     """timm's TNT with locality in the outer feed-forward of the selected blocks.
 
-    Takes images (B, in_chans, H, W) of any size that the patches divide; the patches' positions are resampled from
-    `img_size`'s grid. Arguments are timm's and those of `LocalViT`; `reduction` is `embed_dim` unless given.
+    Takes images (B, in_chans, H, W) of any size that the patches divide. The patch position embeddings are resampled
+    from the grid of `img_size`. Its arguments are timm's and those of `LocalViT`. `reduction` is `embed_dim` unless
+    given.
 
     Raises:
-        ValueError: for ablation arguments that name nothing, or an image that the patches do not divide.
+        ValueError: for a value of these arguments that does not exist, or an image that the patches do not divide.
     """
 
-    PUBLISHED_KEYS = ((r"^(blocks\.\d+)\.mlp\.conv\.", r"\1.conv.conv."),)
+    pixel_embed: Any  # timm declares its sizes as int or tuple; they are tuples
+    timm_cfg = MappingProxyType({"first_conv": "pixel_embed.proj"})
+    published_keys = ((r"^(blocks\.\d+)\.mlp\.conv\.", r"\1.conv.conv."),)
 
     def __init__(
         self,
@@ -66,8 +66,8 @@ class LocalTNT(TNT):
     ) -> None:
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(img_size, patch_size, mlp_ratio=mlp_ratio, legacy=True, **factory, **kwargs)
-        patch_grid(self.pixel_embed.img_size, self.pixel_embed.patch_size)
-        locality = Locality(
+        positions.patch_grid(self.pixel_embed.img_size, self.pixel_embed.patch_size)
+        locality = Replace(
             act=act,
             reduction=self.embed_dim if reduction is None else reduction,
             expand_ratio=mlp_ratio if expand_ratio is None else expand_ratio,
@@ -79,34 +79,33 @@ class LocalTNT(TNT):
         replace_feed_forwards(local_sites(self, local_blocks), lambda site: locality)
 
     def position_grids(self, img_size: tuple[int, int] | None = None) -> PositionGrids:
-        """Grid and prefix tokens of the patch positions for images of `img_size`, the model's own by default."""
-        grid_size = patch_grid(img_size or self.pixel_embed.img_size, self.pixel_embed.patch_size)
+        grid_size = positions.patch_grid(img_size or self.pixel_embed.img_size, self.pixel_embed.patch_size)
         return {"patch_pos": (grid_size, self.num_prefix_tokens)}
 
     def set_input_size(self, img_size: tuple[int, int]) -> None:
-        """Make images of `img_size` (height, width) the model's own, its positions resampled once and for all."""
+        """Make `img_size` (height, width) the size that the model is made for, and resample its positions to it."""
         old = self.position_grids()
         embed = self.pixel_embed
-        embed.grid_size = patch_grid(img_size, embed.patch_size)
+        embed.grid_size = positions.patch_grid(img_size, embed.patch_size)
         embed.img_size = img_size
         embed.num_patches = self.num_patches = embed.grid_size[0] * embed.grid_size[1]
-        move_positions(self, old)
+        positions.resample_own(self, old)
 
     def _embed(self, image_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Pixel tokens (B * N, n, c) and patch tokens (B, 1 + N, C) of an image that the patches divide."""
         embed = self.pixel_embed
         batch = image_BCHW.shape[0]
-        height, width = patch_grid(image_BCHW.shape[-2:], embed.patch_size)
+        height, width = positions.patch_grid(image_BCHW.shape[-2:], embed.patch_size)
         windows_BNc = embed.unfold(embed.proj(image_BCHW)).transpose(1, 2)
         pixel_map = windows_BNc.reshape(batch * height * width, embed.in_dim, *embed.new_patch_size) + self.pixel_pos
-        pixels = pixel_map.flatten(2).transpose(1, 2).contiguous()  # or every norm of every block copies them
+        pixels = pixel_map.flatten(2).transpose(1, 2).contiguous()  # otherwise every norm of every block copies them
         patches_BNC = self.norm2_proj(self.proj(self.norm1_proj(pixels.reshape(batch, height * width, -1))))
         tokens = torch.cat((self.cls_token.expand(batch, -1, -1), patches_BNC), dim=1)
-        positions = resample_positions(self.patch_pos, embed.grid_size, (height, width), self.num_prefix_tokens)
-        return pixels, self.pos_drop(tokens + positions)
+        pos_1NC = positions.resample_positions(self.patch_pos, embed.grid_size, (height, width), self.num_prefix_tokens)
+        return pixels, self.pos_drop(tokens + pos_1NC)
 
     def _outer_tokens(self, image_BCHW: Tensor, num_blocks: int | None = None) -> list[Tensor]:
-        """The patch tokens after each of the first `num_blocks` blocks, all by default, before the last norm."""
+        """The patch tokens after each of the first `num_blocks` blocks (by default all), before the last norm."""
         pixels, patches = self._embed(image_BCHW)
         after = []
         for block in self.blocks[:num_blocks]:
@@ -131,7 +130,7 @@ class LocalTNT(TNT):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """Features after the blocks in `indices`, as timm's `VisionTransformer.forward_intermediates` gives them."""
+        """Features after the blocks in `indices`; arguments as in timm's `VisionTransformer.forward_intermediates`."""
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt={output_fmt!r} must be NCHW or NLC")
         take, last = feature_take_indices(len(self.blocks), indices)
@@ -140,44 +139,52 @@ class LocalTNT(TNT):
         prefixes = [tokens[:, : self.num_prefix_tokens] for tokens in taken]
         features = [tokens[:, self.num_prefix_tokens :] for tokens in taken]
         if output_fmt == "NCHW":
-            grid_size = patch_grid(x.shape[-2:], self.pixel_embed.patch_size)
+            grid_size = positions.patch_grid(x.shape[-2:], self.pixel_embed.patch_size)
             features = [tokens.unflatten(1, grid_size).permute(0, 3, 1, 2).contiguous() for tokens in features]
         intermediates = list(zip(features, prefixes, strict=True)) if return_prefix_tokens else features
         return intermediates if intermediates_only else (self.norm(after[-1]), intermediates)
 
 
-PREFIX_READERS[LocalTNT] = PREFIX_READERS[TNT]
-
-
-default_cfgs = generate_default_cfgs(
-    {
-        "localvit_tnt_t_patch16_224.in1k": released_cfg("localvit_tnt.pth", first_conv="pixel_embed.proj"),
-        "localvit_tnt_s_patch16_224.untrained": released_cfg(first_conv="pixel_embed.proj"),
-        "tnt_t_patch16_224.untrained": released_cfg(first_conv="pixel_embed.proj"),
-    }
-)
-
 _TINY = {"patch_size": 16, "embed_dim": 192, "inner_dim": 12, "depth": 12, "num_heads_inner": 3, "num_heads_outer": 3}
-_SMALL = {"patch_size": 16, "embed_dim": 384, "inner_dim": 24, "depth": 12, "num_heads_inner": 4, "num_heads_outer": 6}
 
-
-def _localvit_tnt(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    return build(LocalTNT, variant, pretrained, **{"out_indices": 3} | kwargs)
-
-
-@also_known_as("localvit_tnt_tiny")
-def localvit_tnt_t_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """LocalViT-TNT: 75.9 % on ImageNet-1k."""
-    return _localvit_tnt("localvit_tnt_t_patch16_224", pretrained, **_TINY | kwargs)
-
-
-@also_known_as("localvit_tnt_small")
-def localvit_tnt_s_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """LocalViT on TNT-S (no weights were released)."""
-    return _localvit_tnt("localvit_tnt_s_patch16_224", pretrained, **_SMALL | kwargs)
-
-
-@also_known_as("tnt_tiny")
-def tnt_t_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """TNT-T, the baseline with the ordinary feed-forward: no block is local (no weights were released)."""
-    return _localvit_tnt("tnt_t_patch16_224", pretrained, **_TINY | {"local_blocks": ()} | kwargs)
+register_model(
+    ModelInfo(
+        name="localvit_tnt_t_patch16_224",
+        alias="localvit_tnt_tiny",
+        paper_name="LocalViT-TNT",
+        family=LocalTNT,
+        args=_TINY,
+        parameters=6_261_064,
+        file="localvit_tnt.pth",
+        acc1=75.896,
+        acc5=92.898,
+        loss=1.229,
+    )
+)
+register_model(
+    ModelInfo(
+        name="localvit_tnt_s_patch16_224",
+        alias="localvit_tnt_small",
+        paper_name="LocalViT-TNT-S",
+        family=LocalTNT,
+        args={
+            "patch_size": 16,
+            "embed_dim": 384,
+            "inner_dim": 24,
+            "depth": 12,
+            "num_heads_inner": 4,
+            "num_heads_outer": 6,
+        },
+        parameters=24_137_848,
+    )
+)
+register_model(
+    ModelInfo(
+        name="tnt_t_patch16_224",  # the baseline: no block is local
+        alias="tnt_tiny",
+        paper_name="TNT-T",
+        family=LocalTNT,
+        args=_TINY | {"local_blocks": ()},
+        parameters=6_069_784,
+    )
+)

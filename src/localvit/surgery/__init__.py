@@ -1,3 +1,3 @@
-"""Locality in a transformer that somebody else wrote: where it goes, the two ways to put it there, and the call."""
+"""Locality in a transformer from another library: `localize`, and its two methods, `Adapter` and `Replace`."""
 
-from localvit.surgery import hosts  # importing it registers the rules of the known hosts
+from localvit.surgery import hosts  # Importing it registers the rules of the supported hosts.

@@ -1,16 +1,22 @@
-"""Which blocks: the numbers that a user gives, checked against those that there are."""
+"""Which blocks get locality: a user's selection, checked against the blocks of the model."""
 
 import re
 from collections.abc import Iterable
 
 BlockSelection = str | Iterable[int] | None
+"""None for all blocks, "1-4", "1-4,9,12", "" or [] for none, or any iterable of numbers; blocks count from 1."""
 
 
 def select_blocks(blocks: BlockSelection, depth: int, *, argument: str = "local_blocks") -> frozenset[int]:
-    """Indices from 0 of the blocks that get locality, out of `depth`.
+    """Indices, from 0, of the selected blocks of a model of `depth` blocks.
 
-    `blocks` counts from 1 as the paper's Table 5 does: None for all, "1-4", "1-4,9,12", "" or [] for none, or any list
-    of numbers. Raises ValueError, naming the `argument`, for what is no such list or no such block.
+    Args:
+        blocks: the selection, which counts from 1 as the paper's Table 5 does.
+        depth: number of blocks of the model.
+        argument: name of the user's argument, for error messages.
+
+    Raises:
+        ValueError: for text that is not a list of numbers and ranges, or a number without a block.
     """
     if blocks is None:
         return frozenset(range(depth))

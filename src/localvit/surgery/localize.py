@@ -1,7 +1,7 @@
-"""Locality for any vision transformer, in one call, and back."""
+"""`localize` puts locality into any vision transformer, and `delocalize` removes it."""
 
-import dataclasses
-from collections.abc import Callable, Collection
+import copy
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -9,146 +9,160 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from localvit.surgery.blocks import BlockSelection
-from localvit.surgery.branch import (
+from localvit.surgery.adapter import (
     CHILD,
-    LocalityBranch,
+    Adapter,
+    LocalityAdapter,
+    accept_state_dicts_without_adapters,
     attach,
+    check_attachable,
     detach,
-    has_branch,
-    load_as_before,
-    load_without_branches,
+    has_adapter,
+    refuse_state_dicts_without_adapters,
 )
-from localvit.surgery.paper_form import Locality, replace_feed_forwards
+from localvit.surgery.blocks import BlockSelection
+from localvit.surgery.options import Method, options_of, parse_options
+from localvit.surgery.replace import Replace, replace_feed_forwards
 from localvit.surgery.sites import Grids, Site, find_sites, sites_of_blocks, sites_on_grid
-from localvit.tokens.grid import stop_following
 from localvit.tokens.mlp import LocalityMlp
+from localvit.tokens.sources import disconnect
 
 Model = TypeVar("Model", bound=nn.Module)
 FilterFn = Callable[[nn.Module, str], bool] | Collection[str]
-
-BRANCH_OPTIONS = ("kernel_size", "dilation", "gate", "reduction", "norm")
-"""What `localize` takes for the branch, with the meaning that `LocalityBranch` gives them."""
-PAPER_OPTIONS = tuple(field.name for field in dataclasses.fields(Locality))
-"""What `localize` takes for the paper's form, with the meaning that `Locality` gives them."""
+Trainable = Literal["all", "locality"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Localized:
-    """What was done to a model; `localize` leaves it there as `model.localized`."""
+    """What `localize` did to a model; it is stored as `model.localized`."""
 
     options: dict[str, Any]
-    """Arguments of `localize` that do the same to the same model again, in values that JSON can hold."""
+    """Plain values for `localize_with_options`, which do the same to the same model again; JSON can store them."""
     frozen: tuple[str, ...]
-    """Parameters that `trainable="locality"` has frozen."""
+    """Names of the parameters that `trainable="locality"` has frozen."""
 
 
 def localize(
     model: Model,
-    blocks: BlockSelection = None,
+    method: Method = Adapter(),  # noqa: B008, it is frozen
     *,
-    preserve: bool = True,
+    blocks: BlockSelection = None,
     filter_fn: FilterFn | None = None,
     grid: tuple[int, int] | str | None = None,
     num_prefix_tokens: int = 0,
-    trainable: Literal["all", "locality"] = "all",
-    **options: Any,
+    trainable: Trainable = "all",
+    inplace: bool = False,
 ) -> Model:
-    """Put locality into the feed-forwards of a vision transformer, in place; returns the model.
+    """Add locality to the feed-forwards of a vision transformer.
 
-    By default the model computes what it did before, to the bit in eager mode: the hidden channels of each
-    feed-forward get a depth-wise convolution beside them that starts at zero (see `LocalityBranch`). Parameters keep
-    their names and values, so a state dict of the original loads before and after. With `preserve=False` the
-    feed-forwards, their norms and their stochastic depth give way to the paper's module, freshly initialized (arXiv
-    2104.05707, section 3.3), which is to be trained. In both, tokens that are no patches pass untouched.
+    With `Adapter()`, the default, the model computes what it did before, bit-exactly in eager mode: a depth-wise
+    convolution that starts at zero is added to the hidden channels of each feed-forward. Parameters keep their names
+    and values, so a state dict of the original still loads. With `Replace()` the paper's module (arXiv 2104.05707,
+    section 3.3), newly initialized, replaces the feed-forwards with their norms and their stochastic depth, and has to
+    be trained. With both, tokens that are not patches pass unchanged.
 
-    Known hosts are timm's vision transformers and those of Hugging Face transformers (see the table in
-    docs/localize.md), also inside another module. Localize before `torch.compile` and before DistributedDataParallel.
+    Supported hosts are vision transformers of timm and of Hugging Face transformers (the table in docs/localize.md),
+    also inside another module. Localize before `torch.compile`, before DistributedDataParallel and before you create
+    an optimizer.
 
     Args:
         model: the transformer. Its image size may change afterwards, as far as it allows that.
-        blocks: which blocks, counted from 1 through all stages: None for all, "1-4", "1-4,9", or any list of numbers.
-        preserve: keep the function; False for the paper's form.
-        filter_fn: called with the last projection of each feed-forward, the module that reads the hidden channels, and
-            its name; True puts locality there. Or a collection of such names.
-        grid: for a module that is no known host: its patch grid (height, width), or the name of the submodule that
-            returns the map of patches (B, C, H, W) in each forward. `filter_fn` then chooses among all linear layers,
-            which have to read tokens (B, N, E).
-        num_prefix_tokens: with `grid`, how many tokens come before the patches.
-        trainable: "locality" freezes every other parameter.
-        options: for the branch `kernel_size`, `dilation`, `gate`, `reduction`, `norm`, as in `LocalityBranch`; for the
-            paper's form `act`, `reduction`, `expand_ratio` (the host's own by default), `depthwise`,
-            `depthwise_first`, as in `Locality`.
+        method: `Adapter` or `Replace`, with their options.
+        blocks: which blocks, counted from 1 through all stages: None for all, "1-4", "1-4,9", or a list of numbers.
+        filter_fn: called with the last projection of each feed-forward (the module that reads the hidden channels) and
+            its name; returns whether the feed-forward gets locality. Or a collection of such names.
+        grid: for a module that is not a supported host: its patch grid (height, width), or the name of the submodule
+            that returns the map of patches (B, C, H, W) in each forward. `filter_fn` then selects among all linear
+            layers; those it selects must read tokens (B, N, E).
+        num_prefix_tokens: with `grid`, the number of tokens before the patches.
+        trainable: "locality" freezes all other parameters.
+        inplace: change `model` itself, which saves the memory of a second model. By default `model` stays as it is,
+            and a changed deep copy is returned.
+
+    Returns:
+        The localized model. `localized.options` of it describes what was done.
 
     Raises:
-        ValueError: when no feed-forward is found or chosen, the model is localized already, compiled or wrapped, or an
-            option has no meaning. The model is then unchanged. Later, in forward, when tokens do not fill the grid.
-        TypeError: for an option that the form does not have.
+        ValueError: when no feed-forward is found or selected, the model has locality already, is compiled or wrapped,
+            or an option is invalid. The model is then unchanged. In its forward, when tokens do not fill the grid.
     """
     _check_model(model)
-    known_options = BRANCH_OPTIONS if preserve else PAPER_OPTIONS
-    if unknown := options.keys() - set(known_options):
-        form = "the branch (preserve=True)" if preserve else "the paper's form (preserve=False)"
-        raise TypeError(
-            f"{form} has no option {', '.join(sorted(unknown))}; its options are {', '.join(known_options)}"
-        )
     if trainable not in ("all", "locality"):
         raise ValueError(f"trainable={trainable!r}: choose 'all' or 'locality'")
     if blocks is not None and not isinstance(blocks, str):
         blocks = list(blocks)
-    sites = _chosen(model, blocks, filter_fn, grid, num_prefix_tokens)
-    if preserve:
-        _add_branches(model, sites, options)
+    sites = _select(model, blocks, filter_fn, grid, num_prefix_tokens)
+    names = [site.projection_name for site in sites]
+    if not inplace:
+        model = copy.deepcopy(model)
+        sites = _select(model, None, names, grid, num_prefix_tokens)
+    if isinstance(method, Replace):
+        replace_feed_forwards(sites, lambda site: method)
     else:
-        replace_feed_forwards(sites, lambda site: Locality(**{"expand_ratio": site.expand_ratio} | options))
+        _add_adapters(model, sites, method)
     frozen = _freeze_others(model) if trainable == "locality" else ()
-    remembered: dict[str, Any] = dict(options)
-    if not preserve:
-        remembered["preserve"] = False
+    options = options_of(method)
     if grid is not None:
-        remembered |= {"grid": grid, "num_prefix_tokens": num_prefix_tokens}
+        options |= {"grid": grid, "num_prefix_tokens": num_prefix_tokens}
     if filter_fn is not None:
-        remembered["filter_fn"] = [site.projection_name for site in sites]
+        options["filter_fn"] = names
     elif blocks is not None:
-        remembered["blocks"] = blocks
+        options["blocks"] = blocks
     if trainable != "all":
-        remembered["trainable"] = trainable
-    model.localized = Localized(options=remembered, frozen=frozen)  # type: ignore[assignment]
+        options["trainable"] = trainable
+    model.localized = Localized(options=options, frozen=frozen)  # type: ignore[assignment]
     if isinstance(made_from := getattr(model, "made_from", None), dict):
-        made_from["args"]["localize"] = remembered
+        made_from["args"]["localize"] = options
     return model
 
 
-def delocalize(model: Model, *, discard: bool = False) -> Model:
-    """Take the branches that `localize` put there away again, in place; returns the model.
+def localize_with_options(model: Model, options: Mapping[str, Any], *, inplace: bool = False) -> Model:
+    """Call `localize` with plain values (`localvit.surgery.options`), such as `model.localized.options` of another one.
 
-    An untrained branch changes nothing, so the original comes back bit for bit.
+    Raises as `localize` and `parse_options` do.
+    """
+    method, others = parse_options(options)
+    return localize(model, method, **others, inplace=inplace)
+
+
+def delocalize(model: Model, *, discard: bool = False, inplace: bool = False) -> Model:
+    """Remove the adapters that `localize` added.
+
+    Untrained adapters do nothing, so the original comes back bit-exactly.
 
     Args:
-        discard: take trained branches away too, and with them what they have learned.
+        model: a model with adapters.
+        discard: remove trained adapters too; what they learned is lost.
+        inplace: change `model` itself; by default a changed deep copy is returned.
+
+    Returns:
+        The model without locality.
 
     Raises:
-        ValueError: when there is no locality, when it is the paper's form, which has replaced the feed-forwards for
-            good, or when a branch is trained and is not to be discarded. The model is then unchanged.
+        ValueError: when the model has no locality, when it has the paper's module, which has replaced the
+            feed-forwards for good, or when an adapter is trained and `discard` is False. The model is then unchanged.
     """
+    kind = type(model).__name__
     if any(isinstance(module, LocalityMlp) for module in model.modules()):
         raise ValueError(
-            f"{type(model).__name__} holds the paper's form, which has replaced the feed-forwards: their weights are "
-            "gone, make the model anew"
+            f"{kind} has the paper's module in place of its feed-forwards, whose weights are gone: create the model "
+            "again instead"
         )
-    hosts = {name: module for name, module in model.named_modules() if has_branch(module)}
-    if not hosts:
-        raise ValueError(f"{type(model).__name__} is not localized")
-    trained = [name for name, module in hosts.items() if not module.get_submodule(CHILD).is_neutral]
+    projections = {name: module for name, module in model.named_modules() if has_adapter(module)}
+    if not projections:
+        raise ValueError(f"{kind} is not localized")
+    trained = [name for name, module in projections.items() if not module.get_submodule(CHILD).is_neutral]
     if trained and not discard:
         raise ValueError(
-            f"{len(trained)} of {len(hosts)} branches are trained ({_some(trained)}): the model would compute "
-            "something else without them; discard=True takes them away all the same"
+            f"{len(trained)} of {len(projections)} adapters are trained ({_some(trained)}), so the model computes "
+            "something else without them: pass discard=True to remove them anyway"
         )
-    for module in hosts.values():
+    if not inplace:
+        model = copy.deepcopy(model)
+    for module in [module for module in model.modules() if has_adapter(module)]:
         detach(module)
-    stop_following(model)
-    load_as_before(model)
+    disconnect(model)
+    refuse_state_dicts_without_adapters(model)
     if isinstance(localized := getattr(model, "localized", None), Localized):
         parameters = dict(model.named_parameters())
         for name in localized.frozen:
@@ -160,8 +174,8 @@ def delocalize(model: Model, *, discard: bool = False) -> Model:
 
 
 def locality_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of a model that bring locality, branches or the paper's form, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LocalityBranch | LocalityMlp)}
+    """The modules of a model that contain locality, adapters or the paper's module, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LocalityAdapter | LocalityMlp)}
 
 
 def _check_model(model: nn.Module) -> None:
@@ -172,11 +186,11 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError(f"this model is wrapped in {kind}: localize model.module before you wrap it")
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError("this model is TorchScript, which cannot be changed: localize the module it came from")
-    if there := locality_modules(model):
-        raise ValueError(f"{kind} has locality already, in {len(there)} feed-forwards ({_some(list(there))})")
+    if found := locality_modules(model):
+        raise ValueError(f"{kind} has locality already, in {len(found)} feed-forwards ({_some(list(found))})")
 
 
-def _chosen(
+def _select(
     model: nn.Module,
     blocks: BlockSelection,
     filter_fn: FilterFn | None,
@@ -188,36 +202,37 @@ def _chosen(
         sites = find_sites(model)
         if not sites:
             raise ValueError(
-                f"{kind} has no feed-forward that is known here: none of its modules is a known host. Say which linear "
-                "layers read the hidden channels with filter_fn, and on which patch grid they work with grid"
+                f"{kind} has no feed-forward that localize can find: neither it nor one of its modules is a supported "
+                "host. Select the linear layers that read the hidden channels with filter_fn, and give their patch "
+                "grid with grid"
             )
     elif filter_fn is None:
-        raise ValueError("grid is for a module that is no known host, so filter_fn has to say where locality goes")
+        raise ValueError("grid is for a module that is not a supported host: select its linear layers with filter_fn")
     else:
         sites = sites_on_grid(model, grid, num_prefix_tokens)
-    chosen = sites_of_blocks(sites, blocks) if blocks is not None else sites
-    if not chosen:
-        raise ValueError(f"blocks={blocks!r} names none of the blocks of {kind}")
+    selected = sites_of_blocks(sites, blocks) if blocks is not None else sites
+    if not selected:
+        raise ValueError(f"blocks={blocks!r} selects none of the blocks of {kind}")
     if filter_fn is not None:
-        names = [site.projection_name for site in chosen]
+        names = [site.projection_name for site in selected]
         if not callable(filter_fn) and (missing := set(filter_fn) - set(names)):
             raise ValueError(f"filter_fn names {_some(sorted(missing))}, but {kind} has {_some(names)}")
         matches = filter_fn if callable(filter_fn) else lambda _, name: name in set(filter_fn)
-        chosen = [site for site in chosen if matches(site.projection, site.projection_name)]
-        if not chosen:
+        selected = [site for site in selected if matches(site.projection, site.projection_name)]
+        if not selected:
             raise ValueError(f"filter_fn matched none of the {len(names)} projections of {kind}: {_some(names)}")
-    return chosen
+    return selected
 
 
-def _add_branches(model: nn.Module, sites: list[Site], options: dict[str, Any]) -> None:
+def _add_adapters(model: nn.Module, sites: list[Site], method: Adapter) -> None:
+    for site in sites:
+        check_attachable(site.projection, site.projection_name)
     grids = Grids()
-    branches = [
-        LocalityBranch(site.hidden_dim, site.layout(grids.of(site)), **options, **site.factory) for site in sites
-    ]
-    grids.follow()
-    for site, branch in zip(sites, branches, strict=True):
-        attach(site.projection, branch.train(site.projection.training))
-    load_without_branches(model)
+    adapters = [LocalityAdapter(site.hidden_dim, site.layout(grids.of(site)), method, **site.factory) for site in sites]
+    for site, adapter in zip(sites, adapters, strict=True):
+        attach(site.projection, adapter.train(site.projection.training))
+    grids.connect()
+    accept_state_dicts_without_adapters(model)
 
 
 def _freeze_others(model: nn.Module) -> tuple[str, ...]:

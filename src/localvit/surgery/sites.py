@@ -1,7 +1,7 @@
 """Where a model's feed-forwards are, and how the tokens in them lie on the patch grid.
 
-Each host, a class of somebody's library, has a rule that names its sites. Rules are found by the full name of the
-class, so that no library is imported for the sake of one rule.
+A host is a class of another library that has a rule here. The rule yields a `Site` for each feed-forward. Rules are
+found by the full name of the class, so that no library has to be imported. See `host` for what a rule must provide.
 """
 
 import dataclasses
@@ -14,67 +14,84 @@ from typing import Any
 from torch import nn
 
 from localvit.surgery.blocks import BlockSelection, select_blocks
-from localvit.tokens.grid import Grid, GridSource, patch_map, static_grid
-from localvit.tokens.layouts import TokenSequence
+from localvit.tokens.grid import Grid
+from localvit.tokens.layouts import Layout, TokenSequence
+from localvit.tokens.sources import FixedGrid, GridSource, OutputMap, enclose_calls, recognize_inputs
 
 PROJECTIONS = ("fc2", "w2", "down_proj", "ln2", "weights_out", "dense")
-"""Names by which hosts call a feed-forward's last projection, the one that reads the hidden channels."""
+"""Names that hosts give to a feed-forward's last projection, the one that reads the hidden channels."""
+
+LayoutFactory = Callable[..., Layout]
+"""Makes a layout from a grid, or from None where the layout needs no grid."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slot:
-    """The parts of a block that the paper's form replaces, by their names in the block."""
+    """The parts of a block that the paper's module replaces, by their attribute names in the block."""
 
     mlp: str = "mlp"
     norm: str | None = "norm2"
-    """None where the feed-forward holds its norm itself, or has none."""
+    """None where the feed-forward contains its norm, or has none."""
     drop_path: str | None = "drop_path2"
-    """None where the block has no stochastic depth of its own for the feed-forward."""
+    """None where no stochastic depth acts on the feed-forward only."""
     scale: str | None = None
     """Layer scale, a module or a parameter."""
 
 
+@dataclass(frozen=True)
+class Unsupported:
+    """The paper's module cannot replace a feed-forward."""
+
+    reason: str
+    """Completes "the paper's module cannot replace <name>: ...", and says what to do, if something can be done."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """One feed-forward."""
+    """One feed-forward of a host. Names are those in the model."""
 
     name: str
-    """Of the feed-forward, in the model."""
+    """Name of the feed-forward."""
+    host: nn.Module
+    """The module whose rule found the feed-forward. Each call of it is one forward pass."""
     block_name: str
-    """Of the block that holds it, in the model."""
+    """Name of the block that contains the feed-forward."""
     block: nn.Module
     projection_name: str
+    """Name of the feed-forward's last projection."""
     projection: nn.Module
-    """The feed-forward's last projection, whose input is the hidden map."""
+    """That projection, whose input are the hidden tokens."""
     source: GridSource | None
-    """None for layouts that need no grid, for the tokens themselves have a height and a width."""
-    layout: Callable[..., nn.Module]
+    """Where the grid is known; None for layouts that need no grid, since their tokens have a height and a width."""
+    layout: LayoutFactory
     """Makes the layout of the tokens, given the grid of `source`."""
-    slot: Slot | str
-    """What the paper's form replaces, or why it cannot."""
+    slot: Slot | Unsupported
+    """What the paper's module replaces, or why it cannot."""
 
     @property
     def hidden_dim(self) -> int:
-        """Channels of the hidden map."""
+        """Number of hidden channels."""
         return _widths(self.projection)[0]
 
     @property
     def dim(self) -> int:
-        """Channels of the block."""
+        """Number of channels of the block."""
         return _widths(self.projection)[1]
 
     @property
     def expand_ratio(self) -> float:
-        """Hidden channels over the block's."""
+        """Hidden channels over the block's channels, so that `int(dim * expand_ratio)` is `hidden_dim` again."""
         ratio = self.hidden_dim / self.dim
         return ratio if int(self.dim * ratio) == self.hidden_dim else math.nextafter(ratio, math.inf)
 
     @property
     def factory(self) -> dict[str, Any]:
-        """Device and dtype for new modules. Raises ValueError where the host's weights are no floating point."""
+        """Device and dtype for new modules. Raises ValueError where the host's weights are not floating point."""
         weight = next(self.projection.parameters())
         if not weight.is_floating_point():
-            raise ValueError(f"{self.projection_name} holds {weight.dtype}: localize a model before it is quantized")
+            raise ValueError(
+                f"{self.projection_name} has weights of {weight.dtype}: localize the model before it is quantized"
+            )
         return {"device": weight.device, "dtype": weight.dtype}
 
 
@@ -84,21 +101,32 @@ def _widths(projection: nn.Module) -> tuple[int, int]:
             return module.in_features, module.out_features
         if isinstance(module, nn.Conv2d):
             return module.in_channels, module.out_channels
-    raise ValueError(f"{type(projection).__name__} is no projection that is known here: neither linear nor convolution")
+    raise ValueError(
+        f"{type(projection).__name__} is not a supported projection: it has no linear layer or convolution"
+    )
 
 
 def site(
     host: nn.Module,
     block_name: str,
     source: GridSource | None,
-    layout: Callable[..., nn.Module] = TokenSequence,
+    layout: LayoutFactory = TokenSequence,
     *,
     mlp: str = "mlp",
-    slot: Slot | str | None = None,
+    slot: Slot | Unsupported | None = None,
 ) -> Site:
-    """The site of the feed-forward `mlp` in a host's block; by default its slot is named as timm names it.
+    """The site of one feed-forward, for use in rules.
 
-    Raises ValueError when the feed-forward has no projection by a known name.
+    Args:
+        host: the module that the rule was called with.
+        block_name: name of the block in the host; "" where the block is the host.
+        source: where the host knows the patch grid; None for layouts that need no grid.
+        layout: makes the layout of the tokens from a grid.
+        mlp: name of the feed-forward in the block.
+        slot: what the paper's module replaces; None to derive it from the names that timm uses (`timm_slot`).
+
+    Raises:
+        ValueError: when the feed-forward's last projection has none of the names in `PROJECTIONS`.
     """
     block = host.get_submodule(block_name)
     feed_forward = block.get_submodule(mlp)
@@ -110,11 +138,12 @@ def site(
         if last is None:
             raise ValueError(
                 f"{name} ({type(feed_forward).__name__}) has no last projection called {', '.join(PROJECTIONS)}: "
-                "name it with filter_fn and grid"
+                "select its projection with filter_fn and grid"
             )
         projection_name, projection = f"{name}.{last}", feed_forward.get_submodule(last)
     return Site(
         name=name,
+        host=host,
         block_name=block_name,
         block=block,
         projection_name=projection_name,
@@ -125,18 +154,18 @@ def site(
     )
 
 
-def timm_slot(block: nn.Module, mlp: str = "mlp") -> Slot | str:
-    """The slot of a block that names its parts as most of timm's do, or why it has none."""
+def timm_slot(block: nn.Module, mlp: str = "mlp") -> Slot | Unsupported:
+    """The slot of a block that names its parts as most of timm's blocks do."""
+    kind = type(block).__name__
     if not hasattr(block, "norm2"):
-        return f"{type(block).__name__} has no norm that serves the feed-forward alone"
+        return Unsupported(f"{kind} has no norm that serves the feed-forward only")
     scale = next((name for name in ("ls2", "gamma_2", "gamma2") if getattr(block, name, None) is not None), None)
     if hasattr(block, "drop_path2"):
         return Slot(mlp=mlp, scale=scale)
     if isinstance(getattr(block, "drop_path", None), nn.Identity | None):
         return Slot(mlp=mlp, drop_path=None, scale=scale)
-    return (
-        f"the one stochastic depth of {type(block).__name__} serves its attention too: make the model without "
-        "drop_path_rate"
+    return Unsupported(
+        f"the stochastic depth of {kind} serves its attention too: create the model without drop_path_rate"
     )
 
 
@@ -145,7 +174,22 @@ _RULES: dict[str, Rule] = {}
 
 
 def host(*class_names: str) -> Callable[[Rule], Rule]:
-    """Register a rule for classes, by `module.Class`; it holds for their subclasses too."""
+    """Register a rule for classes, given as "module.Class". It holds for their subclasses too.
+
+    The rule is a generator function. It is called with an instance of the class and yields a `Site`, made by `site`,
+    for every feed-forward that works on patches, in the order of the forward pass. It must
+
+    - skip feed-forwards that see the class token only (class attention, attention pooling): they have no neighbors;
+    - give the `GridSource` that knows the patch grid in each forward pass: `OutputMap` or `InputMap` where a module
+      returns or reads a map, `ArgumentsGrid` or `ResultGrid` where its arguments or its result tell the grid,
+      `FixedGrid` where the host takes one image size. Never derive a grid from a number of tokens;
+    - give the layout: which tokens are prefix tokens, and the order of the others;
+    - give the `Slot` of the parts that the paper's module replaces, or `Unsupported` with the reason, where a norm, a
+      stochastic depth or a layer scale serves more than the feed-forward;
+    - raise ValueError, with what to do about it, for a configuration that leaves no map, such as dropped patches.
+
+    It must not change the model. Functions given to a source must be picklable: functions of a file, or partials.
+    """
 
     def register(rule: Rule) -> Rule:
         _RULES.update(dict.fromkeys(class_names, rule))
@@ -155,7 +199,7 @@ def host(*class_names: str) -> Callable[[Rule], Rule]:
 
 
 def rule_of(module: nn.Module) -> Rule | None:
-    """The rule for a module's class or the nearest class that it derives from."""
+    """The rule for a module's class, or for its nearest base class that has one."""
     for cls in type(module).__mro__:
         if rule := _RULES.get(f"{cls.__module__}.{cls.__qualname__}"):
             return rule
@@ -179,29 +223,30 @@ def find_sites(model: nn.Module, prefix: str = "") -> list[Site]:
 
 
 def sites_on_grid(model: nn.Module, grid: tuple[int, int] | str, num_prefix_tokens: int) -> list[Site]:
-    """All linear layers of a module that is no known host, as if each were a feed-forward's last projection.
+    """All linear layers of a module that is not a known host, each as if it were a feed-forward's last projection.
 
-    Raises ValueError for a grid that is none, or names no submodule.
+    Raises ValueError for a grid that is not one, or does not name a submodule.
     """
     if isinstance(grid, str):
         if grid not in dict(model.named_modules()):
-            raise ValueError(f"grid={grid!r} names no submodule of {type(model).__name__}")
-        source = patch_map(model.get_submodule(grid))
+            raise ValueError(f"grid={grid!r} is not the name of a submodule of {type(model).__name__}")
+        source: GridSource = OutputMap(model.get_submodule(grid))
     elif len(grid) == 2 and min(grid) >= 1:
-        source = static_grid((grid[0], grid[1]))
+        source = FixedGrid((grid[0], grid[1]))
     else:
         raise ValueError(f"grid={grid!r} must be (height, width) in patches, or the name of a submodule")
-    why = "only a known host's feed-forward can give way to it; put localvit.LocalityFeedForward there by hand"
+    reason = "this works for supported hosts only; use localvit.LocalityFeedForward in the code of the module instead"
     return [
         Site(
             name=name,
+            host=model,
             block_name=name.rpartition(".")[0],
-            block=module,
+            block=model.get_submodule(name.rpartition(".")[0]),
             projection_name=name,
             projection=module,
             source=source,
             layout=partial(TokenSequence, num_prefix_tokens=num_prefix_tokens),
-            slot=why,
+            slot=Unsupported(reason),
         )
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
@@ -209,30 +254,43 @@ def sites_on_grid(model: nn.Module, grid: tuple[int, int] | str, num_prefix_toke
 
 
 def sites_of_blocks(sites: list[Site], blocks: BlockSelection, *, argument: str = "blocks") -> list[Site]:
-    """The sites in the selected blocks, which are numbered from 1 in the order of the model."""
+    """The sites in the selected blocks, which count from 1 in the order of the model."""
     names = list(dict.fromkeys(site.block_name for site in sites))
     selected = {names[index] for index in select_blocks(blocks, len(names), argument=argument)}
     return [site for site in sites if site.block_name in selected]
 
 
 def local_sites(model: nn.Module, local_blocks: BlockSelection) -> list[Site]:
-    """The sites of a new model of ours in the blocks that its argument `local_blocks` names."""
+    """The sites in the blocks that the argument `local_blocks` of this package's models selects."""
     return sites_of_blocks(find_sites(model), local_blocks, argument="local_blocks")
 
 
 class Grids:
-    """The `Grid` of each source that a surgery meets. They are hung up at last, once nothing can fail any more."""
+    """The `Grid` of each source that several sites share. Connect them last, when nothing can fail any more."""
 
     def __init__(self) -> None:
         self._grids: dict[GridSource, Grid] = {}
+        self._sites: list[Site] = []
 
     def of(self, site: Site) -> Grid | None:
-        """The grid for the layout of a site; None where that needs none."""
+        """The grid for the layout of a site; None where it needs none."""
         if site.source is None:
             return None
-        return self._grids.setdefault(site.source, site.source.grid())
+        self._sites.append(site)
+        return self._grids.setdefault(site.source, site.source.new_grid())
 
-    def follow(self) -> None:
-        """Hang every grid on its source."""
+    def connect(self) -> None:
+        """Connect every grid with its source, and each call of the host with a grid of its own."""
         for source, grid in self._grids.items():
-            source.hang(grid)
+            source.connect(grid)
+            sites = [site for site in self._sites if site.source is source]
+            if source.module is None:
+                continue
+            inside = set(source.module.modules())
+            if all(site.projection in inside for site in sites):  # Its call records the grid and uses it.
+                enclose_calls(source.module, grid)
+                continue
+            for host in {id(site.host): site.host for site in sites}.values():
+                enclose_calls(host, grid)
+            for block in {id(site.block): site.block for site in sites}.values():
+                recognize_inputs(block, grid)

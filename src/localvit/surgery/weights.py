@@ -1,17 +1,16 @@
-"""The weights that locality brought, alone: a small file on top of an unchanged base model."""
+"""Save and load only the weights of locality: a small file for an unchanged base model."""
 
 import json
 from pathlib import Path
 from typing import TypeVar
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from localvit.surgery.localize import Localized, locality_modules, localize
+from localvit.surgery.localize import Localized, locality_modules, localize_with_options
 from localvit.utils.files import atomic_write
-from localvit.utils.weight_files import CheckpointError, read_weight_file
+from localvit.utils.weight_files import CheckpointError, check_plain_arguments, read_header, read_weight_file
 
 HEADER = "localvit_locality"
 
@@ -19,22 +18,30 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def locality_state(model: nn.Module) -> dict[str, Tensor]:
-    """The entries of the model's state dict that locality brought, buffers included; none without locality."""
+    """The entries of the model's state dict that belong to locality, buffers included; empty without locality."""
     prefixes = tuple(f"{name}." for name in locality_modules(model))
     return {key: value for key, value in model.state_dict().items() if key.startswith(prefixes)} if prefixes else {}
 
 
 def save_locality(model: nn.Module, path: str | Path) -> Path:
-    """Write what `localize` added to `model`, and how, to a safetensors file, whole or not at all; returns the path.
+    """Write the weights that `localize` added to `model`, and its options, to a safetensors file.
 
-    Nothing else that was trained is in it, no head and no other weights of the base.
+    The file does not contain other trained weights, such as a new head.
 
-    Raises ValueError for a model that was not localized.
+    Args:
+        model: a model that `localize` returned.
+        path: the file, which is written completely or not at all.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: for a model that was not localized.
     """
     path = Path(path)
     localized = getattr(model, "localized", None)
     if not isinstance(localized, Localized):
-        raise ValueError(f"{type(model).__name__} was not localized by localvit.localize: nothing to save alone")
+        raise ValueError(f"{type(model).__name__} was not localized by localvit.localize: there is no locality to save")
     tensors = {
         key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for key, value in locality_state(model).items()
@@ -45,33 +52,44 @@ def save_locality(model: nn.Module, path: str | Path) -> Path:
 
 
 def load_locality(model: Model, path: str | Path) -> Model:
-    """Localize `model` as the file of `save_locality` says, and load its weights, in place; returns the model.
+    """Load a file of `save_locality` into `model`, in place, as `load_state_dict` does.
 
-    A model that is localized already keeps its form and takes the weights alone.
+    A model without locality is localized first, with the options in the file.
+
+    Args:
+        model: the base model, localized or not.
+        path: the file.
+
+    Returns:
+        `model`.
 
     Raises:
-        FileNotFoundError: no such file.
-        CheckpointError: the file is damaged, is not of `save_locality`, or is of another model or another form.
+        FileNotFoundError: when there is no such file.
+        CheckpointError: when the file is damaged, was not written by `save_locality`, or belongs to another model or
+            other options.
         ValueError: as `localize`.
     """
     path = Path(path)
     tensors = read_weight_file(path)
-    with safetensors.safe_open(path, framework="pt") as file:
-        header = (file.metadata() or {}).get(HEADER)
+    header = read_header(path, HEADER)
     if header is None:
-        raise CheckpointError(f"{path} was not written by save_locality: it does not say how a model is localized")
+        raise CheckpointError(f"{path} was not written by save_locality: it has no options of localize")
+    check_plain_arguments(path, header)
     if not locality_modules(model):
-        localize(model, **json.loads(header))
-    wanted = locality_state(model)
+        try:
+            localize_with_options(model, header, inplace=True)
+        except TypeError as error:
+            raise CheckpointError(f"{path} has a damaged header: {error}") from error
+    own = locality_state(model)
     wrong = sorted(
         key
-        for key in wanted.keys() | tensors.keys()
-        if key not in wanted or key not in tensors or wanted[key].shape != tensors[key].shape
+        for key in own.keys() | tensors.keys()
+        if key not in own or key not in tensors or own[key].shape != tensors[key].shape
     )
     if wrong:
         raise CheckpointError(
-            f"{path} does not fit {type(model).__name__}: {len(wrong)} entries are missing, surplus or of another "
-            f"shape, first {wrong[0]}; it was made by localize with {header}"
+            f"{path} does not fit {type(model).__name__}: {len(wrong)} entries are missing, unexpected or of another "
+            f"shape, first {wrong[0]}; it was written for the options {header}"
         )
     model.load_state_dict(tensors, strict=False)
     return model

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from localvit import ops
 from localvit.locality import LocalityFeedForward
-from localvit.tokens.layouts import refuse_empty_places
+from localvit.tokens.layouts import refuse_empty_positions
 
 
 class LocalityMlp(LocalityFeedForward):
@@ -51,7 +51,7 @@ class LocalityMlp(LocalityFeedForward):
         self.layout: Any = layout
 
     def forward(self, x: Tensor) -> Tensor:
-        refuse_empty_places(self.layout, "the paper's module")
+        refuse_empty_positions(self.layout, "the paper's module")
         return self.layout.to_tokens(ops.feed_forward(self.conv, self.layout.to_map(x)))
 
     def fuse(self) -> nn.Module:
@@ -73,6 +73,6 @@ class FusedMlp(nn.Module):
         self.layout: Any = layout
 
     def forward(self, x: Tensor) -> Tensor:
-        refuse_empty_places(self.layout, "the paper's module")
+        refuse_empty_positions(self.layout, "the paper's module")
         out_BHWC = self.conv(self.layout.to_map(x).permute(0, 2, 3, 1))
         return self.layout.to_tokens(out_BHWC.permute(0, 3, 1, 2))

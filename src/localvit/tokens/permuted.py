@@ -1,27 +1,25 @@
-"""Odd layouts: tokens that do not lie row by row, brought to image order and back, each an exact permutation.
-
-Like `localvit.tokens.TokenSequence` they are made from a `Grid` and have `to_map` and `to_tokens`. Each of the two
-copies once.
+"""Layouts of tokens that do not lie row by row. To the map and back is an exact permutation, with one copy each.
 
 Shapes: B batch, N tokens, C channels, H and W the grid; P pixels in a patch; T windows.
 """
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from localvit.tokens.grid import Grid
+from localvit.tokens.layouts import Layout
 
 
-class UnrolledTokens(nn.Module):
+class UnrolledTokens(Layout):
     """Tokens (B, N, C) unrolled as Hiera does it (arXiv 2306.00989), so that what a stage pools is contiguous.
 
-    With a stride (Sy, Sx) the grid is cut into cells of Sy by Sx tokens. First come the tokens at the first place of
-    every cell, then those at the second, and so on; each such group is a grid that the next stride unrolls in turn.
+    A stride (Sy, Sx) divides the grid into cells of Sy by Sx tokens. The tokens at the first position of every cell
+    come first, then those at the second, and so on. Each such group is a grid that the next stride unrolls in turn.
 
     Args:
         grid: the grid of the tokens.
-        strides: the strides (Sy, Sx) in the order of unrolling; none for tokens row by row.
+        strides: the strides (Sy, Sx) in the order of unrolling; empty for tokens that lie row by row.
     """
 
     def __init__(self, grid: Grid, strides: Sequence[tuple[int, int]]) -> None:
@@ -30,11 +28,11 @@ class UnrolledTokens(nn.Module):
         self.strides = tuple(strides)
 
     def to_map(self, x_BNC: Tensor) -> Tensor:
-        """The tokens as a channels-last map. Raises ValueError when they do not fill the noted grid."""
-        height, width = _noted_size(self.grid, x_BNC.shape[1])
+        """The tokens as a channels-last map. Raises ValueError when they do not fill the grid."""
+        height, width = self.grid.size_for(x_BNC.shape[1])
         splits = self._splits(height, width)
         x = x_BNC.unflatten(1, [size for split in splits for size in split])
-        # Tokens have the first stride as their slowest axes, a map has it as the fastest of its rows and columns.
+        # In the tokens the first stride is the slowest axis; in the map it is the fastest one of rows and columns.
         rows, columns = range(2 * len(splits) - 1, 0, -2), range(2 * len(splits), 0, -2)
         return x.permute(0, *rows, *columns, -1).reshape(-1, height, width, x.shape[-1]).permute(0, 3, 1, 2)
 
@@ -46,16 +44,16 @@ class UnrolledTokens(nn.Module):
         return x.permute(0, *axes, -1).flatten(1, -2)
 
     def _splits(self, height: int, width: int) -> list[tuple[int, int]]:
-        """What rows and columns split into: the strides, then the number of the largest cells."""
+        """The factors of (rows, columns): the strides, then the number of cells of the last one."""
         for stride_y, stride_x in self.strides:
             height, width = height // stride_y, width // stride_x
         return [*self.strides, (height, width)]
 
 
 class UnfoldedPixels(UnrolledTokens):
-    """Tokens (B * P, N, C): the pixels at one place of every patch are a sequence of their own, as in MobileViT.
+    """Tokens (B * P, N, C): each of the P positions in a patch has its own sequence, as in MobileViT.
 
-    The map is that of the pixels. Source: arXiv 2110.02178, section 3.1.
+    The map is the map of pixels. Source: arXiv 2110.02178, section 3.1.
 
     Args:
         grid: the grid of the pixels.
@@ -67,7 +65,7 @@ class UnfoldedPixels(UnrolledTokens):
         self.patch_area = patch_size[0] * patch_size[1]
 
     def to_map(self, x_BPNC: Tensor) -> Tensor:
-        """The pixels as a channels-last map. Raises ValueError when they do not fill the noted grid."""
+        """The pixels as a channels-last map. Raises ValueError when they do not fill the grid."""
         return super().to_map(x_BPNC.unflatten(0, (-1, self.patch_area)).flatten(1, 2))
 
     def to_tokens(self, map_BCHW: Tensor) -> Tensor:
@@ -75,8 +73,8 @@ class UnfoldedPixels(UnrolledTokens):
         return super().to_tokens(map_BCHW).unflatten(1, (self.patch_area, -1)).flatten(0, 1)
 
 
-class UnfoldedPixelMap(nn.Module):
-    """The same channels first, (B, C, P, N), as MobileViT v2 has it (arXiv 2206.02680), whose layers are convolutions.
+class UnfoldedPixelMap(Layout):
+    """As `UnfoldedPixels` but channels first, (B, C, P, N): MobileViT v2 (arXiv 2206.02680), which uses convolutions.
 
     Args:
         grid: the grid of the pixels.
@@ -89,8 +87,8 @@ class UnfoldedPixelMap(nn.Module):
         self.patch_size = patch_size
 
     def to_map(self, x_BCPN: Tensor) -> Tensor:
-        """The pixels as a map (B, C, H, W). Raises ValueError when they do not fill the noted grid."""
-        height, width = _noted_size(self.grid, x_BCPN.shape[2] * x_BCPN.shape[3])
+        """The pixels as a map (B, C, H, W). Raises ValueError when they do not fill the grid."""
+        height, width = self.grid.size_for(x_BCPN.shape[2] * x_BCPN.shape[3])
         patch_height, patch_width = self.patch_size
         x = x_BCPN.unflatten(3, (height // patch_height, width // patch_width)).unflatten(2, self.patch_size)
         return x.permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
@@ -102,8 +100,8 @@ class UnfoldedPixelMap(nn.Module):
         return x.permute(0, 1, 3, 5, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
-class WindowedTokens(nn.Module):
-    """Windows of tokens (B, T, N, C), both row by row, as in NesT (arXiv 2105.12723): put together they are the map.
+class WindowedTokens(Layout):
+    """Windows of tokens (B, T, N, C), windows and tokens row by row, as in NesT (arXiv 2105.12723).
 
     Args:
         grid: the grid of the whole map.
@@ -116,8 +114,8 @@ class WindowedTokens(nn.Module):
         self.window_size = window_size
 
     def to_map(self, x_BTNC: Tensor) -> Tensor:
-        """The windows as one channels-last map. Raises ValueError when they do not fill the noted grid."""
-        height, width = _noted_size(self.grid, x_BTNC.shape[1] * x_BTNC.shape[2])
+        """The windows as one channels-last map. Raises ValueError when they do not fill the grid."""
+        height, width = self.grid.size_for(x_BTNC.shape[1] * x_BTNC.shape[2])
         window_height, window_width = self.window_size
         x = x_BTNC.unflatten(2, self.window_size).unflatten(1, (height // window_height, width // window_width))
         return x.transpose(2, 3).reshape(-1, height, width, x.shape[-1]).permute(0, 3, 1, 2)
@@ -127,16 +125,3 @@ class WindowedTokens(nn.Module):
         window_height, window_width = self.window_size
         x = map_BCHW.permute(0, 2, 3, 1).unflatten(2, (-1, window_width)).unflatten(1, (-1, window_height))
         return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-
-
-def _noted_size(grid: Grid, image_tokens: int) -> tuple[int, int]:
-    """The size of a grid that so many tokens have to fill. Raises ValueError, saying both numbers, if they do not."""
-    if grid.size is None:
-        raise ValueError(f"no patch grid was noted for these {image_tokens} tokens: run the whole model, not a block")
-    height, width = grid.size
-    if image_tokens != height * width:
-        raise ValueError(
-            f"{image_tokens} image tokens do not fill the {height} x {width} grid of {height * width}: "
-            "were some masked or dropped?"
-        )
-    return height, width

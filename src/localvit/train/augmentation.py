@@ -12,9 +12,9 @@ from torchvision import transforms
 
 from localvit.data.datasets import open_images
 from localvit.data.images import DataError, Images
-from localvit.data.order import AugmentedImages, TrainingBatches
 from localvit.data.preprocessing import Preprocessing
 from localvit.data.split import split_images
+from localvit.data.training_batches import AugmentedImages, TrainingBatches
 from localvit.train.config import TrainConfig
 from localvit.utils.distributed import rank, world_size
 

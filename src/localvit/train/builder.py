@@ -10,11 +10,11 @@ import torch
 from timm.data import Mixup
 from torch import nn
 
-from localvit.checkpoints.checkpoint import describe, versions
+from localvit.checkpoints import make_header, versions
 from localvit.data.classes import match_classes
 from localvit.data.images import Images
-from localvit.data.order import TrainingBatches
 from localvit.data.preprocessing import Preprocessing
+from localvit.data.training_batches import TrainingBatches
 from localvit.inference.runner import InferenceOptions
 from localvit.train.augmentation import build_mixup, open_train_and_val, training_batches
 from localvit.train.config import TrainConfig
@@ -79,7 +79,7 @@ class Training:
     def describe(self) -> dict[str, Any]:
         """The description that checkpoints hold: the model, its classes and preprocessing, and the settings."""
         about = {"config": self.config.to_dict(), "images_per_step": self.images_per_step}
-        return describe(self.state.model, self.class_names, self.preprocessing.to_dict(), about)
+        return make_header(self.state.model, self.class_names, self.preprocessing.to_dict(), about)
 
     def __repr__(self) -> str:
         config, options = self.config, self.options

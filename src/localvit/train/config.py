@@ -59,7 +59,7 @@ class ModelSettings(SettingsGroup):
     model_args: dict[str, Any] = Field(default_factory=dict)
     """Further arguments for the model, such as depthwise=false or local_blocks=1-4."""
     localize: dict[str, Any] | None = None
-    """Add locality to the model with localvit.localize and these arguments, such as kernel_size=5 or preserve=false.
+    """Add locality to the model with localvit.localize and these arguments, such as kernel_size=5 or method=replace.
     Without arguments, use the defaults of localize."""
     finetune: str | None = None
     """Initial weights: a checkpoint file, or the name of a model with released weights."""

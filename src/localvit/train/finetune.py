@@ -8,18 +8,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import timm
 from torch import Tensor, nn
 
-from localvit.checkpoints.checkpoint import Checkpoint, img_size_of, load_weights, read_checkpoint, weights_for
-from localvit.checkpoints.fit import describe_mismatch, state_dict_mismatch
+from localvit.checkpoints import (
+    Checkpoint,
+    describe_mismatch,
+    img_size_of,
+    load_weights,
+    read_checkpoint,
+    state_dict_mismatch,
+    weights_for,
+)
 from localvit.data.classes import model_class_names
 from localvit.data.preprocessing import Preprocessing
-from localvit.inference.runner import names_file, ready_model
+from localvit.inference.runner import is_checkpoint_path, load_model
+from localvit.models.factory import create_model, is_model, pretrained_cfg
+from localvit.models.family import Family
 from localvit.models.positions import positions_like
-from localvit.models.zoo import create_model, published_model
-from localvit.surgery.branch import CHILD
-from localvit.surgery.localize import locality_modules, localize
+from localvit.models.registry import find_model
+from localvit.surgery.adapter import CHILD
+from localvit.surgery.localize import locality_modules, localize_with_options
 from localvit.utils.weight_files import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -53,7 +61,9 @@ def load_pretrained(model: Any, source: str, *, class_names: Sequence[str] | Non
         raise ValueError(f"{len(class_names)} class names for a model with {model.num_classes} classes")
     pretrained, pretrained_classes, preprocessing = _load_source(source, model)
     if hasattr(model, "localized") and not locality_modules(pretrained):
-        localize(pretrained, **model.localized.options)  # its locality is initialized as that of the model
+        localize_with_options(
+            pretrained, model.localized.options, inplace=True
+        )  # its locality is initialized as that of the model
         logger.info(
             f"{source}: has no locality modules; added to {len(locality_modules(pretrained))} feed-forward layers"
         )
@@ -89,9 +99,9 @@ def load_pretrained(model: Any, source: str, *, class_names: Sequence[str] | Non
 
 def check_released(name: str) -> None:
     """Raise CheckpointError if no weights of the model `name` were released, and ValueError for an unknown name."""
-    if not timm.is_model(name):
+    if not is_model(name):
         create_model(name)  # raises, with similar names in the message
-    cfg = timm.get_pretrained_cfg(name)
+    cfg = pretrained_cfg(name)
     if cfg is None or not cfg.has_weights:
         raise CheckpointError(f"no weights of {name} were released: give a checkpoint file instead")
 
@@ -101,17 +111,17 @@ def _load_source(source: str, model: Any) -> tuple[Any, list[str] | None, Prepro
 
     A file without a preprocessing gets that of the model's released weights.
     """
-    if not names_file(source) and "/" not in source:  # names of models contain no slash
+    if not is_checkpoint_path(source) and "/" not in source:  # names of models contain no slash
         check_released(source)
-        ready = ready_model(source)
+        ready = load_model(source)
         return ready.model, ready.class_names, ready.preprocessing
     checkpoint = read_checkpoint(source)
     if "localvit" in checkpoint.about:  # written by localvit, so it contains the arguments of its model
-        ready = ready_model(source)
+        ready = load_model(source)
         return ready.model, ready.class_names, ready.preprocessing
     _check_distillation(source, checkpoint.raw, model.state_dict())
     pretrained = _rebuild_like(checkpoint, model)
-    return pretrained, model_class_names(pretrained, None), Preprocessing.of_cfg(pretrained.pretrained_cfg)
+    return pretrained, model_class_names(pretrained, None), Preprocessing.from_pretrained_cfg(pretrained.pretrained_cfg)
 
 
 def _rebuild_like(checkpoint: Checkpoint, model: Any) -> Any:
@@ -130,11 +140,11 @@ def _rebuild_like(checkpoint: Checkpoint, model: Any) -> Any:
         size = {"img_size": img_size} if img_size else {}
         with contextlib.suppress(ValueError):  # the patch size does not divide the released models' image size
             candidates.append(create_model(model.made_from["name"], **arguments | size))
-    if not hasattr(model, "PUBLISHED_KEYS"):
+    if not isinstance(model, Family):
         checkpoint = replace(checkpoint, raw=_timm_names(checkpoint.raw, candidates[0]))
     fitting = (each for each in candidates if not state_dict_mismatch(weights_for(each, checkpoint), each.state_dict()))
     pretrained = next(fitting, candidates[0])
-    load_weights(pretrained, replace(checkpoint, img_size=img_size_of(pretrained)))
+    load_weights(pretrained, checkpoint, checkpoint_img_size=img_size_of(pretrained))
     return pretrained
 
 
@@ -193,7 +203,7 @@ def _differences(pretrained: Mapping[str, Any], model: Mapping[str, Any]) -> str
     """Arguments of two models that differ and may change what the same weights compute."""
     values_of: dict[str, list[str]] = {}
     for made_from in (pretrained, model):
-        published = published_model(made_from["name"])
+        published = find_model(made_from["name"])
         values_of.setdefault("model", []).append(published.name if published else made_from["name"])
     irrelevant = ("num_classes", "img_size", "dtype", "device", "localize")
     for key in sorted(pretrained["args"].keys() | model["args"].keys()):

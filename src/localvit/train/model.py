@@ -9,9 +9,9 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from localvit.data.order import Draws, seed_draws
 from localvit.data.preprocessing import Preprocessing
-from localvit.models.zoo import create_model
+from localvit.data.training_batches import RandomPurpose, seed_random
+from localvit.models.factory import create_model
 from localvit.train.config import TrainConfig
 from localvit.train.finetune import load_pretrained
 from localvit.train.optimization import freeze
@@ -38,7 +38,7 @@ def build_model(config: TrainConfig, num_classes: int, class_names: Sequence[str
 
 
 def _create(config: TrainConfig, num_classes: int, size: tuple[int, int] | None) -> Any:
-    seed_draws(config.seed, Draws.WEIGHTS)
+    seed_random(config.seed, RandomPurpose.WEIGHTS)
     arguments: dict[str, Any] = {"drop_rate": config.drop_rate, "drop_path_rate": config.drop_path_rate}
     arguments |= config.model_args | {"num_classes": num_classes, "localize": config.localize}
     try:
@@ -46,7 +46,7 @@ def _create(config: TrainConfig, num_classes: int, size: tuple[int, int] | None)
     except TypeError as error:
         if size is None or "img_size" not in str(error):
             raise
-    seed_draws(config.seed, Draws.WEIGHTS)
+    seed_random(config.seed, RandomPurpose.WEIGHTS)
     return create_model(config.model, **arguments)  # convolutional networks take no image size
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from localvit.checkpoints.checkpoint import save_checkpoint, versions
+from localvit.checkpoints import save_checkpoint, versions
 from localvit.train.config import TrainConfig
 from localvit.train.state import Row, TrainState
 from localvit.utils.files import atomic_write

@@ -1,6 +1,7 @@
 """The state of a run: all that changes during training, and the checkpoint entries that restore it.
 
-The state of random generators is not part of it: they are seeded for each image and step (`localvit.data.order`).
+The state of random generators is not part of it: they are seeded for each image and step
+(`localvit.data.training_batches`).
 """
 
 from argparse import Namespace
@@ -13,8 +14,8 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from localvit.checkpoints.checkpoint import HEADER, published_state
-from localvit.models.registry import own_names, published_key
+from localvit.checkpoints import HEADER
+from localvit.models.published_names import published_key, to_own_names, to_published_names
 from localvit.train.optimization import set_learning_rate
 from localvit.utils.weight_files import CheckpointError
 
@@ -87,15 +88,15 @@ class TrainState:
         the optimizer is in the order of `parameter_names`.
 
         Args:
-            description: from `checkpoints.checkpoint.describe`; its `about` contains the settings.
+            description: from `checkpoints.make_header`; its `about` contains the settings.
         """
         config = description["about"]["config"]
         return {
-            "model": published_state(self.model, self.model.state_dict()),
+            "model": to_published_names(self.model, self.model.state_dict()),
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.scheduler.state_dict(),
             "epoch": self.epoch - 1,
-            "model_ema": published_state(self.model, self.ema.module.state_dict()) if self.ema else None,
+            "model_ema": to_published_names(self.model, self.ema.module.state_dict()) if self.ema else None,
             "scaler": self.scaler.state_dict(),
             "args": Namespace(**config),
             HEADER: {
@@ -134,7 +135,7 @@ _PROGRESS = ("epoch", "step", "losses", "seconds", "skipped", "skipped_in_row", 
 
 
 def _load_weights(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-    own = own_names(state_dict, model) if hasattr(model, "PUBLISHED_KEYS") else state_dict
+    own = to_own_names(state_dict, model)
     try:
         model.load_state_dict(own)
     except RuntimeError as error:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from localvit.data.order import Draws, seed_draws
+from localvit.data.training_batches import RandomPurpose, seed_random
 from localvit.train.builder import Training
 from localvit.train.model import restore
 from localvit.utils.distributed import rank, world_size
@@ -104,7 +104,7 @@ def prepare_batch(training: Training, images_BCHW: Tensor, labels_B: Tensor, num
 
     With mixing, labels (B) become probabilities (B, M). Also seeds the random numbers of the forward pass.
     """
-    seed_draws(training.config.seed, Draws.STEP, training.state.epoch, number, rank())
+    seed_random(training.config.seed, RandomPurpose.STEP, training.state.epoch, number, rank())
     options = training.options
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
     images_BCHW = images_BCHW.to(options.device, non_blocking=True, memory_format=layout)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from localvit.checkpoints.checkpoint import versions
+from localvit.checkpoints import versions
 from localvit.train.config import TrainConfig
 from localvit.train.run_folder import BEST
 from localvit.train.state import Row

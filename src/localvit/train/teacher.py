@@ -14,7 +14,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from localvit.data.preprocessing import Preprocessing
-from localvit.inference.runner import names_file, ready_model
+from localvit.inference.runner import is_checkpoint_path, load_model
 from localvit.train.finetune import check_released
 
 logger = logging.getLogger(__name__)
@@ -105,9 +105,9 @@ def build_teacher(
         ValueError: for an unknown name, or a teacher with other classes.
         RuntimeError: if released weights cannot be downloaded.
     """
-    if checkpoint is None and not names_file(teacher):
+    if checkpoint is None and not is_checkpoint_path(teacher):
         check_released(teacher)
-    ready = ready_model(teacher, checkpoint=checkpoint)
+    ready = load_model(teacher, checkpoint=checkpoint)
     class_order = _class_order(ready.model, teacher, ready.class_names, num_classes, class_names)
     model = ready.model.to(device)
     own, student = ready.preprocessing, preprocessing

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that appear whole or not at all."""
 
 import os
 from collections.abc import Iterator
@@ -8,19 +8,20 @@ from pathlib import Path
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the name `path` once the block ends; if it raises, what was there before stays.
+    """Yield a temporary path to write to, and rename it to `path` at the end of the block.
 
-    The folder is made where it is missing. The content is on the disk before it takes the name.
+    If the block raises, the previous file stays. A missing folder is created. The content is flushed to disk before the
+    file is renamed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
-        unfinished.touch()
-        usual_mode = unfinished.stat().st_mode  # some writers leave their files to their owner alone
-        yield unfinished
-        unfinished.chmod(usual_mode)
-        with unfinished.open("rb+") as file:
+        temporary.touch()
+        default_mode = temporary.stat().st_mode  # some writers make their files readable by the owner only
+        yield temporary
+        temporary.chmod(default_mode)
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        unfinished.replace(path)
+        temporary.replace(path)
     finally:
-        unfinished.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)

@@ -1,3 +1,3 @@
-"""The hosts that are known: one file a library or family group. Importing them registers their rules."""
+"""The supported hosts, one file for each library or group of families. Importing them registers their rules."""
 
-from localvit.surgery.hosts import huggingface, timm_naflex, timm_plain, timm_pyramids
+from localvit.surgery.hosts import huggingface, timm_blocks, timm_hierarchical, timm_naflex, timm_plain

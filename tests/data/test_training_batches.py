@@ -1,24 +1,24 @@
-"""The order that images are trained in."""
+"""The order of the training images."""
 
 import numpy as np
 import pytest
 
-from localvit.data.order import ShuffledEpoch
+from localvit.data.training_batches import EpochSampler
 
 
 def order(count, epoch=3, seed=5, **arguments):
-    sampler = ShuffledEpoch(count, seed, **arguments)
+    sampler = EpochSampler(count, seed, **arguments)
     sampler.epoch = epoch
-    places = list(sampler)
-    assert len(places) == len(sampler)
-    assert {place[0] for place in places} <= {epoch}
-    return [(index, repeat) for _, index, repeat in places]
+    keys = list(sampler)
+    assert len(keys) == len(sampler)
+    assert {key[0] for key in keys} <= {epoch}
+    return [(index, repeat) for _, index, repeat in keys]
 
 
 @pytest.mark.parametrize("count", [39, 255, 256, 257, 515, 1031])
 @pytest.mark.parametrize("processes", [1, 2, 3, 8])
 def test_repeated_augmentation_follows_the_published_rule(count, processes):
-    """Shuffle; repeat each 3 times in a row; deal out; keep floor(floor(N / 256) * 256 / processes) each."""
+    """Shuffle; repeat each 3 times in a row; distribute; keep floor(floor(N / 256) * 256 / processes) each."""
     shuffled = [index for index, _ in order(count)]
     rows = np.stack([np.repeat(shuffled, 3), np.tile([0, 1, 2], count)], axis=1)
     kept = (count // 256 * 256 if count >= 256 else count) // processes
@@ -28,7 +28,7 @@ def test_repeated_augmentation_follows_the_published_rule(count, processes):
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
-def test_without_repeats_processes_share_the_data_set(processes):
+def test_without_repeats_the_processes_share_the_data_set(processes):
     shares = [order(23, num_processes=processes, process=process) for process in range(processes)]
     assert {len(share) for share in shares} == {23 // processes}
     indices = [index for share in shares for index, _ in share]

@@ -1,4 +1,4 @@
-"""The branch: neutral at the start, a depth-wise convolution of the image tokens alone, in every precision."""
+"""The adapter: neutral at the start, a depth-wise convolution of the image tokens only, in every precision."""
 
 import copy
 
@@ -7,7 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from localvit.surgery.branch import GATES, NORMS, LocalityBranch, attach, detach, load_as_before, load_without_branches
+from localvit.surgery.adapter import (
+    GATES,
+    NORMS,
+    Adapter,
+    LocalityAdapter,
+    accept_state_dicts_without_adapters,
+    attach,
+    check_attachable,
+    detach,
+    refuse_state_dicts_without_adapters,
+)
 from localvit.tokens.grid import Grid
 from localvit.tokens.layouts import TokenSequence
 
@@ -15,9 +25,9 @@ CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 """float64 sums of at most some hundred terms of order one."""
 
 
-def branch(channels=13, grid_size=(5, 7), num_prefix_tokens=2, **options):
+def adapter(channels=13, grid_size=(5, 7), num_prefix_tokens=2, **options):
     torch.manual_seed(3)
-    return LocalityBranch(channels, TokenSequence(Grid(grid_size), num_prefix_tokens), **options).double()
+    return LocalityAdapter(channels, TokenSequence(Grid(grid_size), num_prefix_tokens), Adapter(**options)).double()
 
 
 def hidden(batch=3, count=2 + 5 * 7, channels=13, seed=0):
@@ -34,8 +44,8 @@ def shaken(module):
 
 @pytest.mark.parametrize("gate", [None, *GATES])
 @pytest.mark.parametrize("norm", [None, *NORMS])
-def test_starts_neutral_to_the_bit(gate, norm):
-    module = branch(gate=gate, norm=norm)
+def test_starts_neutral_bit_exactly(gate, norm):
+    module = adapter(gate=gate, norm=norm)
     assert module.is_neutral
     for training in (True, False):
         assert torch.equal(module.train(training)(hidden()), hidden())
@@ -46,7 +56,7 @@ def test_starts_neutral_to_the_bit(gate, norm):
 
 @pytest.mark.parametrize(("kernel_size", "dilation"), [(1, 1), (3, 1), (5, 1), (3, 2)])
 def test_adds_the_convolution_of_the_image_tokens(kernel_size, dilation):
-    module = shaken(branch(kernel_size=kernel_size, dilation=dilation))
+    module = shaken(adapter(kernel_size=kernel_size, dilation=dilation))
     x_BNE = hidden()
     out_BNE = module(x_BNE)
     assert torch.equal(out_BNE[:, :2], x_BNE[:, :2])
@@ -65,7 +75,7 @@ def test_adds_the_convolution_of_the_image_tokens(kernel_size, dilation):
 
 @pytest.mark.parametrize("gate", GATES)
 def test_gate_scales_the_image_tokens_by_twice_its_sigmoid(gate):
-    module = shaken(branch(gate=gate))
+    module = shaken(adapter(gate=gate))
     x_BNE = hidden()
     map_BEHW = module.layout.to_map(x_BNE)
     mean_BE = map_BEHW.mean((2, 3))
@@ -86,14 +96,14 @@ def test_norms_normalize_what_the_convolution_reads():
     by_channel = (image - image.mean((0, 1))) / (image.var((0, 1), correction=0) + 1e-5).sqrt()
     by_token = (image - image.mean(2, keepdim=True)) / (image.var(2, correction=0, keepdim=True) + 1e-5).sqrt()
     for norm, normalized in (("batchnorm", by_channel), ("layernorm", by_token)):
-        module = shaken(branch(norm=norm)).train()
+        module = shaken(adapter(norm=norm)).train()
         expected = image + module.conv(normalized.mT.unflatten(2, (5, 7))).flatten(2).mT
         torch.testing.assert_close(module(x_BNE)[:, 2:], expected, **CLOSE)
 
 
 @pytest.mark.parametrize("gate", [None, *GATES])
-def test_gradients_reach_the_deciding_weights_at_once_and_the_squeeze_in_the_second_step(gate):
-    module = branch(gate=gate)
+def test_gradients_reach_all_last_weights_in_the_first_step_and_the_squeeze_in_the_second(gate):
+    module = adapter(gate=gate)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     late = {"gate.fc.0.weight", "gate.fc.0.bias"} if gate == "se" else set()
     for step in range(2):
@@ -117,13 +127,13 @@ def test_gradients_reach_the_deciding_weights_at_once_and_the_squeeze_in_the_sec
 )
 def test_bad_options_raise(options, message):
     with pytest.raises(ValueError, match=message):
-        branch(**options)
+        adapter(**options)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 0.02), (torch.float16, 2e-3)])
 def test_lower_precision(dtype, tolerance):
     # 2^-24, 2^-9 and 2^-11 of the output's size, times a few operations.
-    module = shaken(branch(gate="se"))
+    module = shaken(adapter(gate="se"))
     expected = module(hidden())
     out = copy.deepcopy(module).to(dtype)(hidden().to(dtype))
     assert out.dtype == dtype
@@ -131,14 +141,14 @@ def test_lower_precision(dtype, tolerance):
 
 
 def test_autocast_on_single_precision_weights():
-    module = shaken(branch()).float()
+    module = shaken(adapter()).float()
     with torch.autocast("cpu", torch.bfloat16):
         out = module(hidden().bfloat16())
     assert (out.double() - module(hidden().float()).double()).norm() <= 0.02 * out.double().norm()
 
 
 def test_sliced_and_strided_tokens_give_the_same():
-    module = shaken(branch(gate="se"))
+    module = shaken(adapter(gate="se"))
     wide = torch.randn(3, 60, 26, dtype=torch.float64)
     sliced = wide[:, 3:40, ::2]
     torch.testing.assert_close(module(sliced), module(sliced.contiguous()), **CLOSE)
@@ -149,7 +159,7 @@ def test_attach_and_detach_leave_the_projection_as_it_was():
     x_BNE, expected = hidden(), None
     expected = projection(x_BNE)
     before = dict(projection.state_dict())
-    attach(projection, shaken(branch()))
+    attach(projection, shaken(adapter()))
     assert not torch.allclose(projection(x_BNE), expected)
     detach(projection)
     assert torch.equal(projection(x_BNE), expected)
@@ -157,24 +167,24 @@ def test_attach_and_detach_leave_the_projection_as_it_was():
     assert "forward" not in vars(projection)
     assert not projection._forward_pre_hooks
     projection.forward = projection.forward
-    with pytest.raises(ValueError, match="another library has wrapped the forward of Linear"):
-        attach(projection, branch())
+    with pytest.raises(ValueError, match=r"another library has wrapped the forward of mlp.fc2 \(Linear\)"):
+        check_attachable(projection, "mlp.fc2")
 
 
-def test_a_state_dict_with_some_branches_only_is_no_state_dict_of_the_original():
+def test_a_state_dict_with_some_of_the_adapters_is_refused():
     host = nn.Sequential(nn.Linear(13, 13), nn.Linear(13, 13)).double()
     original = {key: value.clone() for key, value in host.state_dict().items()}
     for projection in host:
-        attach(projection, shaken(branch()))
+        attach(projection, shaken(adapter()))
     with pytest.raises(RuntimeError, match=r"(?s)Missing key.*0\.locality\.conv\.weight"):
         host.load_state_dict(original, strict=True)
-    load_without_branches(host)
+    accept_state_dicts_without_adapters(host)
     kept = {key: value.clone() for key, value in host.state_dict().items()}
     host.load_state_dict(original, strict=True)
     assert all(torch.equal(value, kept[key]) for key, value in host.state_dict().items())
     partial = {key: value for key, value in kept.items() if not key.startswith("1.locality")}
     with pytest.raises(RuntimeError, match=r"(?s)Missing key.*1\.locality\.conv\.weight"):
         host.load_state_dict(partial, strict=True)
-    load_as_before(host)
+    refuse_state_dicts_without_adapters(host)
     with pytest.raises(RuntimeError, match="Missing key"):
         host.load_state_dict(original, strict=True)

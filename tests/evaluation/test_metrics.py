@@ -1,4 +1,4 @@
-"""Calibration error against hand-computed values and the definition written out in numpy."""
+"""Calibration error, compared with hand-computed values and the definition in NumPy."""
 
 import math
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from localvit.evaluation.calibration import expected_calibration_error, reliability_bins
+from localvit.evaluation.metrics import expected_calibration_error, reliability_bins
 
 
 @pytest.mark.parametrize(
@@ -15,19 +15,19 @@ from localvit.evaluation.calibration import expected_calibration_error, reliabil
         pytest.param([0.9] * 4 + [0.3] * 2, [1, 1, 1, 0, 0, 0], (4 * 0.15 + 2 * 0.3) / 6, id="two bins"),
         pytest.param([0.2, 0.21], [1, 0], (0.8 + 0.21) / 2, id="0.2 = 3/15 belongs to the bin that ends there"),
         pytest.param([0.0, 0.01], [0, 1], abs(0.5 - 0.005), id="0 is in the first bin"),
-        pytest.param([1.0, 1.0], [1, 1], 0.0, id="sure and right"),
-        pytest.param([1.0], [0], 1.0, id="sure and wrong"),
+        pytest.param([1.0, 1.0], [1, 1], 0.0, id="confident and correct"),
+        pytest.param([1.0], [0], 1.0, id="confident and wrong"),
     ],
 )
-def test_calibration_error_by_hand(confidences, correct, expected):
+def test_calibration_error_equals_hand_computed_values(confidences, correct, expected):
     bins = reliability_bins(torch.tensor(confidences, dtype=torch.float64), torch.tensor(correct).bool())
     assert expected_calibration_error(bins) == pytest.approx(expected, abs=1e-12)  # a few float64 roundings
     assert sum(bin.count for bin in bins) == len(correct)
 
 
-def test_calibration_error_matches_the_definition_in_numpy():
+def test_calibration_error_equals_the_definition_in_numpy():
     generator = np.random.default_rng(3)
-    # Every edge itself is among them: m / 15 must fall below the edge, not above.
+    # All edges are included: m / 15 belongs to the bin below the edge.
     confidences = np.concatenate([generator.beta(5, 2, 997), np.arange(16) / 15])
     correct = generator.random(len(confidences)) < confidences**2
     error = 0.0
@@ -42,11 +42,11 @@ def test_calibration_error_matches_the_definition_in_numpy():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -0.1, 1.1])
-def test_a_confidence_that_is_no_probability_is_refused(bad):
+def test_an_invalid_confidence_is_an_error(bad):
     with pytest.raises(ValueError, match="not a probability"):
         reliability_bins(torch.tensor([0.5, bad]), torch.tensor([True, False]))
 
 
-def test_rows_of_different_length_are_refused():
-    with pytest.raises(ValueError, match=r"\(3,\), correct \(2,\)"):
+def test_different_lengths_are_an_error():
+    with pytest.raises(ValueError, match=r"\(3,\) and correct \(2,\)"):
         reliability_bins(torch.rand(3), torch.tensor([True, False]))

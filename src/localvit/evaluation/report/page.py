@@ -1,0 +1,266 @@
+"""The values that report.html shows. The templates in this folder contain the text, layout and style."""
+
+import base64
+import io
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from PIL import Image
+from torch import Tensor
+
+from localvit.evaluation.evaluate import Evaluation
+from localvit.evaluation.metrics import Bin, ClassMetrics, correct_images, count_mistakes, rank_pairs
+
+FULL_MATRIX = 50
+"""The confusion matrix shows all classes up to this number."""
+PART_MATRIX = 16
+"""With more classes, it shows the most confused ones, at most this many."""
+MAX_ROWS = 20
+"""Rows of a table and names in a list."""
+MAX_IMAGES = 12
+"""Images of each kind of mistake."""
+THUMBNAIL = 96
+"""Longest side of a thumbnail in pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mistake:
+    """A misclassified image."""
+
+    path: str
+    true: str
+    true_probability: float
+    predicted: str
+    confidence: float
+    image: str
+    """A data: URL, or the reason why there is no image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfusedPair:
+    """A true class and a wrong prediction."""
+
+    true: str
+    predicted: str
+    count: int
+    share: float
+    """Share of the true class's images, 0 to 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One number of a confusion matrix."""
+
+    count: int
+    correct: bool
+    shade: float
+    """0 to 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixRow:
+    """The predictions for one true class."""
+
+    name: str
+    cells: list[Cell]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfusionMatrix:
+    """A confusion matrix of some classes."""
+
+    names: list[str]
+    """The classes, in the order of the columns."""
+    rows: list[MatrixRow]
+    """Those of the classes that have images."""
+    has_rest: bool
+    """Whether the last cell of each row counts the predictions of all other classes."""
+    is_part: bool
+    """Whether classes that appear were left out."""
+    num_appearing: int
+    """Number of classes that have images or were predicted."""
+
+
+def render_page(
+    evaluation: Evaluation,
+    classes: list[ClassMetrics],
+    bins: list[Bin],
+    ece: float,
+    non_finite: list[str],
+    dataset_root: Path | None,
+    about: dict[str, Any],
+) -> str:
+    """Render report.html.
+
+    Args:
+        evaluation: The evaluation.
+        classes: Its result for each class.
+        bins: Its reliability diagram.
+        ece: Its calibration error, or NaN.
+        non_finite: Names of the images whose loss is not finite.
+        dataset_root: Folder of the images, for thumbnails, or None.
+        about: What was evaluated and how.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("localvit.evaluation.report", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"percent": percent, "decimal": decimal, "plural": plural}
+    mistakes = count_mistakes(evaluation)
+    pairs = rank_pairs(mistakes)
+    confidences_N = evaluation.top_probabilities_NK[:, 0]
+    return environment.get_template("report.html.jinja").render(
+        title=f"Evaluation of {about['model']}" if about.get("model") else "Evaluation",
+        evaluation=evaluation,
+        num_images=len(evaluation.paths),
+        class_names=evaluation.class_names,
+        num_classes=len(evaluation.class_names),
+        num_classes_with_images=len(classes),
+        max_rows=MAX_ROWS,
+        ece=ece,
+        bins=bins,
+        filled_bins=[bin for bin in bins if bin.count],
+        non_finite=non_finite,
+        num_wrong=mistakes.total(),
+        worst_mistakes=_top_mistakes(evaluation, evaluation.losses_N, dataset_root),
+        confident_mistakes=_top_mistakes(evaluation, confidences_N, dataset_root),
+        weakest=sorted(classes, key=lambda row: (row.accuracy, -row.images, row.index))[:MAX_ROWS],
+        num_pairs=len(pairs),
+        pairs=_confused_pairs(evaluation.class_names, classes, mistakes)[:MAX_ROWS],
+        matrix=_confusion_matrix(evaluation.class_names, classes, mistakes),
+        about=_flatten(about),
+    )
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """A share of 0 to 1 as percent. Values that would only be rounded to 0 or 100 are marked with < or >."""
+    if not math.isfinite(share):
+        return "not finite"
+    smallest = 10.0**-digits
+    if 0 < 100 * share < smallest:
+        return f"<\xa0{smallest:g}\xa0%"
+    if 100 - smallest < 100 * share < 100:
+        return f">\xa0{100 - smallest:.{digits}f}\xa0%"
+    return f"{100 * share:.{digits}f}\xa0%"
+
+
+def decimal(value: float, digits: int) -> str:
+    """A number with a fixed number of decimals."""
+    return f"{value:.{digits}f}" if math.isfinite(value) else "not finite"
+
+
+def plural(number: int, one: str, many: str | None = None) -> str:
+    """A number with its noun: "1 image", "2 images"."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def _top_mistakes(evaluation: Evaluation, score_N: Tensor, dataset_root: Path | None) -> list[Mistake]:
+    """The misclassified images with the highest scores. Images whose score is NaN have no rank and are left out."""
+    ranked_N = score_N.where(~correct_images(evaluation), -math.inf)
+    order_N = ranked_N.argsort(descending=True, stable=True)
+    names = evaluation.class_names
+    return [
+        Mistake(
+            path=evaluation.paths[index],
+            true=names[evaluation.labels_N[index]],
+            true_probability=math.exp(-evaluation.losses_N[index].item()),
+            predicted=names[evaluation.top_classes_NK[index, 0]],
+            confidence=evaluation.top_probabilities_NK[index, 0].item(),
+            image=_thumbnail(evaluation.paths[index], dataset_root),
+        )
+        for index in order_N[ranked_N[order_N] > -math.inf][:MAX_IMAGES].tolist()
+    ]
+
+
+def _thumbnail(path: str, dataset_root: Path | None) -> str:
+    """A small JPEG as a data: URL, or the reason why there is none."""
+    if dataset_root is None:
+        return "no thumbnail: the data set is not a folder"
+    jpeg = io.BytesIO()
+    try:
+        with Image.open(dataset_root / path) as file:
+            image = file.convert("RGB")
+        image.thumbnail((THUMBNAIL, THUMBNAIL))
+        image.save(jpeg, "JPEG", quality=85)
+    except FileNotFoundError:
+        return "image not found"
+    except Exception as error:  # decoders raise many types, and the page needs no thumbnail
+        return f"image not readable ({type(error).__name__})"
+    return f"data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}"
+
+
+def _confused_pairs(
+    names: list[str], classes: list[ClassMetrics], mistakes: Counter[tuple[int, int]]
+) -> list[ConfusedPair]:
+    num_images = {row.index: row.images for row in classes}
+    return [
+        ConfusedPair(
+            true=names[true],
+            predicted=names[predicted],
+            count=mistakes[true, predicted],
+            share=mistakes[true, predicted] / num_images[true],
+        )
+        for true, predicted in rank_pairs(mistakes)
+    ]
+
+
+def _confusion_matrix(
+    names: list[str], classes: list[ClassMetrics], mistakes: Counter[tuple[int, int]]
+) -> ConfusionMatrix | None:
+    """The matrix of all classes that appear; of many, of the most confused ones, or None if there are no mistakes."""
+    appearing = sorted({row.index for row in classes} | {predicted for _, predicted in mistakes})
+    is_part = len(appearing) > FULL_MATRIX
+    if is_part and not mistakes:
+        return None
+    shown = _most_confused(mistakes) if is_part else appearing
+    rows = [row for row in classes if row.index in shown]
+    rest = [row.images - row.correct - sum(mistakes[row.index, column] for column in shown) for row in rows]
+    has_rest = any(rest)
+    matrix_rows = []
+    for row, others in zip(rows, rest, strict=True):
+        counts = [(row.correct if column == row.index else mistakes[row.index, column], column) for column in shown]
+        counts += [(others, -1)] if has_rest else []
+        # The square root makes small shares visible.
+        cells = [
+            Cell(count=count, correct=column == row.index, shade=math.sqrt(count / row.images))
+            for count, column in counts
+        ]
+        matrix_rows.append(MatrixRow(name=row.name, cells=cells))
+    return ConfusionMatrix(
+        names=[names[column] for column in shown],
+        rows=matrix_rows,
+        has_rest=has_rest,
+        is_part=is_part,
+        num_appearing=len(appearing),
+    )
+
+
+def _most_confused(mistakes: Counter[tuple[int, int]]) -> list[int]:
+    both_ways: Counter[tuple[int, int]] = Counter()
+    for (true, predicted), number in mistakes.items():
+        both_ways[min(true, predicted), max(true, predicted)] += number
+    chosen: set[int] = set()
+    for pair in rank_pairs(both_ways):
+        if len(chosen.union(pair)) > PART_MATRIX:
+            break
+        chosen.update(pair)
+    return sorted(chosen)
+
+
+def _flatten(about: dict[Any, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested values as rows of name and text."""
+    rows = []
+    for name, value in about.items():
+        if isinstance(value, dict):
+            rows += _flatten(value, f"{prefix}{name} ")
+        else:
+            text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            rows.append((f"{prefix}{name}", text))
+    return rows
