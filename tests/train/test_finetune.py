@@ -15,6 +15,7 @@ import localvit
 from localvit.checkpoints import make_header
 from localvit.data.classes import imagenet_synsets
 from localvit.data.preprocessing import Preprocessing
+from localvit.models.published_names import to_published_names
 from localvit.train.config import TrainConfig
 from localvit.train.finetune import load_pretrained
 from localvit.train.model import build_model
