@@ -399,7 +399,7 @@ def test_report_counts_what_was_added():
     assert all(part.multiply_adds == 25 * hidden * 3 * 5 + eca * hidden for part in report)
     table = str(report)
     assert table.count("3 x 5") == 2
-    assert table.splitlines()[-1].split() == ["in", "all", f"{after - before:,}", f"{2 * report[0].multiply_adds:,}"]
+    assert table.splitlines()[-1].split() == ["total", f"{after - before:,}", f"{2 * report[0].multiply_adds:,}"]
 
 
 def test_report_of_the_papers_module():

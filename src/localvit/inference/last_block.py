@@ -170,10 +170,11 @@ def shorten_last_block(model: nn.Module) -> None:
         override_forward(own, _forward_for_logits, last)
 
 
-def _forward_for_logits(model: Any, last: LastBlock, *args: Any, **kwargs: Any) -> Any:
+# torch.export matches inputs by this signature, so the images are an argument of their own.
+def _forward_for_logits(model: Any, last: LastBlock, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     last.calls.begin(model.global_pool == "token")  # `reset_classifier` may have changed the head.
     try:
-        return type(model).forward(model, *args, **kwargs)
+        return type(model).forward(model, x, *args, **kwargs)
     finally:
         last.calls.end()
 
