@@ -1,4 +1,4 @@
-"""The README's commands and snippets, run as they stand, in order, in a folder that holds what they speak of."""
+"""The README's commands and snippets, run unchanged and in order, in a folder with the files that they name."""
 
 import os
 import re
@@ -25,8 +25,8 @@ PROGRAMS = {
 }
 
 
-def make_place(folder: Path) -> None:
-    """A released checkpoint's stand-in, two synsets of an ImageNet, and a user's images of three classes."""
+def make_files(folder: Path) -> None:
+    """A stand-in for a released checkpoint, two synsets of an ImageNet, and a user's images of three classes."""
     torch.save({"model": published_state("localvit_tiny_mlp4_act3_r192")}, folder / "localvit_t.pth")
     downloaded = folder / "torch" / "hub" / "checkpoints"  # where a download would put it
     downloaded.mkdir(parents=True)
@@ -44,7 +44,7 @@ def make_place(folder: Path) -> None:
 def run_commands(block: str, folder: Path) -> None:
     for line in filter(None, map(str.strip, block.splitlines())):
         words = shlex.split(line, comments=True)
-        if words[0] == "make":  # what `make` runs is this suite, and the demo, which has tests of its own
+        if words[0] in ("make", "source"):  # `make` runs this suite and the demo, which has tests of its own
             continue
         if words[0] == "torchrun":  # eight GPUs and 300 epochs: here, that the flags are right
             check_flags(words[words.index("main.py" if "main.py" in words else "localvit") :])
@@ -68,7 +68,7 @@ def check_flags(words: list[str]) -> None:
 
 
 def test_every_block_runs_in_order(tmp_path, monkeypatch):
-    make_place(tmp_path)
+    make_files(tmp_path)
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     kinds = []
