@@ -15,7 +15,6 @@ _LOGGERS = ("localvit", "localvit_cli")
 _SECONDS_BETWEEN_LINES = 10
 
 logger = logging.getLogger(__name__)
-say = logging.getLogger("localvit").info
 
 
 class Advance(Protocol):
