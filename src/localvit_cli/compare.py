@@ -23,6 +23,7 @@ from localvit.train.compare import (
 from localvit.train.summary import setting_text
 from localvit.utils.tables import format_table
 from localvit_cli import UsageError
+from localvit_cli.tyro_rules import optional
 
 logger = logging.getLogger(__name__)
 
@@ -33,13 +34,13 @@ _GROUP_HEADINGS = ("runs with the same settings", "n", "best Acc@1", "last Acc@1
 
 @dataclass(frozen=True, kw_only=True)
 class Compare:
-    """Compare training runs: results, the settings in which they differ, and means over seeds."""
+    """Compare training runs: results, differing settings, and means over seeds."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")]
     """Folders of runs (their --output-dir). Runs that differ only in their seed are also averaged."""
     json: bool = False
     """Print JSON instead of tables."""
-    plot: Path | None = None
+    plot: Annotated[Path | None, optional("FILE")] = None
     """Plot accuracy and training loss to this file, as PNG, SVG or PDF depending on its suffix."""
 
     def run(self) -> None:

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 
@@ -14,6 +15,7 @@ from localvit.train.trackers import CURVES
 from localvit_cli.eval import Eval
 from localvit_cli.predict import Predict
 from localvit_cli.train import run_training
+from localvit_cli.tyro_rules import optional
 
 EXPECTED_ACC1 = 97.0
 """Accuracy in percent that every seed reaches with a margin. A lower one means that something is broken."""
@@ -22,12 +24,12 @@ NUM_PREDICTIONS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """Train a small LocalViT on handwritten digits, evaluate it, and predict the classes of a few images."""
+    """Train a small LocalViT on handwritten digits, evaluate it and predict."""
 
     output_dir: Path = Path("runs/demo")
     """Folder for the checkpoint, the curves and the report. Files of an earlier demo there are replaced."""
-    data_path: Path | None = None
-    """Folder to write the digits to. Default: the user's cache."""
+    data_path: Annotated[Path | None, optional("DIR", "the user's cache")] = None
+    """Folder to write the digits to."""
     seed: int = 0
     """Seed of the run."""
 

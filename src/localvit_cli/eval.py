@@ -19,13 +19,9 @@ from localvit.utils.devices import DTYPES, choose_device
 from localvit.utils.distributed import is_main, process_group, rank, world_size
 from localvit_cli import UsageError
 from localvit_cli.console import progress
+from localvit_cli.tyro_rules import optional
 
 logger = logging.getLogger(__name__)
-
-
-def optional(metavar: str, default: str = "") -> Any:
-    """How the help shows a flag whose default is None or empty: the name of its value, and what the default means."""
-    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})" if default else "")
 
 
 @dataclass(frozen=True, kw_only=True)

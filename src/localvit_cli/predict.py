@@ -17,8 +17,9 @@ from localvit.inference.runner import load_model
 from localvit.utils.files import atomic_write
 from localvit_cli import UsageError
 from localvit_cli.console import progress
-from localvit_cli.eval import InferenceFlags, image_size, optional
+from localvit_cli.eval import InferenceFlags, image_size
 from localvit_cli.prediction_formats import WRITERS, printable
+from localvit_cli.tyro_rules import optional
 
 logger = logging.getLogger(__name__)
 

@@ -35,11 +35,15 @@ from localvit.utils.distributed import is_main, process_group
 from localvit.utils.tables import format_table
 from localvit_cli import UsageError
 from localvit_cli.console import progress
-from localvit_cli.tyro_rules import REGISTRY
+from localvit_cli.tyro_rules import REGISTRY, optional
 
 logger = logging.getLogger(__name__)
 
 _RECIPE_HELP = f"Recipe that comes with the package: {', '.join(recipe_names())}."
+_RESUME_HELP = (
+    "auto resumes the run in --output-dir with its own settings, or starts a new one. A file resumes from that "
+    "checkpoint."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +53,10 @@ class Train:
     The defaults shown are those of the given --recipe and --config.
     """
 
-    recipe: Annotated[str | None, tyro.conf.arg(help=_RECIPE_HELP)] = None
-    config: Path | None = None
+    recipe: Annotated[str | None, optional("NAME"), tyro.conf.arg(help=_RECIPE_HELP)] = None
+    config: Annotated[Path | None, optional("FILE")] = None
     """YAML file of settings, named like the flags but with _ instead of -."""
-    resume: str | None = None
-    """auto resumes the run in --output-dir with its own settings, or starts a new one. A file resumes from that
-    checkpoint."""
+    resume: Annotated[str | None, optional("auto|FILE"), tyro.conf.arg(help=_RESUME_HELP)] = None
     dry_run: bool = False
     """Run two training steps, evaluate one batch, print the size and duration of the run, and write nothing."""
     data: DataSettings

@@ -1,8 +1,9 @@
-"""How `tyro` reads the flags of training: NAME=VALUE arguments, and settings that are validated later."""
+"""How `tyro` reads and shows flags: NAME=VALUE arguments, settings that are validated later, optional values."""
 
 from collections.abc import Sequence
 from typing import Any, get_type_hints
 
+import tyro
 import yaml
 from pydantic import BaseModel
 from tyro.constructors import (
@@ -16,6 +17,11 @@ from tyro.constructors import (
 
 REGISTRY = ConstructorRegistry()
 """The rules below, for `tyro.cli(..., registry=REGISTRY)`."""
+
+
+def optional(metavar: str, default: str = "") -> Any:
+    """How the help shows a flag whose default is None or empty: the name of its value, and what the default means."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})" if default else "")
 
 
 @REGISTRY.primitive_rule
@@ -46,9 +52,15 @@ def _settings_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
     """Do not validate pydantic models here: `TrainConfig` validates all settings at once, with shorter messages."""
     if not (isinstance(info.type, type) and issubclass(info.type, BaseModel)):
         return None
-    types = get_type_hints(info.type, include_extras=True)
+    settings: type[BaseModel] = info.type
+    types = get_type_hints(settings, include_extras=True)
+
+    def construct(**values: Any) -> BaseModel:
+        return settings.model_construct(**values)
+
+    construct.__doc__ = settings.__doc__  # tyro shows it as the description of the group
     return StructConstructorSpec(
-        instantiate=info.type.model_construct,
+        instantiate=construct,
         fields=tuple(
             StructFieldSpec(
                 name=name,
@@ -56,6 +68,6 @@ def _settings_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
                 default=getattr(info.default, name, field.default),
                 helptext=" ".join((field.description or "").split()),
             )
-            for name, field in info.type.model_fields.items()
+            for name, field in settings.model_fields.items()
         ),
     )

@@ -6,6 +6,7 @@ from importlib.metadata import version
 
 import pytest
 
+from localvit.train import TrainConfig
 from localvit_cli import COMMANDS, main
 
 # Commands import torch and timm, which takes seconds; help must not wait for them.
@@ -45,7 +46,7 @@ def test_help_lists_every_command_within_80_columns(capsys, monkeypatch):
     assert max(map(len, out.splitlines())) <= 80
 
 
-@pytest.mark.parametrize("name", ["models", "info", "bench"])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_the_help_of_a_command_fits_80_columns(capsys, monkeypatch, name):
     monkeypatch.setenv("COLUMNS", "80")
     status, out, err = exit_of(capsys, name, "--help")
@@ -54,11 +55,13 @@ def test_the_help_of_a_command_fits_80_columns(capsys, monkeypatch, name):
     assert max(map(len, out.splitlines())) <= 80
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_has_help(capsys, name):
-    status, out, _ = exit_of(capsys, name, "--help")
-    assert status == 0
-    assert f"usage: localvit {name}" in out
+def test_the_help_of_train_describes_each_group_of_settings(capsys, monkeypatch):
+    """In the words of `TrainConfig`, also with a recipe's defaults."""
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = exit_of(capsys, "train", "--recipe", "digits", "--help")
+    for group in TrainConfig.__bases__:
+        assert group.__doc__ in out
+    assert "model_construct" not in out
 
 
 def test_version(capsys):
