@@ -1,7 +1,16 @@
 """What every test runs under."""
 
+import atexit
+import os
+import shutil
+import tempfile
+
 import pytest
 import torch
+
+# Test processes that compile the same code at once must not read each other's half-written files.
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="localvit-inductor-")
+atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

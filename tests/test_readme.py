@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -67,6 +68,7 @@ def check_flags(words: list[str]) -> None:
     assert (config.batch_size, config.epochs) == (128, 300)
 
 
+@pytest.mark.timeout(900)  # twenty commands, each of which imports torch
 def test_every_block_runs_in_order(tmp_path, monkeypatch):
     make_files(tmp_path)
     monkeypatch.chdir(tmp_path)

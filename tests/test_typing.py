@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
 from pathlib import Path
 
@@ -33,17 +35,24 @@ fit(run)
 """
 
 
-def check(program: str, folder) -> str:
-    (folder / "program.py").write_text(program)
-    command = [sys.executable, "-m", "mypy", "--strict", "--no-incremental", "program.py"]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200).stdout
+@pytest.fixture(scope="module")
+def check(tmp_path_factory):
+    """Runs `mypy --strict` on a program and returns what it prints."""
+    folder = tmp_path_factory.mktemp("typing")
+
+    def run(program: str) -> str:
+        (folder / "program.py").write_text(program)
+        command = [sys.executable, "-m", "mypy", "--strict", "program.py"]
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200).stdout
+
+    return run
 
 
-def test_a_program_that_uses_the_api_type_checks(tmp_path):
-    assert check(PROGRAM, tmp_path) == "Success: no issues found in 1 source file\n"
+def test_a_program_that_uses_the_api_type_checks(check):
+    assert check(PROGRAM) == "Success: no issues found in 1 source file\n"
 
 
-def test_wrong_uses_are_found(tmp_path):
+def test_wrong_uses_are_found(check):
     wrong = 'import localvit\nlocalvit.list_models(3)\nlocalvit.Adapter(kernel="3")\nx: str = localvit.fuse(1)\n'
-    found = check(wrong, tmp_path)
+    found = check(wrong)
     assert [line.split(":")[1] for line in found.splitlines() if ": error:" in line][:3] == ["2", "3", "4"]

@@ -70,7 +70,7 @@ BAD = [
     (
         "norm_act_depthwise_backward",
         lambda given: [given[0][:1], *given[1:], "hs"],
-        r"gradient of shape \(1, 3, 5, 7\)",
+        r"gradient has shape \(1, 3, 5, 7\)",
     ),
     ("norm_act_depthwise_backward", lambda given: [*given[:5], given[5][1:], "hs"], r"center has shape \(6,\)"),
 ]

@@ -9,6 +9,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from time import perf_counter
 
 import torch
@@ -22,6 +23,7 @@ LATENCY_CALLS = 200
 """Least number of calls with one image that are timed for the latency; 2 of them lie above the 99th percentile."""
 _WARM_UP_CALLS = 3
 _SECONDS_PER_TIMING = 0.1  # short calls are timed in groups, because the clock itself takes time and jitters
+_SECONDS_PER_GEMM = 0.25
 _MAX_CALLS_PER_TIMING = 1000
 _GEMM = ""  # not the name of any model
 
@@ -161,11 +163,18 @@ def _warm_up(call: Call, device: torch.device) -> int:
 
 
 def _gemm(options: BenchOptions) -> tuple[Call, int]:
-    """A product of square matrices, large enough to reach the highest rate of the device, and their size."""
-    size = 8192 if options.device.type == "cuda" else 2048
-    left, right = (torch.randn(size, size, device=options.device, dtype=options.dtype) for _ in range(2))
-    out = torch.empty_like(left)
-    return lambda: torch.mm(left, right, out=out), size
+    """A product of square matrices, large enough to reach the highest rate of the device, and their size.
+
+    Smaller where a device is slow in this dtype, such as a CPU without bfloat16 instructions, so that it stays short.
+    """
+    size, largest = 512, 8192 if options.device.type == "cuda" else 2048
+    while True:
+        left, right = (torch.randn(size, size, device=options.device, dtype=options.dtype) for _ in range(2))
+        call = partial(torch.mm, left, right, out=torch.empty_like(left))
+        call()
+        if size == largest or 8 * _seconds_per_call(call, 1, options.device) > _SECONDS_PER_GEMM:
+            return call, size
+        size *= 2
 
 
 def _peak_memory(model: BenchModel, call: Call) -> int | None:

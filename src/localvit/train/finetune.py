@@ -143,7 +143,10 @@ def _rebuild_like(checkpoint: Checkpoint, model: Any) -> Any:
     if not isinstance(model, Family):
         checkpoint = replace(checkpoint, raw=_timm_names(checkpoint.raw, candidates[0]))
     fitting = (each for each in candidates if not state_dict_mismatch(weights_for(each, checkpoint), each.state_dict()))
-    pretrained = next(fitting, candidates[0])
+    pretrained = next(fitting, None)
+    if pretrained is None:
+        load_weights(candidates[0], checkpoint)  # raises, and the message describes the mismatch
+        return candidates[0]
     load_weights(pretrained, checkpoint, checkpoint_img_size=img_size_of(pretrained))
     return pretrained
 
