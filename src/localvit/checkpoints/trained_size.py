@@ -69,8 +69,9 @@ def trained_img_size(
         else "the file does not say their size"
     )
     raise CheckpointError(
-        f"{path} has position embeddings for {_listed(patches)} patches, and {found}: create the model for the image "
-        "size that they were trained at (--input-size), or pass that size as checkpoint_img_size=(height, width)"
+        f"{path} has position embeddings for {_listed(patches)} patches, and {found}: pass "
+        "checkpoint_img_size=(height, width), the image size that they were trained at, or create the model for that "
+        "size (--input-size)"
     )
 
 
