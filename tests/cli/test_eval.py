@@ -1,11 +1,6 @@
 """`localvit eval`: what goes to standard output and standard error, and one clear line for each error."""
 
-import io
 import json
-import os
-import pty
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,6 +9,7 @@ from PIL import Image
 
 import localvit
 from localvit_cli import main
+from terminals import run_on_terminal
 
 
 @pytest.fixture(scope="module")
@@ -184,29 +180,10 @@ def test_unknown_flags_exit_with_2(capsys):
 
 def test_a_terminal_shows_a_progress_bar(workplace):
     """On a pseudo terminal, progress is a bar that is redrawn."""
-    command = [
-        sys.executable,
-        "-m",
-        "localvit",
-        "eval",
-        str(workplace / "good.safetensors"),
-        "--data-set",
-        "FOLDER",
-    ]
+    command = ["eval", str(workplace / "good.safetensors"), "--data-set", "FOLDER"]
     command += ["--data-path", str(workplace / "good"), "--device", "cpu", "--workers", "0"]
-    leader, follower = pty.openpty()
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=follower, env=os.environ | {"TERM": "xterm"}
-    ) as process:
-        os.close(follower)
-        seen = io.BytesIO()
-        try:
-            while chunk := os.read(leader, 4096):
-                seen.write(chunk)
-        except OSError:  # on Linux, the other end is closed
-            pass
-        out = process.stdout.read().decode()
-    os.close(leader)
+    program = f"import sys; from localvit_cli import main; sys.exit(main({command!r}))"
+    shown, out = run_on_terminal(program, columns=80, outputs=("stderr",))
     assert out.startswith("* Acc@1")
-    assert b"\x1b[" in seen.getvalue()
-    assert b"3/3" in seen.getvalue()
+    assert "\x1b[" in shown
+    assert "3/3" in shown

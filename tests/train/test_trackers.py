@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import resource
 import struct
 import sys
 import types
@@ -130,6 +129,7 @@ def test_a_failing_tracker_is_turned_off_with_one_warning(tmp_path, caplog):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread
 def test_a_full_disk_turns_trackers_off_but_does_not_stop_the_run(tmp_path, caplog):
+    resource = pytest.importorskip("resource", reason="this system has no limits of file sizes")
     trackers = Trackers(config(tmp_path, tensorboard=True), from_step=0)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # bytes a file
