@@ -523,3 +523,14 @@ def test_training_mode_is_refused():
         localvit.fuse(model.train())
     with pytest.raises(ValueError, match=r"call eval\(\) before fuse\(\)"):
         model.blocks[0].mlp.fuse()
+
+
+def test_a_fused_model_compiles_for_the_cpu():
+    """Inductor checks the memory layout of every operator's result against the one that it was compiled for."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = localvit.create_model("localvit_nano_patch4_32", depth=2).eval()
+    images = torch.randn(1, 3, 32, 32)  # with one image, strides are ambiguous
+    with torch.inference_mode():
+        out = torch.compile(localvit.fuse(model), dynamic=False)(images)
+    torch.testing.assert_close(out, model(images), rtol=1e-4, atol=1e-5)  # float32 sums of a hundred products

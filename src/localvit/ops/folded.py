@@ -73,7 +73,8 @@ class FusedConvolution(nn.Module):
     def __init__(self, conv: nn.Conv2d, act: str | None, gate: ChannelGate | None) -> None:
         super().__init__()
         assert conv.bias is not None
-        self.weight = nn.Parameter(conv.weight.detach().contiguous(memory_format=torch.channels_last))
+        # Not `contiguous`, which keeps the ambiguous strides of a 1x1 or depth-wise weight: compiled code reads them.
+        self.weight = nn.Parameter(conv.weight.detach().to(memory_format=torch.channels_last))
         self.bias = conv.bias
         for parameter in (self.weight, self.bias):
             parameter.requires_grad_(conv.weight.requires_grad)
