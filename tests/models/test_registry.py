@@ -127,7 +127,6 @@ CHECKS = """
 
     assert type(timm.create_model("pvt_tiny")) is Theirs
     assert timm.get_pretrained_cfg("pvt_tiny").url == "https://example.org/theirs.pth"
-    assert "pvt_tiny" not in timm.list_models(module="models")
 
     ours = localvit.create_model("pvt_tiny", num_classes=3)
     assert type(ours) is LocalPVT
@@ -146,6 +145,8 @@ CHECKS = """
 def test_a_timm_model_of_the_same_name_is_never_replaced(registration, tmp_path):
     """A timm that has `pvt_tiny` keeps it, and in localvit the name still means our model."""
     code = textwrap.dedent(registration) + textwrap.dedent(CHECKS)
+    if registration is TIMM_FIRST:  # afterwards, older versions of timm keep listing a replaced name
+        code += 'assert "pvt_tiny" not in timm.list_models(module="models")\n'
     result = subprocess.run(
         [sys.executable, "-W", "error::UserWarning:localvit", "-c", code, str(tmp_path / "pvt.safetensors")],
         capture_output=True,
