@@ -37,8 +37,7 @@ def create_model(
     """Make a model by name: one of this package, or any of timm's.
 
     The name and the arguments that describe the architecture are kept in `model.made_from`, so that checkpoints can
-    rebuild the model. A name that both
-    this package and timm have means this package's model.
+    rebuild the model. A name that both this package and timm have means this package's model.
 
     Args:
         name: the name, with or without a tag for the weights.

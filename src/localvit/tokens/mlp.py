@@ -3,14 +3,12 @@
 Shapes: B batch, N tokens (prefix tokens first), C channels, H and W the grid.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from localvit import ops
 from localvit.locality import LocalityFeedForward
-from localvit.tokens.layouts import refuse_empty_positions
+from localvit.tokens.layouts import Layout, refuse_empty_positions
 
 
 class LocalityMlp(LocalityFeedForward):
@@ -35,7 +33,7 @@ class LocalityMlp(LocalityFeedForward):
     def __init__(
         self,
         dim: int,
-        layout: nn.Module,
+        layout: Layout,
         *,
         expand_ratio: float = 4.0,
         act: str | int = "hs+se",
@@ -48,7 +46,7 @@ class LocalityMlp(LocalityFeedForward):
         super().__init__(
             dim, dim, 1, expand_ratio, act, reduction, not depthwise, depthwise_first, device=device, dtype=dtype
         )
-        self.layout: Any = layout
+        self.layout = layout
 
     def forward(self, x: Tensor) -> Tensor:
         refuse_empty_positions(self.layout, "the paper's module")
@@ -67,10 +65,10 @@ class FusedMlp(nn.Module):
         ValueError: in forward, as `LocalityMlp`.
     """
 
-    def __init__(self, stages: ops.Stages, layout: nn.Module) -> None:
+    def __init__(self, stages: ops.Stages, layout: Layout) -> None:
         super().__init__()
         self.conv = ops.FusedConvolutions(stages)
-        self.layout: Any = layout
+        self.layout = layout
 
     def forward(self, x: Tensor) -> Tensor:
         refuse_empty_positions(self.layout, "the paper's module")
