@@ -72,6 +72,7 @@ TRANSFORMERS = {
     "CLIP vision": ("CLIPVisionModel", "CLIPVisionConfig", SMALL | {"intermediate_size": 96}),
     "SigLIP": ("SiglipVisionModel", "SiglipVisionConfig", SMALL | {"intermediate_size": 96}),
     "SigLIP 2": ("Siglip2VisionModel", "Siglip2VisionConfig", SIGLIP2),
+    "SegFormer": ("SegformerModel", "SegformerConfig", {"depths": [1, 1, 1, 1]}),
     "Swin": ("SwinModel", "SwinConfig", {"embed_dim": 24, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 3, 6]}),
 }
 """Small configurations."""

@@ -11,6 +11,7 @@ from torch import nn
 import localvit
 from localvit.surgery.adapter import LocalityAdapter
 from localvit.surgery.localize import localize_with_options
+from localvit.surgery.projection import LocalizedProjection
 from localvit.surgery.sites import Site, find_sites
 
 
@@ -33,6 +34,10 @@ def output_of(model: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
 
 def adapters_of(model: nn.Module) -> list[LocalityAdapter]:
     return [module for module in model.modules() if isinstance(module, LocalityAdapter)]
+
+
+def projections_of(model: nn.Module) -> list[LocalizedProjection]:
+    return [module for module in model.modules() if isinstance(module, LocalizedProjection)]
 
 
 def check_function_is_kept(model: nn.Module, *inputs: torch.Tensor, **options) -> None:
@@ -78,12 +83,10 @@ def check_every_adapter_matters(model: nn.Module, *inputs: torch.Tensor) -> None
 
 
 def hidden_maps(model: nn.Module, *inputs: torch.Tensor) -> list[torch.Tensor]:
-    """The hidden map (B, E, H, W) of every site, in order, as the layouts of a localized model make it."""
+    """The hidden map (B, E, H, W) of every site, in order."""
     maps = []
     handles = [
-        adapter.register_forward_pre_hook(
-            lambda adapter, args: maps.append(adapter.layout.to_map(args[0]).detach().clone())
-        )
+        adapter.register_forward_pre_hook(lambda adapter, args: maps.append(args[0].detach().clone()))
         for adapter in adapters_of(model)
     ]
     with torch.no_grad():

@@ -7,7 +7,10 @@ from functools import partial
 import pytest
 import timm
 import torch
+from checks import randomized
 from torch import nn
+from torch._dynamo.testing import CompileCounter
+from torch.nn.utils import prune
 
 import localvit
 from localvit import Adapter, Replace
@@ -165,6 +168,57 @@ BAD = [
 ]
 
 
+def wrapped_last():
+    model = small_vit()
+    model.blocks[2].mlp.fc2.forward = model.blocks[2].mlp.fc2.forward
+    return model
+
+
+def quantized():
+    return torch.ao.quantization.quantize_dynamic(small_vit().float(), {nn.Linear})
+
+
+def one_feed_forward_in_two_blocks():
+    model = small_vit()
+    model.blocks[1].mlp = model.blocks[0].mlp
+    return model
+
+
+def one_projection_on_two_grids():
+    model = timm.create_model("swin_tiny_patch4_window7_224", img_size=56, depths=(1, 1, 1, 1), embed_dim=32)
+    model.layers[1].blocks[0].mlp = model.layers[0].blocks[0].mlp
+    return model
+
+
+def compiled_block():
+    model = small_vit()
+    model.blocks[1] = torch.compile(model.blocks[1])
+    return model
+
+
+BAD += [
+    (wrapped_last, {}, ValueError, "another library has wrapped the forward of blocks.2.mlp.fc2"),
+    (quantized, {}, ValueError, "blocks.0.mlp.fc2 has no parameters: localize the model before it is quantized"),
+    (compiled_block, {}, ValueError, r"blocks\.1 of this model is compiled: localize it first"),
+    (lambda: nn.Sequential(nn.DataParallel(small_vit())), {}, ValueError, r"0 of this model is wrapped.*0\.module"),
+    (
+        one_feed_forward_in_two_blocks,
+        {"method": "replace"},
+        ValueError,
+        "replace blocks.1.mlp, which is the same module as blocks.0.mlp in another block",
+    ),
+    (one_projection_on_two_grids, {}, ValueError, "are one module, which works on several grids"),
+    (lambda: timm.create_model("resnet18"), {}, ValueError, "ResNet has no feed-forward.*it is not a vision transf"),
+    (
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Flatten(2), nn.TransformerEncoderLayer(8, 2, 32)),
+        {},
+        ValueError,
+        r"It has attention. .*filter_fn \(such as 2.linear2\), .*grid: .*\(such as 0\)",
+    ),
+]
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:torch.quantize_per_tensor")
 @pytest.mark.parametrize(("make", "arguments", "error", "message"), BAD)
 def test_invalid_arguments_raise_and_change_nothing(make, arguments, error, message):
     model = make()
@@ -203,7 +257,7 @@ def test_images_of_any_size():
     alone = {size: model(image(1, *size)) for size in ((48, 80), (80, 48), (16, 112))}
     for size, expected in reversed(alone.items()):
         torch.testing.assert_close(model(image(1, *size)), expected, rtol=0, atol=0)
-    assert model.blocks[0].mlp.fc2.locality.layout.grid.size is None
+    assert model.blocks[0].mlp.fc2.layout.grid.size is None
 
 
 def test_images_of_a_batch_do_not_depend_on_each_other():
@@ -233,6 +287,85 @@ def test_a_replaced_patch_embedding_raises():
     model.set_input_size((40, 24), patch_size=8)  # as many patches, 5 x 3 of them, from a new convolution
     with pytest.raises(ValueError, match="no patch grid is recorded for 15 image tokens"):
         model(image(1, 40, 24))
+
+
+def test_a_block_copied_by_itself_raises():
+    model = localized_vit()
+    model(image())
+    model.blocks.append(copy.deepcopy(model.blocks[1]))
+    with pytest.raises(ValueError, match=r"no patch grid is recorded.*copied from a localized model by itself"):
+        model(image())
+    model.blocks = model.blocks[:2]  # Blocks that are only removed are not.
+    assert torch.isfinite(model(image())).all()
+
+
+def test_blocks_that_the_model_contains_twice_share_their_locality():
+    model = small_vit()
+    model.blocks[2] = model.blocks[0]
+    model.blocks[1].mlp = model.blocks[0].mlp
+    expected = model(image())
+    localized = localvit.localize(model)
+    assert len(locality_modules(localized)) == 1
+    assert localized.blocks[2].mlp.fc2 is localized.blocks[1].mlp.fc2 is localized.blocks[0].mlp.fc2
+    assert torch.equal(localized(image()), expected)
+    assert not torch.allclose(shaken(localized)(image()), expected)
+    assert torch.equal(localvit.delocalize(localized, discard=True)(image()), expected)
+    model.blocks[1].mlp = copy.deepcopy(model.blocks[0].mlp)
+    assert len(locality_modules(localvit.localize(model, Replace()))) == 2
+
+
+def test_delocalize_after_other_changes():
+    """Removed blocks and a removed head move or take away the parameters that were frozen."""
+    model = small_vit()
+    model.blocks[2].norm1.requires_grad_(False)
+    localvit.localize(model, trainable="locality", inplace=True)
+    model.reset_classifier(0)
+    model.blocks = model.blocks[1:]
+    plain = localvit.delocalize(model)
+    assert [name for name, parameter in plain.named_parameters() if not parameter.requires_grad] == [
+        "blocks.2.norm1.weight",
+        "blocks.2.norm1.bias",
+    ]
+    for wrapped, message in ((nn.DataParallel(model), "delocalize model.module"), (torch.compile(model), "compiled")):
+        with pytest.raises(ValueError, match=message):
+            localvit.delocalize(wrapped)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_dynamic_quantization_leaves_the_branches():
+    model = localvit.localize(randomized(small_vit()).float())
+    for module in locality_modules(model).values():
+        nn.init.normal_(module.conv.weight, std=3, generator=torch.Generator().manual_seed(1))
+    plain = localvit.delocalize(model, discard=True)
+    quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    assert type(quantized.blocks[0].mlp.fc1) is torch.ao.nn.quantized.dynamic.Linear
+    expected, *others = (each(image(dtype=torch.float32)) for each in (model, quantized, plain))
+    of_quantized, of_plain = ((other - expected).norm() / expected.norm() for other in others)
+    # 8 bits: about 1/255 of each range, over the layers of three blocks. The branches make a larger difference.
+    assert 0 < of_quantized < 0.06 < 0.15 < of_plain
+
+
+def test_pruning_and_weight_norm_of_a_localized_projection():
+    model = localized_vit()
+    expected = model(image())
+    nn.utils.parametrizations.weight_norm(model.blocks[0].mlp.fc2)
+    torch.testing.assert_close(model(image()), expected, rtol=1e-10, atol=1e-12)
+    prune.identity(model.blocks[1].mlp.fc2, "weight")
+    assert torch.equal(prune.remove(model.blocks[1].mlp.fc2, "weight").weight, model.blocks[1].mlp.fc2.weight)
+    torch.testing.assert_close(model(image()), expected, rtol=1e-10, atol=1e-12)
+    before = small_vit()
+    nn.utils.parametrizations.weight_norm(before.blocks[0].mlp.fc2)
+    assert torch.equal(localvit.localize(before)(image()), before(image()))
+
+
+def test_blocks_compiled_one_by_one_share_their_code():
+    torch._dynamo.reset()
+    model, counter = localized_vit(), CompileCounter()
+    expected = model(image())
+    for block in model.blocks:
+        block.compile(backend=counter)
+    torch.testing.assert_close(model(image()), expected, rtol=1e-10, atol=1e-12)
+    assert counter.frame_count == 1
 
 
 def test_copies_are_independent():
@@ -303,6 +436,23 @@ def test_in_distributed_data_parallel(tmp_path):
         torch.distributed.destroy_process_group()
 
 
+def test_sharded_models_are_refused_and_localized_models_can_be_sharded(tmp_path):
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        model, plain = localized_vit(), small_vit()
+        expected = model(image())
+        fsdp.fully_shard(model.blocks[1], mesh=mesh)
+        fsdp.fully_shard(model, mesh=mesh)
+        assert torch.equal(model(image()), expected)
+        fsdp.fully_shard(plain, mesh=mesh)
+        with pytest.raises(ValueError, match=r"sharded over processes \(cls_token\).*localize the model before"):
+            localvit.localize(plain)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_intermediates_and_features_have_locality():
     model, host = localized_vit(), small_vit()
     _, maps = model.forward_intermediates(image())
@@ -326,6 +476,19 @@ def test_meta_device():
     assert all(parameter.device.type == "meta" for parameter in model.parameters())
     localvit.delocalize(model, inplace=True)
     assert locality_modules(model) == {}
+
+
+@pytest.mark.parametrize("assign", [True, False])
+def test_weights_of_the_original_into_a_model_localized_on_the_meta_device(assign):
+    """They have no values for the adapters, whose memory is not initialized then."""
+    host = small_vit()
+    model = localvit.localize(copy.deepcopy(host).to("meta"), Adapter(gate="se", norm="batchnorm"))
+    torch.full((10**6,), 7.0)  # So that recycled memory is not zero by chance.
+    if not assign:
+        model.to_empty(device="cpu")
+    model.load_state_dict(host.state_dict(), assign=assign)
+    assert torch.equal(model(image()), host(image()))
+    assert not any(value.is_meta for value in model.state_dict().values())
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.08), (torch.float16, 0.01)])

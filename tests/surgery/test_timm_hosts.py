@@ -17,6 +17,7 @@ from checks import (
     check_function_is_kept,
     check_gradients_reach_every_adapter,
     check_map_is_the_image,
+    projections_of,
     randomized,
 )
 from timm.layers import SEModule
@@ -94,7 +95,7 @@ MIXED = [row for row in ROWS if row.reach is None and row.family.startswith("vis
 def test_map_is_that_of_timms_intermediates(row):
     """Where a change spreads over the map: against timm's maps of the blocks' outputs, whose layout is the same."""
     model = localvit.localize(make(row)).eval().model
-    [layout, *_] = [adapter.layout for adapter in adapters_of(model)]
+    [layout, *_] = [projection.layout for projection in projections_of(model)]
     maps = []
     for block in model.blocks:
         block.register_forward_hook(lambda block, args, x_BNC: maps.append(layout.to_map(x_BNC)))
@@ -194,7 +195,7 @@ def test_parallel_feed_forwards_are_of_one_block():
 
 def test_convits_class_token_comes_after_its_local_blocks():
     [row] = [row for row in ROWS if row.family == "convit"]
-    layouts = [adapter.layout for adapter in adapters_of(localvit.localize(make(row)))]
+    layouts = [projection.layout for projection in projections_of(localvit.localize(make(row)))]
     assert [layout.num_prefix_tokens for layout in layouts] == [0, 0, 1]
 
 
@@ -221,9 +222,9 @@ def test_csatv2s_tokens_are_its_map(kind, kwargs, channels):
     csatv2 = pytest.importorskip("timm.models.csatv2", reason=f"timm {timm.__version__} has no csatv2")
     torch.manual_seed(0)
     block = getattr(csatv2, kind)(**kwargs).eval()
-    [site] = find_sites(block)
     localvit.localize(block, inplace=True)
-    layout = site.projection.locality.layout
+    [projection] = projections_of(block)
+    layout = projection.layout
     maps = []
     block.norm2.register_forward_pre_hook(lambda norm, args: maps.append(layout.to_map(args[0])))
     block.mlp.register_forward_hook(lambda mlp, args, out: maps.append(layout.to_map(out)))

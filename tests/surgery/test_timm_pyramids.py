@@ -22,6 +22,7 @@ from checks import (
     check_gradients_reach_every_adapter,
     check_map_is_the_image,
     hidden_maps,
+    projections_of,
     randomized,
     without_attention,
 )
@@ -203,19 +204,18 @@ def outputs_as_maps(model: nn.Module, images_BCHW: Tensor) -> list[Tensor]:
     """The outputs of all blocks as maps (B, C, H, W), made by the layouts of their sites."""
     maps, sizes = [], {}
 
-    def keep_size(adapter: Any, args: tuple) -> None:
-        if hasattr(adapter.layout, "grid"):
-            sizes[adapter.layout] = adapter.layout.grid.size
+    def keep_size(projection: Any, args: tuple) -> None:
+        if hasattr(projection.layout, "grid"):
+            sizes[projection.layout] = projection.layout.grid.size
 
     def show(block: nn.Module, args: tuple, output: Any, layout: Any) -> None:
         if layout in sizes:  # A block that knows its grid itself has forgotten it after its call.
             layout.grid.record(sizes[layout])
         maps.append(layout.to_map(output[0] if isinstance(output, tuple) else output))
 
-    handles = [adapter.register_forward_pre_hook(keep_size) for adapter in adapters_of(model)]
+    handles = [projection.register_forward_pre_hook(keep_size) for projection in projections_of(model)]
     handles += [
-        site.block.register_forward_hook(partial(show, layout=site.projection.locality.layout))
-        for site in find_sites(model)
+        site.block.register_forward_hook(partial(show, layout=site.projection.layout)) for site in find_sites(model)
     ]
     with torch.no_grad():
         model(images_BCHW)

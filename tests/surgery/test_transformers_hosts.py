@@ -17,6 +17,7 @@ from checks import (
     check_gradients_reach_every_adapter,
     check_map_is_the_image,
     output_of,
+    projections_of,
     randomized,
 )
 from torch import nn
@@ -57,6 +58,10 @@ class Row:
     """Number of tokens that are not patches."""
     sites: int = 2
     grid: tuple[int, int] = (7, 3)
+    reach: int = 0
+    """How many patches away the model itself brings a change to the hidden map."""
+    replace: str | None = None
+    """Why the paper's module cannot replace the feed-forward."""
     interpolating: bool = False
     """Whether the tower needs `interpolate_pos_encoding=True` for images of another size."""
 
@@ -158,6 +163,26 @@ ROWS = [
         sites=3,
         grid=(7, 5),
     ),
+    Row(
+        id="segformer",
+        model="SegformerModel",
+        config="SegformerConfig",
+        kwargs={
+            "num_encoder_blocks": 2,
+            "depths": [2, 1],
+            "sr_ratios": [2, 1],
+            "hidden_sizes": [12, 24],
+            "patch_sizes": [5, 3],
+            "strides": [5, 2],
+            "num_attention_heads": [2, 3],
+            "mlp_ratios": [2, 3],
+            "drop_path_rate": 0.0,
+        },
+        prefix=0,
+        sites=3,
+        reach=1,
+        replace="the feed-forward of SegformerLayer has a depth-wise convolution already",
+    ),
 ]
 every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
 ROW = {row.id: row for row in ROWS}
@@ -201,25 +226,26 @@ def test_every_adapter_matters(row):
 
 @every_row
 def test_map_is_the_image(row):
-    check_map_is_the_image(row.make(), row.image, silence=without_attention)
+    check_map_is_the_image(row.make(), row.image, reach=row.reach, silence=without_attention)
 
 
 @every_row
 def test_the_first_adapter_convolves_the_patches_only(row):
     """Against a convolution over the map that this test makes of the hidden tokens."""
     model = perturb(localvit.localize(row.make().double().eval()))
-    adapter = adapters_of(model)[0]
+    projection = projections_of(model)[0]
     seen = []
-    adapter.register_forward_hook(lambda adapter, args, output: seen.append((args[0], output)))
+    projection.register_forward_hook(lambda projection, args, output: seen.append((args[0], output)))
     with torch.no_grad():
         output_of(model, row.image)
-    [(before_BNE, after_BNE)] = seen
+    [(before_BNE, out_BNC)] = seen
     assert before_BNE.shape[1] == row.prefix + row.grid[0] * row.grid[1]
     map_BEHW = before_BNE[:, row.prefix :].transpose(1, 2).unflatten(2, row.grid)
-    added_BEHW = F.conv2d(map_BEHW, adapter.conv.weight, padding=1, groups=map_BEHW.shape[1])
-    assert torch.equal(after_BNE[:, : row.prefix], before_BNE[:, : row.prefix])
+    weight = projection.locality.conv.weight
+    map_BEHW = map_BEHW + F.conv2d(map_BEHW, weight, padding=1, groups=map_BEHW.shape[1])
+    after_BNE = torch.cat([before_BNE[:, : row.prefix], map_BEHW.flatten(2).transpose(1, 2)], 1)
     # float64; the two lay the map out differently in memory, so sums may go in another order.
-    torch.testing.assert_close(after_BNE[:, row.prefix :], (map_BEHW + added_BEHW).flatten(2).transpose(1, 2))
+    torch.testing.assert_close(out_BNC, F.linear(after_BNE, projection.weight, projection.bias))
 
 
 @every_row
@@ -228,8 +254,9 @@ def test_replace(row):
     model = row.make().double().eval()
     sites = find_sites(model)
     layer = sites[0].block
-    if not hasattr(layer, "mlp"):
-        with pytest.raises(ValueError, match=r"replace .*layer.*two parts; in transformers 5\.9 and newer it is one"):
+    if not hasattr(layer, "mlp") or row.replace:
+        why = row.replace or r"replace .*layer.*two parts; in transformers 5\.9 and newer it is one"
+        with pytest.raises(ValueError, match=why):
             localvit.localize(model, Replace(), inplace=True)
         return
     without_attention(sites[0])
@@ -312,7 +339,7 @@ def test_text_towers_do_not_change(family):
 
 
 def test_images_of_several_sizes():
-    """An adapter that shifts the map by one row does so on either grid."""
+    """What an adapter adds that shifts the map by one row, on either grid."""
     row = ROW["vit"]
     tower = row.make(image_size=25)
     model = localvit.localize(Interpolating(tower).double().eval(), blocks="1")
@@ -320,13 +347,14 @@ def test_images_of_several_sizes():
     with torch.no_grad():
         adapter.conv.weight[:, :, 0, 1] = 1.0
     seen = []
-    adapter.register_forward_hook(lambda adapter, args, output: seen.append((args[0][:, 1:], output[:, 1:])))
+    adapter.register_forward_hook(lambda adapter, args, output: seen.append((args[0], output)))
     with torch.no_grad():
         for height, width in ((7, 3), (2, 11)):
             output_of(model, image(5 * height, 5 * width))
-            before, after = (x.unflatten(1, (height, width)) for x in seen.pop())
-            torch.testing.assert_close(after[:, 1:], before[:, 1:] + before[:, :-1])
-            torch.testing.assert_close(after[:, 0], before[:, 0])
+            map_BEHW, added_BEHW = seen.pop()
+            assert map_BEHW.shape[2:] == (height, width)
+            assert torch.equal(added_BEHW[:, :, 1:], map_BEHW[:, :, :-1])
+            assert not added_BEHW[:, :, 0].any()
 
 
 def test_masked_patches_stay_on_the_grid():
@@ -425,18 +453,18 @@ def test_siglip2_computes_the_same_for_an_image_in_any_batch():
 def test_siglip2_adapter_convolves_each_map():
     """Against a convolution over each image's own map, of a prime size."""
     model = perturb(localvit.localize(siglip2().double().eval()))
-    adapter = adapters_of(model)[0]
+    projection = projections_of(model)[0]
     seen = []
-    adapter.register_forward_hook(lambda adapter, args, output: seen.append((args[0], output)))
+    projection.register_forward_hook(lambda projection, args, output: seen.append((args[0], output)))
     with torch.no_grad():
         model(*patches_of_shapes(*SHAPES, padding=2))
-    [(before_BNE, after_BNE)] = seen
-    for before_NE, after_NE, grid in zip(before_BNE, after_BNE, SHAPES, strict=True):
+    [(hidden_BNE, out_BNC)] = seen
+    for hidden_NE, out_NC, grid in zip(hidden_BNE, out_BNC, SHAPES, strict=True):
         tokens = grid[0] * grid[1]
-        map_EHW = before_NE[:tokens].T.unflatten(1, grid)
-        added_EHW = F.conv2d(map_EHW, adapter.conv.weight, padding=1, groups=len(map_EHW))
-        torch.testing.assert_close(after_NE[:tokens], (map_EHW + added_EHW).flatten(1).T)
-        assert torch.equal(after_NE[tokens:], before_NE[tokens:])
+        map_EHW = hidden_NE[:tokens].T.unflatten(1, grid)
+        added_EHW = F.conv2d(map_EHW, projection.locality.conv.weight, padding=1, groups=len(map_EHW))
+        after_NE = torch.cat([(map_EHW + added_EHW).flatten(1).T, hidden_NE[tokens:]])
+        torch.testing.assert_close(out_NC, F.linear(after_NE, projection.weight, projection.bias))
 
 
 @pytest.mark.filterwarnings("ignore:The tensor attribute .* was assigned during export:UserWarning")

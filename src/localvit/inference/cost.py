@@ -15,7 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from localvit.locality import EfficientChannelAttention, SqueezeExcite
-from localvit.surgery.adapter import CHILD, LocalityAdapter
+from localvit.surgery.adapter import LocalityAdapter
+from localvit.surgery.projection import CHILD
 from localvit.tokens.mlp import LocalityMlp
 from localvit.utils.tables import format_table
 
@@ -185,7 +186,8 @@ def _map_shapes(model: nn.Module, input_size: tuple[int, ...]) -> dict[str, tupl
     shapes = {}
 
     def record(name: str, module: Any, args: tuple) -> None:
-        shapes[name] = tuple(module.layout.to_map(args[0]).shape[1:])
+        map_BCHW = module.layout.to_map(args[0]) if isinstance(module, LocalityMlp) else args[0]
+        shapes[name] = tuple(map_BCHW.shape[1:])
 
     for name, module in copied.named_modules():
         if isinstance(module, LocalityAdapter | LocalityMlp):

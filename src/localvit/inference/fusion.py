@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from localvit.inference.last_block import shorten_last_block
 from localvit.ops.stages import is_untouched
-from localvit.surgery.adapter import CHILD, LocalityAdapter, attach, has_adapter
 from localvit.tokens.sources import stop_recognizing_inputs
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -50,14 +49,9 @@ def fuse(model: Model, *, inplace: bool = False) -> Model:
         )
     dtypes = {parameter.dtype for parameter in model.parameters()}
     fused = model if inplace else copy.deepcopy(model)
-    adapters = {name: module for name, module in fused.named_modules() if isinstance(module, LocalityAdapter)}
     reparameterize_model(fused, inplace=True)
     if len(dtypes) == 1:
         fused.to(dtype=dtypes.pop())  # timm folds into float32.
-    for name, adapter in adapters.items():
-        projection = fused.get_submodule(name.removesuffix(f".{CHILD}"))
-        if not has_adapter(projection):  # The projection it was attached to was folded into a new one.
-            attach(projection, adapter)
     for name, module in list(fused.named_modules()):
         if name and (faster := _ATTENTIONS.get(type(module))):
             fused.set_submodule(name, faster(module))

@@ -24,8 +24,8 @@ from localvit.models.pvt import LocalPVT
 from localvit.models.pvt_stage import Block as PyramidBlock
 from localvit.models.tnt import LocalTNT
 from localvit.ops.stages import is_untouched
-from localvit.surgery.adapter import LocalityAdapter, detach, has_adapter
 from localvit.surgery.override import override_forward
+from localvit.surgery.projection import LocalizedProjection, localized_projections, remove_locality
 from localvit.tokens.mlp import FusedMlp
 from localvit.tokens.per_call import PerCall
 
@@ -194,16 +194,14 @@ def _is_known(block: Any, reader: PrefixReader, num_prefix_tokens: int) -> bool:
         return False  # Keys of a reduced map, or a projection that does more than multiply by its weight.
     if not all(map(is_untouched, (block, *attn.modules()))):
         return False
-    local = [module.layout for module in block.modules() if isinstance(module, LocalityAdapter | FusedMlp)]
+    local = [module.layout for module in block.modules() if isinstance(module, LocalizedProjection | FusedMlp)]
     return all(layout.num_prefix_tokens == num_prefix_tokens for layout in local)
 
 
 def _without_adapter(mlp: nn.Module) -> nn.Module:
     """The feed-forward without its adapter: itself where it has none, else a copy."""
-    names = [name for name, module in mlp.named_modules() if has_adapter(module)]
-    if not names:
+    if not localized_projections(mlp):
         return mlp
     plain = copy.deepcopy(mlp)
-    for name in names:
-        detach(plain.get_submodule(name))
+    remove_locality(plain)
     return plain

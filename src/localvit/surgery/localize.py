@@ -1,34 +1,32 @@
 """`localize` puts locality into any vision transformer, and `delocalize` removes it."""
 
 import copy
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-import torch
 from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from localvit.surgery.adapter import (
-    CHILD,
-    Adapter,
-    LocalityAdapter,
-    accept_state_dicts_without_adapters,
-    attach,
-    check_attachable,
-    detach,
-    has_adapter,
-    refuse_state_dicts_without_adapters,
-)
+from localvit.surgery.adapter import Adapter, LocalityAdapter
 from localvit.surgery.blocks import BlockSelection
 from localvit.surgery.options import Method, options_of, parse_options
+from localvit.surgery.projection import (
+    LocalizedProjection,
+    accept_state_dicts_without_locality,
+    check_projection,
+    localized_projections,
+    refuse_state_dicts_without_locality,
+    remove_locality,
+    replace_modules,
+)
 from localvit.surgery.replace import Replace, replace_feed_forwards
-from localvit.surgery.sites import Grids, Site, find_sites, sites_of_blocks, sites_on_grid
+from localvit.surgery.selection import FilterFn, select_sites, some
+from localvit.surgery.sites import Grids, Site
+from localvit.surgery.wrappers import refuse_wrapped
 from localvit.tokens.mlp import LocalityMlp
 from localvit.tokens.sources import disconnect
 
 Model = TypeVar("Model", bound=nn.Module)
-FilterFn = Callable[[nn.Module, str], bool] | Collection[str]
 Trainable = Literal["all", "locality"]
 
 
@@ -38,8 +36,6 @@ class Localized:
 
     options: dict[str, Any]
     """Plain values for `localize_with_options`, which do the same to the same model again; JSON can store them."""
-    frozen: tuple[str, ...]
-    """Names of the parameters that `trainable="locality"` has frozen."""
 
 
 def localize(
@@ -91,16 +87,17 @@ def localize(
         raise ValueError(f"trainable={trainable!r}: choose 'all' or 'locality'")
     if blocks is not None and not isinstance(blocks, str):
         blocks = list(blocks)
-    sites = _select(model, blocks, filter_fn, grid, num_prefix_tokens)
+    sites = select_sites(model, blocks, filter_fn, grid, num_prefix_tokens)
     names = [site.projection_name for site in sites]
     if not inplace:
         model = copy.deepcopy(model)
-        sites = _select(model, None, names, grid, num_prefix_tokens)
+        sites = select_sites(model, None, names, grid, num_prefix_tokens)
     if isinstance(method, Replace):
         replace_feed_forwards(sites, lambda site: method)
     else:
         _add_adapters(model, sites, method)
-    frozen = _freeze_others(model) if trainable == "locality" else ()
+    if trainable == "locality":
+        _freeze_others(model)
     options = options_of(method)
     if grid is not None:
         options |= {"grid": grid, "num_prefix_tokens": num_prefix_tokens}
@@ -110,7 +107,7 @@ def localize(
         options["blocks"] = blocks
     if trainable != "all":
         options["trainable"] = trainable
-    model.localized = Localized(options=options, frozen=frozen)  # type: ignore[assignment]
+    model.localized = Localized(options=options)  # type: ignore[assignment]
     if isinstance(made_from := getattr(model, "made_from", None), dict):
         made_from["args"]["localize"] = options
     return model
@@ -142,31 +139,29 @@ def delocalize(model: Model, *, discard: bool = False, inplace: bool = False) ->
         ValueError: when the model has no locality, when it has the paper's module, which has replaced the
             feed-forwards for good, or when an adapter is trained and `discard` is False. The model is then unchanged.
     """
+    refuse_wrapped(model, "delocalize")
     kind = type(model).__name__
     if any(isinstance(module, LocalityMlp) for module in model.modules()):
         raise ValueError(
             f"{kind} has the paper's module in place of its feed-forwards, whose weights are gone: create the model "
             "again instead"
         )
-    projections = {name: module for name, module in model.named_modules() if has_adapter(module)}
+    projections = localized_projections(model)
     if not projections:
         raise ValueError(f"{kind} is not localized")
-    trained = [name for name, module in projections.items() if not module.get_submodule(CHILD).is_neutral]
+    trained = [name for name, projection in projections.items() if not projection.locality.is_neutral]
     if trained and not discard:
         raise ValueError(
-            f"{len(trained)} of {len(projections)} adapters are trained ({_some(trained)}), so the model computes "
+            f"{len(trained)} of {len(projections)} adapters are trained ({some(trained)}), so the model computes "
             "something else without them: pass discard=True to remove them anyway"
         )
     if not inplace:
         model = copy.deepcopy(model)
-    for module in [module for module in model.modules() if has_adapter(module)]:
-        detach(module)
+    remove_locality(model)
     disconnect(model)
-    refuse_state_dicts_without_adapters(model)
-    if isinstance(localized := getattr(model, "localized", None), Localized):
-        parameters = dict(model.named_parameters())
-        for name in localized.frozen:
-            parameters[name].requires_grad_(True)
+    refuse_state_dicts_without_locality(model)
+    _unfreeze(model)
+    if hasattr(model, "localized"):
         del model.localized
     if isinstance(made_from := getattr(model, "made_from", None), dict):
         made_from["args"].pop("localize", None)
@@ -179,73 +174,64 @@ def locality_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _check_model(model: nn.Module) -> None:
-    kind = type(model).__name__
-    if hasattr(model, "_orig_mod"):
-        raise ValueError("this model is compiled: localize it first, then compile it")
-    if isinstance(model, DistributedDataParallel | DataParallel):
-        raise ValueError(f"this model is wrapped in {kind}: localize model.module before you wrap it")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ValueError("this model is TorchScript, which cannot be changed: localize the module it came from")
+    refuse_wrapped(model, "localize")
     if found := locality_modules(model):
-        raise ValueError(f"{kind} has locality already, in {len(found)} feed-forwards ({_some(list(found))})")
-
-
-def _select(
-    model: nn.Module,
-    blocks: BlockSelection,
-    filter_fn: FilterFn | None,
-    grid: tuple[int, int] | str | None,
-    num_prefix_tokens: int,
-) -> list[Site]:
-    kind = type(model).__name__
-    if grid is None:
-        sites = find_sites(model)
-        if not sites:
-            raise ValueError(
-                f"{kind} has no feed-forward that localize can find: neither it nor one of its modules is a supported "
-                "host. Select the linear layers that read the hidden channels with filter_fn, and give their patch "
-                "grid with grid"
-            )
-    elif filter_fn is None:
-        raise ValueError("grid is for a module that is not a supported host: select its linear layers with filter_fn")
-    else:
-        sites = sites_on_grid(model, grid, num_prefix_tokens)
-    selected = sites_of_blocks(sites, blocks) if blocks is not None else sites
-    if not selected:
-        raise ValueError(f"blocks={blocks!r} selects none of the blocks of {kind}")
-    if filter_fn is not None:
-        names = [site.projection_name for site in selected]
-        if not callable(filter_fn) and (missing := set(filter_fn) - set(names)):
-            raise ValueError(f"filter_fn names {_some(sorted(missing))}, but {kind} has {_some(names)}")
-        matches = filter_fn if callable(filter_fn) else lambda _, name: name in set(filter_fn)
-        selected = [site for site in selected if matches(site.projection, site.projection_name)]
-        if not selected:
-            raise ValueError(f"filter_fn matched none of the {len(names)} projections of {kind}: {_some(names)}")
-    return selected
+        kind = type(model).__name__
+        raise ValueError(f"{kind} has locality already, in {len(found)} feed-forwards ({some(list(found))})")
 
 
 def _add_adapters(model: nn.Module, sites: list[Site], method: Adapter) -> None:
     for site in sites:
-        check_attachable(site.projection, site.projection_name)
+        check_projection(site.projection, site.projection_name)
     grids = Grids()
-    adapters = [LocalityAdapter(site.hidden_dim, site.layout(grids.of(site)), method, **site.factory) for site in sites]
-    for site, adapter in zip(sites, adapters, strict=True):
-        attach(site.projection, adapter.train(site.projection.training))
+    localized: dict[nn.Module, nn.Module] = {}
+    first: dict[nn.Module, Site] = {}
+    for site in sites:
+        same = first.setdefault(site.projection, site)
+        if same is not site:  # Blocks that share weights share locality, too.
+            if not _on_one_grid(same, site):
+                raise ValueError(
+                    f"{site.projection_name} and {same.projection_name} are one module, which works on several grids: "
+                    "leave it out with filter_fn"
+                )
+            continue
+        factory = site.factory
+        locality = LocalityAdapter(site.hidden_dim, method, **factory)
+        projection = LocalizedProjection(site.projection, locality, site.layout(grids.of(site)))
+        localized[site.projection] = projection.train(site.projection.training)
+    # Nothing can fail from here on.
     grids.connect()
-    accept_state_dicts_without_adapters(model)
+    replace_modules(model, localized)
+    accept_state_dicts_without_locality(model)
 
 
-def _freeze_others(model: nn.Module) -> tuple[str, ...]:
+def _on_one_grid(site: Site, other: Site) -> bool:
+    return site.source is other.source or (
+        type(site.source) is type(other.source) and vars(site.source) == vars(other.source)
+    )
+
+
+_FROZEN = "_frozen_by_localize"
+"""Attribute of a module: the names of its own parameters that `trainable="locality"` has frozen. Names in the model
+would not survive that blocks are removed or the head is replaced."""
+
+
+def _freeze_others(model: nn.Module) -> None:
     own = {id(parameter) for module in locality_modules(model).values() for parameter in module.parameters()}
-    others = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and id(parameter) not in own
-    }
-    for parameter in others.values():
-        parameter.requires_grad_(False)
-    return tuple(others)
+    for module in model.modules():
+        trained = {
+            name: parameter
+            for name, parameter in module.named_parameters(recurse=False)
+            if parameter.requires_grad and id(parameter) not in own
+        }
+        for parameter in trained.values():
+            parameter.requires_grad_(False)
+        if trained:
+            vars(module)[_FROZEN] = tuple(trained)
 
 
-def _some(names: list[str], count: int = 4) -> str:
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+def _unfreeze(model: nn.Module) -> None:
+    for module in model.modules():
+        for name in vars(module).pop(_FROZEN, ()):
+            if (parameter := module._parameters.get(name)) is not None:
+                parameter.requires_grad_(True)

@@ -85,6 +85,13 @@ def replace_feed_forwards(sites: Sequence[Site], method_of: Callable[[Site], Rep
     for site in sites:
         if isinstance(site.slot, Unsupported):
             raise ValueError(f"the paper's module cannot replace {site.name}: {site.slot.reason}")
+    first: dict[nn.Module, Site] = {}
+    for site in sites:
+        if (same := first.setdefault(site.projection, site)) is not site:
+            raise ValueError(
+                f"the paper's module cannot replace {site.name}, which is the same module as {same.name} in another "
+                "block: give each block a feed-forward of its own"
+            )
     grids = Grids()
     modules = [
         method_of(site).feed_forward(site.dim, site.layout(grids.of(site)), site.expand_ratio, **site.factory)

@@ -18,7 +18,7 @@ from localvit.tokens.grid import Grid
 from localvit.tokens.layouts import Layout, TokenSequence
 from localvit.tokens.sources import FixedGrid, GridSource, OutputMap, enclose_calls, recognize_inputs
 
-PROJECTIONS = ("fc2", "w2", "down_proj", "ln2", "weights_out", "dense")
+PROJECTIONS = ("fc2", "w2", "down_proj", "ln2", "weights_out", "dense", "dense2")
 """Names that hosts give to a feed-forward's last projection, the one that reads the hidden channels."""
 
 LayoutFactory = Callable[..., Layout]
@@ -87,11 +87,10 @@ class Site:
     @property
     def factory(self) -> dict[str, Any]:
         """Device and dtype for new modules. Raises ValueError where the host's weights are not floating point."""
-        weight = next(self.projection.parameters())
-        if not weight.is_floating_point():
-            raise ValueError(
-                f"{self.projection_name} has weights of {weight.dtype}: localize the model before it is quantized"
-            )
+        weight = next(self.projection.parameters(), None)
+        if weight is None or not weight.is_floating_point():
+            held = "no parameters" if weight is None else f"weights of {weight.dtype}"
+            raise ValueError(f"{self.projection_name} has {held}: localize the model before it is quantized")
         return {"device": weight.device, "dtype": weight.dtype}
 
 

@@ -130,7 +130,10 @@ class Grid(nn.Module):
 
 def _problem(tokens: str, candidates: tuple[Size, ...], fitting: list[Size]) -> str:
     if not candidates:
-        return f"no patch grid is recorded for {tokens}: run the whole model, not one of its blocks"
+        return (
+            f"no patch grid is recorded for {tokens}: run the whole model, not one of its blocks; a block that was "
+            "copied from a localized model by itself has lost its grid: copy the whole model"
+        )
     grids = " and ".join(f"{height} x {width}" for height, width in fitting or candidates)
     if fitting:
         return (

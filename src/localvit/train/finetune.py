@@ -26,8 +26,8 @@ from localvit.models.factory import create_model, is_model, pretrained_cfg
 from localvit.models.family import Family
 from localvit.models.positions import positions_like
 from localvit.models.registry import find_model
-from localvit.surgery.adapter import CHILD
 from localvit.surgery.localize import locality_modules, localize_with_options
+from localvit.surgery.projection import CHILD
 from localvit.utils.weight_files import CheckpointError
 
 logger = logging.getLogger(__name__)

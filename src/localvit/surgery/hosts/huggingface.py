@@ -76,6 +76,16 @@ def swin_layer(layer: Any) -> Iterator[Site]:
     yield site(layer, "", source, mlp=_feed_forward(layer), slot=_slot(layer, shared=("dropout",)))
 
 
+@host("transformers.models.segformer.modeling_segformer.SegformerLayer")
+def segformer_layer(layer: Any) -> Iterator[Site]:
+    """The grid is an argument of the feed-forward, whose own depth-wise convolution comes before its activation."""
+    slot = Unsupported(
+        "the feed-forward of SegformerLayer has a depth-wise convolution already, and its layer gives it the grid as "
+        "arguments, which the paper's module does not take"
+    )
+    yield site(layer, "", ArgumentsGrid(layer.mlp, _height_and_width), slot=slot)
+
+
 def _in_order(
     model: nn.Module,
     source: GridSource,
@@ -123,6 +133,10 @@ def _input_dimensions(
     hidden_states: Tensor, input_dimensions: tuple[int, int], *args: Any, **kwargs: Any
 ) -> tuple[int, int]:
     return input_dimensions
+
+
+def _height_and_width(hidden_states: Tensor, height: int, width: int) -> tuple[int, int]:
+    return height, width
 
 
 def _placement_of_siglip2(pixel_values: Tensor, spatial_shapes: Tensor) -> Placement:
