@@ -104,6 +104,24 @@ def test_placement_of_shapes_is_row_by_row():
     assert torch.equal(placement.index_BN, expected.index_BN)
 
 
+def test_coordinates_may_start_anywhere():
+    """Patches cut out of larger images: each sample's map starts at its first row and column."""
+    coord_BN2, valid_BN = coordinates(SHAPES, padding=2, order_seed=3)
+    offsets_B12 = torch.tensor([[200, 3], [0, 0], [7, 50_000], [1, 900], [40, 0]])[:, None]
+    found = placement_of_coordinates(coord_BN2 + offsets_B12, valid_BN)
+    expected = placement_of_coordinates(coord_BN2, valid_BN)
+    assert found.size == expected.size == (5, 11)
+    assert torch.equal(found.index_BN, expected.index_BN)
+
+
+def test_a_sample_of_padding_only():
+    coord_BN2, valid_BN = coordinates(((2, 3), (1, 2)))
+    valid_BN[1] = False
+    placement = placement_of_coordinates(coord_BN2 - 1 + valid_BN[..., None], valid_BN)
+    assert placement.size == (2, 3)
+    assert placement.index_BN.tolist() == [[1, 2, 3, 4, 5, 6], [0] * 6]
+
+
 def test_to_map_and_back_is_the_identity():
     coord_BN2, valid_BN = coordinates(SHAPES, padding=2, order_seed=3)
     layout = ragged_layout(placement_of_coordinates(coord_BN2, valid_BN), 3)

@@ -101,6 +101,20 @@ def test_a_nonfinite_loss_stops_the_run_before_anything_changes(one_white, tmp_p
     assert same(everything(training), before)
 
 
+def test_a_step_that_raises_changes_nothing(tiny_digits, tmp_path):
+    """The last block raises, after the batch norms of the first ones have seen the batch."""
+    training = build(tiny_config(tiny_digits, tmp_path / "run", batch_size=6, **STILL))
+    before = everything(training)
+
+    def fail(module, inputs):
+        raise MemoryError("stop")
+
+    training.state.model.norm.register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError, match="stop"):
+        train_step(training, training.batches.epoch(0), stop=False)
+    assert same(everything(training), before)
+
+
 @pytest.mark.parametrize("make_bad", [with_nan_output, lambda training: with_nan_gradient(training, has_white)])
 def test_skipping_a_step(one_white, tmp_path, caplog, make_bad):
     root, _ = one_white

@@ -4,204 +4,326 @@ In such a block nothing depends on the queries, output projections and feed-forw
 prefix tokens only. Locality, which does not act on prefix tokens, does not run. Keys and values are computed for every
 token.
 
+This holds while every module from the block to the pooling computes exactly what its class defines. Models are changed
+after `fuse` too, so each call of the model looks at all of them.
+
 Shapes: B batch, N tokens, P prefix tokens, C channels, M attention heads, D channels of a head.
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from operator import attrgetter
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
-from timm.layers import Attention, GluMlp, Mlp, SwiGLU
+from timm.layers import Attention, DropPath
 from timm.models import pvt_v2, tnt
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Block, LayerScale, VisionTransformer
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.module_tracker import ModuleTracker
 
+from localvit.inference.token_wise import is_token_wise, is_token_wise_class
 from localvit.models.pvt import LocalPVT
 from localvit.models.pvt_stage import Block as PyramidBlock
+from localvit.models.pvt_stage import Stage
 from localvit.models.tnt import LocalTNT
-from localvit.ops.stages import is_untouched
+from localvit.ops import FusedConvolutions
+from localvit.ops.stages import has_global_hooks, has_hooks, is_untouched
 from localvit.surgery.override import override_forward
-from localvit.surgery.projection import LocalizedProjection, localized_projections, remove_locality
+from localvit.surgery.projection import LocalizedProjection, localized_projections
 from localvit.tokens.mlp import FusedMlp
 from localvit.tokens.per_call import PerCall
+from localvit.tokens.sources import is_grid_hook
 
 
-class LastBlock(nn.Module):
-    """A pre-norm block that computes the prefix tokens only while the whole model runs.
+def shorten_last_block(model: nn.Module) -> None:
+    """Let a model's last block, in place, compute only the prefix tokens in calls of the model, if its head allows it.
 
-    It has the arguments of the block. Tokens (B, N, C) become (B, P, C) in a call of the model, and (B, N, C) in any
-    other call.
+    The block's modules stay as they are, and other calls still compute every token.
+    """
+    if (blocks := _blocks(model)) is None or not len(blocks) or "forward" in vars(model):
+        return
+    block, calls = blocks[-1], PerCall()
+    if not _shortens(model, block):
+        return
+    override_forward(block, _forward_of_last_block, calls)
+    for projection in localized_projections(block).values():
+        override_forward(projection, _forward_of_projection, calls)
+    override_forward(model, _forward_for_logits, calls)
+
+
+# torch.export matches inputs by this signature, so the images are an argument of their own.
+def _forward_for_logits(model: Any, calls: PerCall, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    masked = any(value is not None and value is not False for value in (*args, *kwargs.values()))
+    calls.begin(model.num_prefix_tokens if not masked and _is_shortened(model, calls) else None)
+    try:
+        return type(model).forward(model, x, *args, **kwargs)
+    finally:
+        calls.end()
+
+
+def _forward_of_last_block(block: Any, calls: PerCall, *args: Any, **kwargs: Any) -> Any:
+    if not calls.value:
+        return type(block).forward(block, *args, **kwargs)
+    if isinstance(block, tnt.Block):
+        pixels, x_BNC = tnt.Block.forward(_InnerPart(block), *args)  # type: ignore[arg-type]
+        return pixels, _prefix_tokens(block, x_BNC, calls.value)
+    return _prefix_tokens(block, args[0], calls.value)
+
+
+def _forward_of_projection(projection: Any, calls: PerCall, hidden: Tensor) -> Tensor:
+    cls = projection.projection_class if calls.value else LocalizedProjection
+    return cls.forward(projection, hidden)
+
+
+class _InnerPart:
+    """TNT's block without its outer attention and feed-forward. It runs for all patches: keys and values depend on it.
+
+    `tnt.Block.forward` reads it in place of the block.
     """
 
-    norm1, attn, norm2 = "norm1", "attn", "norm2"
-    """Attribute names, in the block, of its attention and of the norms before attention and feed-forward."""
-    attention: type[nn.Module] = Attention
-    """The exact class of that attention."""
-
-    def __init__(self, block: Any, num_prefix_tokens: int) -> None:
-        super().__init__()
+    def __init__(self, block: tnt.Block) -> None:
         self.block = block
-        self.num_prefix_tokens = num_prefix_tokens
-        self.calls = PerCall()
-        # That of the prefix tokens, on which the paper's module does not act.
-        self.mlp = None if isinstance(block.mlp, FusedMlp) else _without_adapter(block.mlp)
+        self.norm_out = self.norm_mlp = _unchanged
+        self.attn_out = self.mlp = _zero
 
-    @property
-    def for_logits(self) -> bool:
-        """Whether a call of the whole model is in progress, whose head reads the prefix tokens only."""
-        return bool(self.calls.value)
-
-    def forward(self, x_BNC: Tensor, *args: Any, **kwargs: Any) -> Any:
-        masked = any(value is not None and value is not False for value in (*args, *kwargs.values()))
-        if masked or not self.for_logits:
-            return self.block(x_BNC, *args, **kwargs)
-        return self.prefix_tokens(x_BNC)
-
-    def prefix_tokens(self, x_BNC: Tensor) -> Tensor:
-        """The block's prefix tokens (B, P, C)."""
-        norm1, attn, norm2 = (getattr(self.block, name) for name in (self.norm1, self.attn, self.norm2))
-        scale1, scale2 = (getattr(self.block, name, nn.Identity()) for name in ("ls1", "ls2"))
-        x_BPC = x_BNC[:, : self.num_prefix_tokens] + scale1(self.attend(attn, norm1(x_BNC)))
-        return x_BPC if self.mlp is None else x_BPC + scale2(self.mlp(norm2(x_BPC)))
-
-    def attend(self, attn: Any, y_BNC: Tensor) -> Tensor:
-        """The output of timm's `Attention` for the prefix tokens."""
-        y_BPC = y_BNC[:, : self.num_prefix_tokens]
-        dim = attn.num_heads * attn.head_dim
-        weight, bias = attn.qkv.weight, attn.qkv.bias
-        query = F.linear(y_BPC, weight[:dim], None if bias is None else bias[:dim])
-        key, value = F.linear(y_BNC, weight[dim:], None if bias is None else bias[dim:]).chunk(2, dim=-1)
-        query_BMPD, key_BMND, value_BMND = _split_heads(attn.num_heads, query, key, value)
-        out_BMPD = F.scaled_dot_product_attention(attn.q_norm(query_BMPD), attn.k_norm(key_BMND), value_BMND)
-        out_BPC = attn.norm(out_BMPD.transpose(1, 2).flatten(2))
-        if getattr(attn, "gate", None) is not None:
-            out_BPC = out_BPC * attn.gate(y_BPC).sigmoid()
-        return attn.proj(out_BPC)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.block, name)
 
 
-class LastPyramidBlock(LastBlock):
-    """PVT's last block, which is given the grid, and has one projection for queries and one for keys and values."""
-
-    attention = pvt_v2.Attention
-
-    def forward(self, x_BNC: Tensor, grid_size: tuple[int, int]) -> Any:  # type: ignore[override]
-        return self.prefix_tokens(x_BNC) if self.for_logits else self.block(x_BNC, grid_size)
-
-    def attend(self, attn: Any, y_BNC: Tensor) -> Tensor:
-        """The output of PVT's attention, without spatial reduction, for the prefix tokens."""
-        query, (key, value) = attn.q(y_BNC[:, : self.num_prefix_tokens]), attn.kv(y_BNC).chunk(2, dim=-1)
-        query_BMPD, key_BMND, value_BMND = _split_heads(attn.num_heads, query, key, value)
-        out_BMPD = F.scaled_dot_product_attention(query_BMPD, key_BMND, value_BMND)
-        return attn.proj(out_BMPD.transpose(1, 2).flatten(2))
+def _unchanged(x: Tensor) -> Tensor:
+    return x
 
 
-class LastOuterBlock(LastBlock):
-    """TNT's last block. Its inner transformer runs for all patches: the keys and values depend on it."""
-
-    norm1, attn, norm2 = "norm_out", "attn_out", "norm_mlp"
-
-    def __init__(self, block: Any, num_prefix_tokens: int) -> None:
-        super().__init__(block, num_prefix_tokens)
-        outer = {"norm_out": nn.Identity(), "attn_out": _Zero(), "norm_mlp": nn.Identity(), "mlp": _Zero()}
-        self.inner = copy.copy(block)  # It shares the other modules.
-        self.inner._modules = block._modules | outer
-
-    def forward(self, pixels: Tensor, x_BNC: Tensor) -> Any:  # type: ignore[override]
-        if not self.for_logits:
-            return self.block(pixels, x_BNC)
-        pixels, x_BNC = self.inner(pixels, x_BNC)
-        return pixels, self.prefix_tokens(x_BNC)
+def _zero(x: Tensor) -> Tensor:
+    return x.new_zeros(())
 
 
-class _Zero(nn.Module):
-    """A part of a block that adds zero to its tokens."""
+def _prefix_tokens(block: Any, x_BNC: Tensor, num_prefix_tokens: int) -> Tensor:
+    """The block's prefix tokens (B, P, C)."""
+    parts = BLOCKS[type(block)]
+    norm1, attn, norm2 = (getattr(block, name) for name in (parts.norm1, parts.attn, parts.norm2))
+    added_BPC = parts.attend(attn, norm1(x_BNC), num_prefix_tokens)
+    x_BPC = x_BNC[:, :num_prefix_tokens] + _through(block, parts.after_attn, added_BPC)
+    if isinstance(block.mlp, FusedMlp):  # The paper's module adds zero to prefix tokens.
+        return x_BPC
+    return x_BPC + _through(block, parts.after_mlp, block.mlp(norm2(x_BPC)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x.new_zeros(())
+
+def _through(block: nn.Module, names: tuple[str, ...], x_BPC: Tensor) -> Tensor:
+    for name in names:
+        x_BPC = getattr(block, name)(x_BPC)
+    return x_BPC
+
+
+def _attend(attn: Any, y_BNC: Tensor, num_prefix_tokens: int) -> Tensor:
+    """The output of timm's `Attention` for the prefix tokens."""
+    y_BPC = y_BNC[:, :num_prefix_tokens]
+    dim = attn.num_heads * attn.head_dim
+    weight, bias = attn.qkv.weight, attn.qkv.bias
+    query = F.linear(y_BPC, weight[:dim], None if bias is None else bias[:dim])
+    key, value = F.linear(y_BNC, weight[dim:], None if bias is None else bias[dim:]).chunk(2, dim=-1)
+    query_BMPD, key_BMND, value_BMND = _split_heads(attn.num_heads, query, key, value)
+    out_BMPD = F.scaled_dot_product_attention(attn.q_norm(query_BMPD), attn.k_norm(key_BMND), value_BMND)
+    out_BPC = attn.norm(out_BMPD.transpose(1, 2).flatten(2))
+    if getattr(attn, "gate", None) is not None:
+        out_BPC = out_BPC * attn.gate(y_BPC).sigmoid()
+    return attn.proj_drop(attn.proj(out_BPC))
+
+
+def _attend_in_pyramid(attn: Any, y_BNC: Tensor, num_prefix_tokens: int) -> Tensor:
+    """The output of PVT's attention, without spatial reduction, for the prefix tokens."""
+    query, (key, value) = attn.q(y_BNC[:, :num_prefix_tokens]), attn.kv(y_BNC).chunk(2, dim=-1)
+    query_BMPD, key_BMND, value_BMND = _split_heads(attn.num_heads, query, key, value)
+    out_BMPD = F.scaled_dot_product_attention(query_BMPD, key_BMND, value_BMND)
+    return attn.proj_drop(attn.proj(out_BMPD.transpose(1, 2).flatten(2)))
 
 
 def _split_heads(num_heads: int, *parts_BNC: Tensor) -> list[Tensor]:
     return [part_BNC.unflatten(2, (num_heads, -1)).transpose(1, 2) for part_BNC in parts_BNC]
 
 
-_FEED_FORWARDS = (FusedMlp, Mlp, GluMlp, SwiGLU)
-"""Feed-forwards that do not mix tokens, apart from locality."""
-
-
 @dataclass(frozen=True, kw_only=True)
-class PrefixReader:
-    """A class of models whose head, with `global_pool="token"`, reads only the prefix tokens of the last block."""
+class BlockParts:
+    """The parts of a class of pre-norm blocks that the prefix tokens pass through."""
 
-    block: type[nn.Module]
-    """The exact class of that block: a subclass may compute something else."""
-    shortened: type[LastBlock] = LastBlock
-    """The class that replaces it."""
-    blocks: Callable[[Any], Any] = attrgetter("blocks")
-    """Returns the model's list of blocks, whose last one it is."""
+    attention: type[nn.Module]
+    """The exact class of its attention."""
+    attend: Callable[[Any, Tensor, int], Tensor]
+    """Returns that attention's output for the prefix tokens, given all tokens."""
+    norm1: str
+    attn: str
+    norm2: str
+    """Attribute names of the attention and of the norms before attention and feed-forward."""
+    after_attn: tuple[str, ...]
+    after_mlp: tuple[str, ...]
+    """Names of the modules that their outputs pass before they are added."""
 
 
-PREFIX_READERS: dict[type[nn.Module], PrefixReader] = {
-    VisionTransformer: PrefixReader(block=Block),
-    VisionTransformerDistilled: PrefixReader(block=Block),
-    tnt.TNT: PrefixReader(block=tnt.Block, shortened=LastOuterBlock),
-    LocalTNT: PrefixReader(block=tnt.Block, shortened=LastOuterBlock),
-    LocalPVT: PrefixReader(
-        block=PyramidBlock, shortened=LastPyramidBlock, blocks=lambda model: model.stages[-1].blocks
+_NAMES: Any = {"norm1": "norm1", "attn": "attn", "norm2": "norm2"}
+_OUTER_NAMES: Any = {"norm1": "norm_out", "attn": "attn_out", "norm2": "norm_mlp"}
+BLOCKS: dict[type[nn.Module], BlockParts] = {
+    Block: BlockParts(
+        **_NAMES,
+        attention=Attention,
+        attend=_attend,
+        after_attn=("ls1", "drop_path1"),
+        after_mlp=("ls2", "drop_path2"),
+    ),
+    PyramidBlock: BlockParts(
+        **_NAMES,
+        attention=pvt_v2.Attention,
+        attend=_attend_in_pyramid,
+        after_attn=("drop_path1",),
+        after_mlp=("drop_path2",),
+    ),
+    tnt.Block: BlockParts(
+        **_OUTER_NAMES,
+        attention=Attention,  # `localvit.inference.fusion` has put it there.
+        attend=_attend,
+        after_attn=("drop_path",),
+        after_mlp=("drop_path",),
     ),
 }
-"""Subclasses are included as long as they override none of `FORWARDS`."""
-FORWARDS = ("forward", "forward_features", "forward_head", "pool")
+"""Exact classes of last blocks that are shortened."""
+
+METHODS = ("forward", "forward_features", "forward_head", "pool", "_outer_tokens", "_run_stages")
 """The methods that a model calls from its images to its logits."""
+PREFIX_READERS: dict[type[nn.Module], list[Any]] = {
+    cls: [getattr(cls, name, None) for name in METHODS]
+    for cls in (VisionTransformer, VisionTransformerDistilled, tnt.TNT, LocalTNT, LocalPVT)
+}
+"""Models whose head, with `global_pool="token"`, reads only the prefix tokens of the last block, and their `METHODS`.
+
+Subclasses are included as long as they override none of these."""
+_OTHERS: tuple[type[nn.Module], ...] = (
+    Attention,
+    pvt_v2.Attention,
+    Stage,
+    FusedMlp,
+    FusedConvolutions,
+    LocalizedProjection,
+)
+_FORWARDS: dict[type[nn.Module], Any] = {cls: cls.forward for cls in (*BLOCKS, *_OTHERS)}
+"""The forwards of the other classes on the way, as the code above knows them."""
 
 
-def shorten_last_block(model: nn.Module) -> None:
-    """Replace a model's last block, in place, by a `LastBlock` if the head reads its prefix tokens only."""
-    own: Any = model
-    reader = next((reader for cls, reader in PREFIX_READERS.items() if _runs_as(own, cls)), None)
-    if reader is None or own.global_pool != "token":
-        return
-    blocks = reader.blocks(own)
-    if len(blocks) and _is_known(blocks[-1], reader, own.num_prefix_tokens):
-        blocks[-1] = last = reader.shortened(blocks[-1], own.num_prefix_tokens)
-        override_forward(own, _forward_for_logits, last)
+def _blocks(model: Any) -> Any:
+    """The model's list of blocks; None for a model that is not exactly known from there to its pooling."""
+    methods = [getattr(type(model), name, None) for name in METHODS]
+    known = any(isinstance(model, cls) and own == methods for cls, own in PREFIX_READERS.items())
+    if not known or any(name in vars(model) for name in METHODS[1:]):
+        return None
+    if model.global_pool != "token" or getattr(model, "attn_pool", None) is not None or not is_token_wise(model.norm):
+        return None
+    owner = model
+    if isinstance(model, LocalPVT):
+        owner = model.stages[-1] if len(model.stages) else None
+        if type(owner) is not Stage or not _stage_runs_as_written(owner):
+            return None
+    # Checkpointing runs blocks again outside of the model's call.
+    if model.training or owner.grad_checkpointing or type(owner.blocks) not in (nn.Sequential, nn.ModuleList):
+        return None
+    observed = has_global_hooks() and _global_hooks_read_tensors()
+    return owner.blocks if is_untouched(owner.blocks) and not observed else None
 
 
-# torch.export matches inputs by this signature, so the images are an argument of their own.
-def _forward_for_logits(model: Any, last: LastBlock, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    last.calls.begin(model.global_pool == "token")  # `reset_classifier` may have changed the head.
-    try:
-        return type(model).forward(model, x, *args, **kwargs)
-    finally:
-        last.calls.end()
+def _global_hooks_read_tensors() -> bool:
+    """Whether hooks on all modules may read their tensors, unlike those of torch's FLOP counter, which needs names."""
+    hooks = (
+        *torch_module._global_forward_hooks.values(),
+        *torch_module._global_forward_pre_hooks.values(),
+        *torch_module._global_backward_hooks.values(),
+        *torch_module._global_backward_pre_hooks.values(),
+    )
+    return not all(isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks)
 
 
-def _runs_as(model: nn.Module, cls: type[nn.Module]) -> bool:
-    same = (getattr(type(model), name, None) is getattr(cls, name, None) for name in FORWARDS)
-    return isinstance(model, cls) and all(same) and "forward" not in vars(model)
-
-
-def _is_known(block: Any, reader: PrefixReader, num_prefix_tokens: int) -> bool:
-    """Whether the parts of the block, run for the prefix tokens, compute what the block computes for them."""
-    attn: Any = getattr(block, reader.shortened.attn, None)
-    kinds = type(block) is reader.block and type(attn) is reader.shortened.attention
-    if not kinds or type(block.mlp) not in _FEED_FORWARDS:
+def _is_shortened(model: Any, calls: PerCall) -> bool:
+    """Whether the last block, and no other one, is that of `shorten_last_block`, and the shortcut still holds."""
+    blocks = _blocks(model)
+    if blocks is None:
         return False
-    if getattr(attn, "sr", None) is not None or type(getattr(attn, "qkv", None)) not in (nn.Linear, type(None)):
-        return False  # Keys of a reduced map, or a projection that does more than multiply by its weight.
-    if not all(map(is_untouched, (block, *attn.modules()))):
+    own = [block for block in blocks if _bound_calls(block, _forward_of_last_block) is calls]
+    return len(own) == 1 and own[0] is blocks[-1] and _shortens(model, own[0], calls)
+
+
+def _shortens(model: Any, block: Any, calls: PerCall | None = None) -> bool:
+    """Whether the parts of a block, run for the prefix tokens, compute what the block computes for them.
+
+    `calls` are those that `shorten_last_block` bound to the forwards of the block and its projections, if it did.
+    """
+    if (parts := BLOCKS.get(type(block))) is None or not _runs_as_written(block, _forward_of_last_block, calls):
         return False
-    local = [module.layout for module in block.modules() if isinstance(module, LocalizedProjection | FusedMlp)]
-    return all(layout.num_prefix_tokens == num_prefix_tokens for layout in local)
+    attn, norm1, norm2 = (getattr(block, name) for name in (parts.attn, parts.norm1, parts.norm2))
+    after_attn, after_mlp = ([getattr(block, name) for name in names] for names in (parts.after_attn, parts.after_mlp))
+    if not all(map(is_token_wise, (norm1, norm2, *after_attn, *after_mlp))):
+        return False
+    if isinstance(block.mlp, FusedMlp) and not all(type(module) in _ZERO_STAYS_ZERO for module in after_mlp):
+        return False
+    return (
+        type(attn) is parts.attention
+        and _is_plain_attention(attn)
+        and _is_known_feed_forward(block.mlp, model.num_prefix_tokens, calls)
+    )
 
 
-def _without_adapter(mlp: nn.Module) -> nn.Module:
-    """The feed-forward without its adapter: itself where it has none, else a copy."""
-    if not localized_projections(mlp):
-        return mlp
-    plain = copy.deepcopy(mlp)
-    remove_locality(plain)
-    return plain
+_ZERO_STAYS_ZERO = (nn.Identity, nn.Dropout, DropPath, LayerScale)
+
+
+def _is_plain_attention(attn: Any) -> bool:
+    """Whether an attention of a known class is unchanged, reads every token itself, and has weights to slice."""
+    if not _runs_as_written(attn) or not all(map(is_token_wise, attn.children())):
+        return False
+    if getattr(attn, "sr", None) is not None or getattr(attn, "pool", None) is not None:
+        return False
+    if type(attn.attn_drop) not in (nn.Dropout, nn.Identity) or attn.scale != attn.head_dim**-0.5:
+        return False
+    return not (isinstance(attn, Attention) and is_traceable_wrapper_subclass(attn.qkv.weight))
+
+
+def _is_known_feed_forward(mlp: nn.Module, num_prefix_tokens: int, calls: PerCall | None) -> bool:
+    if isinstance(mlp, FusedMlp):
+        inner = mlp.conv
+        known = type(mlp) is FusedMlp and type(inner) is FusedConvolutions
+        known = known and all(map(_runs_as_written, (mlp, inner))) and all(map(is_untouched, inner.modules()))
+        return known and mlp.layout.num_prefix_tokens == num_prefix_tokens
+    local = list(localized_projections(mlp).values())
+    inside = {part for projection in local for part in projection.modules()}
+    return all(
+        is_token_wise_class(part) and is_untouched(part) for part in mlp.modules() if part not in inside
+    ) and all(_is_known_projection(projection, num_prefix_tokens, calls) for projection in local)
+
+
+def _is_known_projection(projection: Any, num_prefix_tokens: int, calls: PerCall | None) -> bool:
+    """Whether a localized projection, without its locality, multiplies prefix tokens by its weight."""
+    return (
+        projection.projection_class is nn.Linear
+        and _runs_as_written(projection, _forward_of_projection, calls)
+        and all(map(is_untouched, projection.locality.modules()))
+        and projection.layout.num_prefix_tokens == num_prefix_tokens
+    )
+
+
+def _runs_as_written(module: nn.Module, ours: Callable[..., Any] | None = None, calls: PerCall | None = None) -> bool:
+    """Whether a call of a module runs its class's forward, or with `calls` ours, in evaluation mode without hooks."""
+    cls = type(module)
+    own = "forward" not in vars(module) if calls is None else _bound_calls(module, ours) is calls
+    return own and cls.forward is _FORWARDS[cls] and not module.training and not has_hooks(module)
+
+
+def _stage_runs_as_written(stage: nn.Module) -> bool:
+    """As `_runs_as_written`, for a stage of PVT, which has hooks that record its grid."""
+    hooks = (*stage._forward_pre_hooks.values(), *stage._forward_hooks.values())
+    backward = stage._backward_hooks or stage._backward_pre_hooks
+    own = "forward" not in vars(stage) and type(stage).forward is _FORWARDS[Stage]
+    return own and not backward and all(map(is_grid_hook, hooks))
+
+
+def _bound_calls(module: nn.Module, ours: Callable[..., Any] | None) -> Any:
+    """The calls that `shorten_last_block` bound to a module's forward."""
+    forward = vars(module).get("forward")
+    return forward.args[1] if isinstance(forward, partial) and forward.func is ours else None

@@ -1,9 +1,11 @@
 """How the locality module's layers run: one result, several speeds.
 
 `stages` reads a module's layers, `dispatch` decides how they run, and the rest computes: `recompute` for training,
-`folded` for inference, `operators` with `reference` and `triton` for the steps that have a kernel.
+`folded` for inference, `operators` with `reference` and `triton` for the steps that have a kernel. `batch_norms` holds
+what all of them agree on: when running statistics change.
 """
 
+from localvit.ops.batch_norms import run_layers
 from localvit.ops.dispatch import backend, set_backend, stages_to_fold, use_backend
 from localvit.ops.folded import FusedConvolutions, FusedFeedForward
 from localvit.ops.recompute import feed_forward
@@ -16,6 +18,7 @@ __all__ = [
     "Stages",
     "backend",
     "feed_forward",
+    "run_layers",
     "set_backend",
     "stages_to_fold",
     "use_backend",

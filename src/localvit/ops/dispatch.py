@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from localvit.ops.batch_norms import leaves_single_values
 from localvit.ops.stages import Convolution, Stage, Stages, is_plain, is_untouched, stages_of
 
 Backend = Literal["layers", "torch", "triton"]
@@ -83,11 +84,9 @@ def stages_to_recompute(layers: nn.Sequential, map_BCHW: Tensor) -> Stages | Non
         or (stages := stages_of(layers)) is None
     ):
         return None
-    batch, _, height, width = map_BCHW.shape
-    norms = [stage.norm for stage in stages.stages]
-    strides = [stage.conv.stride for stage in stages.stages]
-    one_value = batch * _strided(height, strides, 0) * _strided(width, strides, 1) == 1  # a batch norm raises
-    return stages if not one_value and all(map(_trains, norms)) else None
+    if map_BCHW.numel() == 0 or leaves_single_values(list(layers), map_BCHW):
+        return None  # The layers know what to do with an empty map, and refuse single values.
+    return stages if all(_trains(stage.norm) for stage in stages.stages) else None
 
 
 def stages_to_fold(module: nn.Module, layers: nn.Sequential) -> Stages | None:
@@ -103,12 +102,6 @@ def stages_to_fold(module: nn.Module, layers: nn.Sequential) -> Stages | None:
     norms = [*(stage.norm for stage in stages.stages), stages.last_norm]
     folds = all(not norm.training and norm.running_mean is not None for norm in norms)
     return stages if folds else None
-
-
-def _strided(size: int, strides: list[tuple[int, ...]], axis: int) -> int:
-    for stride in strides:
-        size = -(-size // stride[axis])
-    return size
 
 
 def _trains(norm: nn.BatchNorm2d) -> bool:
@@ -150,8 +143,9 @@ def folded_path(conv: Convolution, gated: bool) -> Literal["operator", "onednn",
         and weight.device.type == "cpu"
         and weight.dtype in ONEDNN_DTYPES
         and torch.backends.mkldnn.enabled
-        # oneDNN's fused convolution has no gradient and does not follow autocast.
-        and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_exporting())
+        # oneDNN's fused convolution has no gradient, does not follow autocast, and torch.jit cannot record its scalars.
+        and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
+        and not (torch.compiler.is_exporting() or torch.jit.is_tracing())
     ):
         return "onednn"
     return "torch"

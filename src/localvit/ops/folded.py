@@ -51,7 +51,7 @@ class FusedConvolutions(nn.Sequential):
         self.widest = max(conv.out_channels for conv in folded)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
-        traced = torch.compiler.is_compiling() or isinstance(x_BHWC, torch.fx.Proxy)
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(x_BHWC, torch.fx.Proxy)
         if traced or x_BHWC.device.type != "cpu":
             return super().forward(x_BHWC)
         batch, height, width, _ = x_BHWC.shape

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from localvit.ops import operators
 from localvit.ops.activations import activate, activation_backward
+from localvit.ops.batch_norms import is_recomputation, run_layers
 from localvit.ops.dispatch import stages_to_recompute, use_operators
 from localvit.ops.stages import Stage, Stages, channel_means
 
@@ -25,18 +26,27 @@ aten = torch.ops.aten
 def feed_forward(layers: nn.Sequential, map_BCHW: Tensor) -> Tensor:
     """Run a locality module's layers on a map (B, C, H, W): recomputing where that gives the same, else one by one."""
     stages = stages_to_recompute(layers, map_BCHW)
-    return layers(map_BCHW) if stages is None else _recompute(stages, map_BCHW)
+    return run_layers(layers, map_BCHW) if stages is None else _recompute(stages, map_BCHW)
 
 
 def _recompute(stages: Stages, map_BCHW: Tensor) -> Tensor:
     z_BHWE = _convolve(map_BCHW.permute(0, 2, 3, 1), stages.first.weight, _Geometry.of(stages.first))
+    updates = not is_recomputation()
     for stage in stages.stages:
         norm, gate = stage.norm, stage.gate
-        norm.num_batches_tracked.add_(1)  # type: ignore[union-attr]  # stages_to_recompute checks it
+        running = (norm.running_mean, norm.running_var) if updates else (None, None)
         gate_parameters = () if gate is None else gate.parameters()
         step = _NormActDepthwise if use_operators(stage) else _NormActConv
-        z_BHWE = step.apply(stage, z_BHWE.contiguous(), norm.weight, norm.bias, stage.conv.weight, *gate_parameters)
-    return stages.last_norm(z_BHWE.permute(0, 3, 1, 2))
+        z_BHWE = step.apply(
+            stage, running, z_BHWE.contiguous(), norm.weight, norm.bias, stage.conv.weight, *gate_parameters
+        )
+        if updates:
+            norm.num_batches_tracked.add_(1)  # type: ignore[union-attr]  # stages_to_recompute checks it
+    return run_layers(stages.last_norm, z_BHWE.permute(0, 3, 1, 2))
+
+
+_Running = tuple[Tensor | None, Tensor | None]
+"""Running mean and variance that a batch norm updates; None for none."""
 
 
 class _Geometry(NamedTuple):
@@ -60,6 +70,7 @@ class _NormActConv(torch.autograd.Function):
     def forward(
         ctx: Any,
         stage: Stage,
+        running: _Running,
         z_BHWE: Tensor,
         norm_weight: Tensor,
         norm_bias: Tensor,
@@ -71,8 +82,7 @@ class _NormActConv(torch.autograd.Function):
             z_BHWE.permute(0, 3, 1, 2),
             norm_weight,
             norm_bias,
-            norm.running_mean,
-            norm.running_var,
+            *running,
             training=True,
             momentum=norm.momentum,
             eps=norm.eps,
@@ -111,7 +121,7 @@ class _NormActConv(torch.autograd.Function):
         )
         y_BHWE = y_BEHW.permute(0, 2, 3, 1)
         a_BHWE = activate(y_BHWE, stage.act)
-        needs_z, needs_norm_weight, needs_norm_bias, needs_weight = ctx.needs_input_grad[1:5]
+        needs_z, needs_norm_weight, needs_norm_bias, needs_weight = ctx.needs_input_grad[2:6]
 
         geometry, narrow_weight = _Geometry.of(stage.conv), weight.to(z_BHWE.dtype)
         grad_a_BHWE = _input_gradient(grad_out_BHWF, a_BHWE, narrow_weight, geometry)
@@ -146,7 +156,7 @@ class _NormActConv(torch.autograd.Function):
             [needs_z, needs_norm_weight, needs_norm_bias],
         )
         grad_z_BHWE = grad_z_BEHW.permute(0, 2, 3, 1) if needs_z else None
-        return None, grad_z_BHWE, grad_norm_weight, grad_norm_bias, grad_weight, *gate_gradients
+        return None, None, grad_z_BHWE, grad_norm_weight, grad_norm_bias, grad_weight, *gate_gradients
 
 
 class _NormActDepthwise(torch.autograd.Function):
@@ -154,12 +164,16 @@ class _NormActDepthwise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, stage: Stage, z_BHWE: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor
+        ctx: Any,
+        stage: Stage,
+        running: _Running,
+        z_BHWE: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        weight: Tensor,
     ) -> Tensor:
         norm: Any = stage.norm
-        mean_E, variance_E = torch.batch_norm_update_stats(
-            z_BHWE.permute(0, 3, 1, 2), norm.running_mean, norm.running_var, norm.momentum
-        )
+        mean_E, variance_E = torch.batch_norm_update_stats(z_BHWE.permute(0, 3, 1, 2), *running, norm.momentum)
         inverse_deviation_E = (variance_E + norm.eps).rsqrt()
         scale_E = norm_weight * inverse_deviation_E
         shift_E = norm_bias - mean_E * scale_E
@@ -180,7 +194,7 @@ class _NormActDepthwise(torch.autograd.Function):
         grad_z_BHWE = scale_E * (grad_y_BHWE - sum_E / count - (z_BHWE - mean_E) * slope_E)
         grad_norm_weight, grad_norm_bias = product_sum_E * inverse_deviation_E, sum_E
         gradients = (grad_z_BHWE.to(z_BHWE.dtype), grad_norm_weight, grad_norm_bias, grad_weight.to(weight.dtype))
-        return None, *gradients
+        return None, None, *gradients
 
 
 class _Scale(nn.Module):

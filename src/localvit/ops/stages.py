@@ -97,12 +97,13 @@ def stages_of(layers: nn.Sequential) -> Stages | None:
 
 def is_untouched(module: nn.Module) -> bool:
     """Whether a module has no hooks, forward or backward, and no `forward` of its own instance."""
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
+    return not has_hooks(module) and "forward" not in module.__dict__
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks, forward or backward."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from localvit.locality import EfficientChannelAttention, SqueezeExcite
+from localvit.ops import run_layers
 
 GATES = ("se", "eca", "ecah")
 """Channel gates of the adapter: squeeze-and-excitation, ECA, ECA with a hard sigmoid."""
@@ -135,7 +136,7 @@ class LocalityAdapter(nn.Module):
         return self
 
     def forward(self, map_BEHW: Tensor) -> Tensor:
-        added_BEHW = self.conv(map_BEHW if self.norm is None else self.norm(map_BEHW))
+        added_BEHW = self.conv(map_BEHW if self.norm is None else run_layers(self.norm, map_BEHW))
         return added_BEHW if self.gate is None else added_BEHW + (2 * self.gate(map_BEHW) - map_BEHW)
 
 

@@ -1,6 +1,6 @@
 """Batches whose images have grids of their own, and padding: each token comes with its position.
 
-The tokens of each sample are written to a canvas as high and wide as the largest grid of the batch, with zeros
+The tokens of each sample are written to a canvas as high and wide as the largest map of the batch, with zeros
 elsewhere. A convolution over a sample's own map sees zeros beyond its border too, so each sample gets what it would get
 in a batch by itself. Means over the canvas would count the empty positions, so modules that take such means are refused
 (`localvit.tokens.layouts.refuse_empty_positions`).
@@ -32,21 +32,31 @@ class Placement:
 def placement_of_coordinates(coordinates_BN2: Tensor, valid_BN: Tensor | None = None) -> Placement:
     """The placement of tokens that come with (row, column), as in timm's NaFlex; `valid_BN` is False for padding.
 
+    Only their differences matter: each sample's canvas starts at its first row and column.
+
     Raises ValueError for negative coordinates, and for two tokens of a sample at one position.
     """
     if valid_BN is None:
         valid_BN = torch.ones_like(coordinates_BN2[..., 0], dtype=torch.bool)
-    y_BN, x_BN = coordinates_BN2.long().masked_fill(~valid_BN.bool()[..., None], 0).unbind(-1)
-    last_y, last_x, first_y, first_x = torch.stack([y_BN.amax(), x_BN.amax(), y_BN.amin(), x_BN.amin()]).tolist()
+    padding_BN1 = ~valid_BN.bool()[..., None]
+    first_B12 = coordinates_BN2.long().masked_fill(padding_BN1, _BEYOND).amin(1, keepdim=True)
+    from_first_BN2 = (coordinates_BN2.long() - first_B12).masked_fill(padding_BN1, 0)
+    last_2, first_2 = from_first_BN2.amax((0, 1)), first_B12.amin((0, 1))
+    last_y, last_x, first_y, first_x = torch.cat([last_2, first_2]).tolist()
     if first_y < 0 or first_x < 0:
         raise ValueError(
             f"patch coordinates start at ({first_y}, {first_x}), below 0: mark padding tokens as not valid"
         )
+    y_BN, x_BN = from_first_BN2.unbind(-1)
     size = (last_y + 1, last_x + 1)
     index_BN = _index(y_BN, x_BN, valid_BN.bool(), size)
     if (torch.bincount(index_BN.flatten())[1:] > 1).any():
         raise ValueError("two tokens of an image have the same patch coordinates, so they do not form a map")
     return Placement(size, index_BN)
+
+
+_BEYOND = torch.iinfo(torch.int64).max
+"""A coordinate beyond all others."""
 
 
 def placement_of_shapes(shapes_B2: Tensor, num_tokens: int) -> Placement:

@@ -110,7 +110,12 @@ def recognize_inputs(block: nn.Module, grid: Grid) -> None:
 
 def disconnect(model: nn.Module) -> None:
     """Remove every hook that this file registered from the modules of `model`."""
-    _remove_hooks(model, lambda hook: isinstance(hook, partial) and bool(hook.args) and isinstance(hook.args[0], Grid))
+    _remove_hooks(model, is_grid_hook)
+
+
+def is_grid_hook(hook: Any) -> bool:
+    """Whether this file registered a hook, which records a grid and leaves the tokens as they are."""
+    return isinstance(hook, partial) and bool(hook.args) and isinstance(hook.args[0], Grid)
 
 
 def stop_recognizing_inputs(model: nn.Module) -> None:

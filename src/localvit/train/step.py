@@ -35,7 +35,7 @@ class StepResult:
 
 
 def train_step(training: Training, batches: Iterator[tuple[Tensor, Tensor]], *, stop: bool) -> StepResult:
-    """Take the next step of the current epoch. If the loss or a gradient is not finite, nothing changes.
+    """Take the next step of the current epoch. If it raises, or the loss or a gradient is not finite, nothing changes.
 
     In float16, gradients may overflow because of the scaled loss. Such a step changes nothing but the scale, and is not
     reported as nonfinite unless the loss is no longer scaled up.
@@ -48,7 +48,12 @@ def train_step(training: Training, batches: Iterator[tuple[Tensor, Tensor]], *, 
     state, scaler = training.state, training.state.scaler
     buffers_before = [buffer.clone() for buffer in state.model.buffers()]
     state.optimizer.zero_grad()
-    loss, stops = _forward_backward(training, batches, stop=stop)
+    try:
+        loss, stops = _forward_backward(training, batches, stop=stop)
+    except BaseException:
+        restore(state.model.buffers(), buffers_before)
+        state.optimizer.zero_grad()
+        raise
     nonfinite = None if math.isfinite(loss) else f"the loss is {loss}"
     is_applied = nonfinite is None
     if is_applied:

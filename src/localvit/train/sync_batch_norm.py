@@ -39,6 +39,11 @@ class _SyncBatchNorm(_BatchNorm):
         count_1 = x_NCS.new_tensor([x_NCS.shape[0] * x_NCS.shape[2]])
         sums_and_count = all_reduce(torch.cat((x_NCS.sum((0, 2)), count_1)))
         count = sums_and_count[-1]
+        if count <= 1:  # Equal on all processes, so that all raise.
+            raise ValueError(
+                f"Expected more than 1 value per channel when training, got {int(count)} in the batches of all "
+                "processes: train with more images in each batch, or with larger ones"
+            )
         mean_C = sums_and_count[:-1] / count
         centered_NCS = x_NCS - mean_C[:, None]
         var_C = all_reduce(centered_NCS.square().sum((0, 2))) / count
