@@ -6,7 +6,7 @@ import types
 import pytest
 import timm
 import torch
-from test_fuse import CLOSE, images, shaken, small
+from test_fuse import CLOSE, images, multiply_adds, shaken, small
 from timm.models import tnt
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
@@ -257,6 +257,7 @@ def test_localized_model_changed_before_and_after(change):
     model = shaken(localvit.localize(small(name)))
     with torch.no_grad():
         fused = localvit.fuse(model)
+        assert multiply_adds(fused, name) < multiply_adds(model, name)
         torch.testing.assert_close(fused(images(name)), model(images(name)), **CLOSE)
         change(model)
         expected = model(images(name))
