@@ -21,6 +21,7 @@ from timm.models import pvt_v2, tnt
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, LayerScale, VisionTransformer
 from torch import Tensor, nn
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.module_tracker import ModuleTracker
@@ -282,7 +283,9 @@ def _is_plain_attention(attn: Any) -> bool:
         return False
     if type(attn.attn_drop) not in (nn.Dropout, nn.Identity) or attn.scale != attn.head_dim**-0.5:
         return False
-    return not (isinstance(attn, Attention) and is_traceable_wrapper_subclass(attn.qkv.weight))
+    if not isinstance(attn, Attention) or isinstance(attn.qkv.weight, FunctionalTensor):  # torch.export's weights
+        return True
+    return not is_traceable_wrapper_subclass(attn.qkv.weight)
 
 
 def _is_known_feed_forward(mlp: nn.Module, num_prefix_tokens: int, calls: PerCall | None) -> bool:
