@@ -218,18 +218,24 @@ def _blocks(model: Any) -> Any:
     known = any(isinstance(model, cls) and own == methods for cls, own in PREFIX_READERS.items())
     if not known or any(name in vars(model) for name in METHODS[1:]):
         return None
-    if model.global_pool != "token" or getattr(model, "attn_pool", None) is not None or not is_token_wise(model.norm):
+    if model.global_pool != "token" or "attn_pool" in model._modules or not is_token_wise(_child(model, "norm")):
         return None
     owner = model
     if isinstance(model, LocalPVT):
-        owner = model.stages[-1] if len(model.stages) else None
+        owner = list(_child(model, "stages").children())[-1] if len(model.stages) else None
         if type(owner) is not Stage or not _stage_runs_as_written(owner):
             return None
     # Checkpointing runs blocks again outside of the model's call.
-    if model.training or owner.grad_checkpointing or type(owner.blocks) not in (nn.Sequential, nn.ModuleList):
+    blocks = _child(owner, "blocks")
+    if model.training or owner.grad_checkpointing or type(blocks) not in (nn.Sequential, nn.ModuleList):
         return None
     observed = has_global_hooks() and _global_hooks_read_tensors()
-    return owner.blocks if is_untouched(owner.blocks) and not observed else None
+    return blocks if is_untouched(blocks) and not observed else None
+
+
+def _child(module: nn.Module, name: str) -> Any:
+    """A submodule itself. While torch.export traces, an attribute is a proxy for it, of another class."""
+    return module._modules[name]
 
 
 def _global_hooks_read_tensors() -> bool:
@@ -259,16 +265,16 @@ def _shortens(model: Any, block: Any, calls: PerCall | None = None) -> bool:
     """
     if (parts := BLOCKS.get(type(block))) is None or not _runs_as_written(block, _forward_of_last_block, calls):
         return False
-    attn, norm1, norm2 = (getattr(block, name) for name in (parts.attn, parts.norm1, parts.norm2))
-    after_attn, after_mlp = ([getattr(block, name) for name in names] for names in (parts.after_attn, parts.after_mlp))
+    attn, norm1, norm2, mlp = (_child(block, name) for name in (parts.attn, parts.norm1, parts.norm2, "mlp"))
+    after_attn, after_mlp = ([_child(block, name) for name in names] for names in (parts.after_attn, parts.after_mlp))
     if not all(map(is_token_wise, (norm1, norm2, *after_attn, *after_mlp))):
         return False
-    if isinstance(block.mlp, FusedMlp) and not all(type(module) in _ZERO_STAYS_ZERO for module in after_mlp):
+    if isinstance(mlp, FusedMlp) and not all(type(module) in _ZERO_STAYS_ZERO for module in after_mlp):
         return False
     return (
         type(attn) is parts.attention
         and _is_plain_attention(attn)
-        and _is_known_feed_forward(block.mlp, model.num_prefix_tokens, calls)
+        and _is_known_feed_forward(mlp, model.num_prefix_tokens, calls)
     )
 
 
@@ -279,9 +285,9 @@ def _is_plain_attention(attn: Any) -> bool:
     """Whether an attention of a known class is unchanged, reads every token itself, and has weights to slice."""
     if not _runs_as_written(attn) or not all(map(is_token_wise, attn.children())):
         return False
-    if getattr(attn, "sr", None) is not None or getattr(attn, "pool", None) is not None:
+    if "sr" in attn._modules or "pool" in attn._modules:
         return False
-    if type(attn.attn_drop) not in (nn.Dropout, nn.Identity) or attn.scale != attn.head_dim**-0.5:
+    if type(_child(attn, "attn_drop")) not in (nn.Dropout, nn.Identity) or attn.scale != attn.head_dim**-0.5:
         return False
     if not isinstance(attn, Attention) or isinstance(attn.qkv.weight, FunctionalTensor):  # torch.export's weights
         return True
@@ -290,7 +296,7 @@ def _is_plain_attention(attn: Any) -> bool:
 
 def _is_known_feed_forward(mlp: nn.Module, num_prefix_tokens: int, calls: PerCall | None) -> bool:
     if isinstance(mlp, FusedMlp):
-        inner = mlp.conv
+        inner = _child(mlp, "conv")
         known = type(mlp) is FusedMlp and type(inner) is FusedConvolutions
         known = known and all(map(_runs_as_written, (mlp, inner))) and all(map(is_untouched, inner.modules()))
         return known and mlp.layout.num_prefix_tokens == num_prefix_tokens
