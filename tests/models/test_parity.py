@@ -6,7 +6,8 @@ import torch
 import weights
 from torch.nn.functional import cross_entropy
 
-from localvit.models.published_names import from_published, published_key
+from localvit.models.pretrained import from_published
+from localvit.models.published_names import published_key
 from published import GOLDEN, golden_model
 
 NAMES = sorted(path.stem for path in (GOLDEN / "models").glob("*.json"))

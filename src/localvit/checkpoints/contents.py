@@ -13,10 +13,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from localvit.checkpoints.mismatch import num_classes_of
-from localvit.utils.weight_files import CheckpointError, read_header, read_weight_file
+from localvit.models.published_names import AVERAGED, RAW
+from localvit.utils.weight_files import HEADER, CheckpointError, read_header, read_weight_file
 
-HEADER = "localvit"
-"""Key of the header, in the metadata of a safetensors file or among the entries of a torch file."""
 FORMAT = 1
 """Version of the header."""
 
@@ -70,8 +69,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     content = read_weight_file(path)
     header = read_header(path, HEADER) if path.suffix == ".safetensors" else None
     if header is not None:
-        raw = {key.removeprefix("raw/"): value for key, value in content.items() if key.startswith("raw/")}
-        ema = {key.removeprefix("ema/"): value for key, value in content.items() if key.startswith("ema/")}
+        raw = {key.removeprefix(RAW): value for key, value in content.items() if key.startswith(RAW)}
+        ema = {key.removeprefix(AVERAGED): value for key, value in content.items() if key.startswith(AVERAGED)}
         return Checkpoint(path=path, layout="localvit", raw=raw, ema=ema or None, **_header_fields(path, header))
     raw = content.get("model", content.get("state_dict", content))
     if not _is_state_dict(raw) or not raw:

@@ -58,10 +58,7 @@ def load_weights(
 
 def weights_for(model: nn.Module, checkpoint: Checkpoint, weights: Weights = "raw") -> dict[str, Tensor]:
     """The weights of a checkpoint under the model's names. Unknown entries keep their names."""
-    state_dict = checkpoint.weights(weights)
-    # A plain state dict may have the model's names already, and some of those are published names of other entries.
-    has_own_names = checkpoint.layout == "localvit" or state_dict.keys() == model.state_dict().keys()
-    return state_dict if has_own_names else to_own_names(state_dict, model)
+    return to_own_names(checkpoint.weights(weights), model)
 
 
 def _fitted_weights(

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from localvit.checkpoints.arguments import refused_arguments
 from localvit.checkpoints.contents import FORMAT, HEADER
-from localvit.models.published_names import to_published_names
+from localvit.models.positions import img_size_of
+from localvit.models.published_names import AVERAGED, RAW, to_published_names
 from localvit.models.registry import find_model
 from localvit.utils.files import atomic_write
 
@@ -61,8 +62,8 @@ def save_checkpoint(
         with atomic_write(path) as temporary:
             torch.save(entries, temporary)
         return path
-    tensors = {f"raw/{key}": value for key, value in model.state_dict().items()}
-    tensors |= {f"ema/{key}": value for key, value in (ema or {}).items()}
+    tensors = {RAW + key: value for key, value in model.state_dict().items()}
+    tensors |= {AVERAGED + key: value for key, value in (ema or {}).items()}
     # Copies: the format refuses tensors that share memory, and an average may share counters with the model.
     copies = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
     header = make_header(model, class_names, preprocessing, about)
@@ -107,12 +108,6 @@ def make_header(
         "preprocessing": dict(preprocessing) if preprocessing is not None else None,
         "about": versions() | dict(about or {}),
     }
-
-
-def img_size_of(model: nn.Module) -> tuple[int, int] | None:
-    """Height and width in pixels that the model's first patch embedding is made for, if it has one."""
-    sizes = (getattr(module, "img_size", None) for module in model.modules())
-    return next((size for size in sizes if isinstance(size, tuple)), None)
 
 
 def versions() -> dict[str, str]:

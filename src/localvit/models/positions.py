@@ -6,7 +6,7 @@ shapes, which a graph tracer cannot follow, and `torch.fx.wrap` keeps them whole
 Shapes: P prefix tokens, N = P + H * W tokens of a grid, C channels; R offsets of a window's tokens, M attention heads.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,27 @@ def patch_grid(img_size: Sequence[int], patch_size: Sequence[int]) -> tuple[int,
         if pixels < patch or pixels % patch:
             raise ValueError(f"the image's {side} of {pixels} pixels is not a multiple of the patch size {patch}")
     return img_size[0] // patch_size[0], img_size[1] // patch_size[1]
+
+
+def img_size_of(model: nn.Module) -> tuple[int, int] | None:
+    """Height and width in pixels that the model's first patch embedding is made for, if it has one."""
+    sizes = (getattr(module, "img_size", None) for module in model.modules())
+    return next((size for size in sizes if isinstance(size, tuple)), None)
+
+
+def number_of_patches(model: Family, state_dict: Mapping[str, Tensor]) -> dict[str, int]:
+    """How many patches each absolute position embedding in `state_dict` is for, by its name in the model."""
+    grids = model.position_grids()
+    return {name: state_dict[name].shape[1] - prefix for name, (_, prefix) in grids.items() if name in state_dict}
+
+
+def fills(model: Family, patches: Mapping[str, int], img_size: tuple[int, int]) -> bool:
+    """Whether an image of `img_size` has that many patches for each position embedding of the model."""
+    try:
+        grids = model.position_grids(img_size)
+    except ValueError:  # the patches do not divide the image
+        return False
+    return all(grids[name][0][0] * grids[name][0][1] == count for name, count in patches.items())
 
 
 @torch.fx.wrap
