@@ -22,11 +22,9 @@ def resizable_positions(model: nn.Module, state_dict: Mapping[str, Tensor]) -> s
     """
     if not isinstance(model, Family):
         return set()
-    names = model.position_grids().keys()
+    names, own = model.position_grids().keys(), model.state_dict()
     fits = [
-        name in state_dict
-        and state_dict[name].ndim == 3
-        and state_dict[name].shape[::2] == model.get_parameter(name).shape[::2]
+        name in state_dict and state_dict[name].ndim == 3 and state_dict[name].shape[::2] == own[name].shape[::2]
         for name in names
     ]
     return set(names) if all(fits) else set()

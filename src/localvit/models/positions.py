@@ -102,16 +102,16 @@ def positions_like(source: nn.Module, model: nn.Module) -> dict[str, Tensor]:
     Both are of the same architecture, ours or timm's. Absolute embeddings are resampled by `resample_positions`, tables
     of relative position biases bicubic as in the Swin paper (arXiv 2103.14030, section 3.2).
     """
-    old_grids, new_grids = _absolute_grids(source), _absolute_grids(model)
+    old_grids, new_grids, state_dict = _absolute_grids(source), _absolute_grids(model), source.state_dict()
     resampled = {
-        name: resample_positions(source.get_parameter(name).detach(), old_grids[name][0], grid_size, num_prefix_tokens)
+        name: resample_positions(state_dict[name], old_grids[name][0], grid_size, num_prefix_tokens)
         for name, (grid_size, num_prefix_tokens) in new_grids.items()
         if name in old_grids and old_grids[name][0] != grid_size and old_grids[name][1] == num_prefix_tokens
     }
     old_windows = _windows(source)
     for name, window_size in _windows(model).items():
         if name in old_windows and old_windows[name] != window_size:
-            resampled[name] = _resample_offsets(source.get_parameter(name).detach(), old_windows[name], window_size)
+            resampled[name] = _resample_offsets(state_dict[name], old_windows[name], window_size)
     return resampled
 
 

@@ -1,4 +1,4 @@
-"""Weights as timm loads them: `pretrained=True` with the released file, a file of one's own or a folder of `save_for_hf`."""
+"""Weights as timm loads them, with `pretrained=True`: the released file, one of your own, a folder of `save_for_hf`."""
 
 from collections.abc import Mapping
 from pathlib import Path

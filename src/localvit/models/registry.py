@@ -53,7 +53,7 @@ class ModelInfo:
     paper_name: str | None = None
     """What the paper calls it; None for a model of this package only."""
     parameters: int
-    """Number of parameters, frozen ones included."""
+    """Number of parameters."""
     file: str | None = None
     """The released file with the weights, if there is one. No checksum was published."""
     acc1: float | None = None
