@@ -6,14 +6,16 @@ shapes, which a graph tracer cannot follow, and `torch.fx.wrap` keeps them whole
 Shapes: P prefix tokens, N = P + H * W tokens of a grid, C channels; R offsets of a window's tokens, M attention heads.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.layers import resample_abs_pos_embed_nhwc, resize_rel_pos_bias_table_simple
+from timm.layers import resample_abs_pos_embed_nhwc, resize_rel_pos_bias_table_simple, to_2tuple
 from torch import Tensor, nn
 
 from localvit.models.family import Family, PositionGrids
+from localvit.tokens.grid import Size
 
 
 @torch.fx.wrap
@@ -47,6 +49,27 @@ def fills(model: Family, patches: Mapping[str, int], img_size: tuple[int, int]) 
     except ValueError:  # the patches do not divide the image
         return False
     return all(grids[name][0][0] * grids[name][0][1] == count for name, count in patches.items())
+
+
+def height_and_width(size: int | Sequence[int]) -> Size:
+    """A size as timm takes it, one side or (height, width), as a pair."""
+    height, width = to_2tuple(size)
+    return height, width
+
+
+def check_patch_size(model: nn.Module, given: int | Size | None, own: Size) -> None:
+    """Raise ValueError if `set_input_size` is asked for other patches than the model's."""
+    if given is not None and height_and_width(given) != tuple(own):
+        kind = type(model).__name__
+        raise ValueError(f"patch_size={given} is not possible: {kind} keeps its patches of {own[0]} x {own[1]} pixels")
+
+
+def record_input_size(model: nn.Module, img_size: Size) -> None:
+    """Tell timm the model's new input size, for its data configuration and `save_for_hf`; from 1.0.31 on it asks."""
+    with contextlib.suppress(ImportError):
+        from timm.models._input import update_model_input_size
+
+        update_model_input_size(model, img_size)
 
 
 @torch.fx.wrap

@@ -4,11 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from timm.layers import to_2tuple
 from torch import Tensor
 
 from localvit.models.family import Family
-from localvit.models.positions import fills, img_size_of, number_of_patches, resample_state
+from localvit.models.positions import fills, height_and_width, img_size_of, number_of_patches, resample_state
 from localvit.models.published_names import to_own_names
 from localvit.utils.weight_files import HEADER, read_header, read_weight_file
 
@@ -40,7 +39,7 @@ def _trained_size(model: Family, state_dict: Mapping[str, Tensor], *, is_publish
     # What timm knows about the model that was saved; before 1.0.31 it knows nothing.
     stated = getattr(model, "pretrained_model_args", {}).get("img_size")
     if stated is not None:
-        return to_2tuple(stated)
+        return height_and_width(stated)
     own = img_size_of(model)
     if own is not None and not is_published and fills(model, number_of_patches(model, state_dict), own):
         return own

@@ -26,7 +26,7 @@ from localvit.surgery.blocks import BlockSelection, select_blocks
 from localvit.surgery.hosts.timm_plain import in_order
 from localvit.surgery.replace import Replace
 from localvit.surgery.sites import Site, host
-from localvit.tokens.grid import Grid
+from localvit.tokens.grid import Grid, Size
 from localvit.tokens.layouts import TokenSequence
 from localvit.tokens.sources import InputMap, OutputMap, enclose_calls
 
@@ -175,6 +175,7 @@ class LocalT2T(LocalViT):
 
     Raises:
         ValueError: for a value of these arguments that does not exist, or an image whose size is not a multiple of 16.
+        TypeError: for `embed_layer`.
     """
 
     timm_cfg = MappingProxyType({"first_conv": ()})
@@ -194,8 +195,13 @@ class LocalT2T(LocalViT):
         depthwise: bool = True,
         depthwise_first: bool = False,
         local_blocks: BlockSelection = None,
+        dynamic_img_size: bool = True,
         **kwargs: Any,
     ) -> None:
+        if "embed_layer" in kwargs:
+            raise TypeError("LocalT2T has no argument embed_layer: its patch embedding is the tokens-to-token module")
+        if not dynamic_img_size:
+            raise ValueError("dynamic_img_size=False is not possible: LocalT2T takes images of any multiple of 16")
         ablation = {"depthwise": depthwise, "depthwise_first": depthwise_first}
         local = bool(select_blocks(local_blocks, depth))
         locality = Replace(act="hs", expand_ratio=1.0, **ablation) if local else None
@@ -215,9 +221,13 @@ class LocalT2T(LocalViT):
         with torch.no_grad():
             self.pos_embed.copy_(sinusoid(num_tokens, dim, self.pos_embed.device))
 
-    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+    def set_input_size(self, img_size: int | Size | None = None, patch_size: int | Size | None = None) -> None:
         """timm's `set_input_size`, with the position embedding still a buffer afterwards."""
-        super().set_input_size(*args, **kwargs)
+        embed = self.patch_embed
+        positions.check_patch_size(self, patch_size, embed.patch_size)
+        img_size = positions.height_and_width(img_size or embed.img_size)
+        positions.patch_grid(img_size, embed.patch_size)
+        super().set_input_size(img_size)
         _make_buffers(self, "pos_embed")
 
     def no_weight_decay(self) -> set[str]:
