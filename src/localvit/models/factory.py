@@ -51,12 +51,17 @@ def create_model(
         TypeError: for an argument that the model does not have.
         RuntimeError: if released weights do not exist or cannot be downloaded.
     """
-    kwargs = {key: plain(value) for key, value in kwargs.items() if value is not None}
+    kwargs = {
+        key: value if key in NOT_ARCHITECTURE else plain(value) for key, value in kwargs.items() if value is not None
+    }
     info = find_model(name)
     model: Any
     if info is not None:
         tag = name.partition(".")[2]
+        checkpoint_path = kwargs.pop("checkpoint_path", None)
         model = build(info, pretrained, **{"pretrained_cfg": tag or None} | kwargs)
+        if checkpoint_path:
+            timm.models.load_checkpoint(model, checkpoint_path)
     elif timm.is_model(name):
         model = timm.create_model(name, pretrained=pretrained, **kwargs)
     else:
