@@ -28,7 +28,7 @@ def trained(name, img_size):
     model = localvit.create_model(name, num_classes=3, img_size=img_size, **SMALL[name]).eval()
     with torch.no_grad():
         for key in model.position_grids():
-            model.get_parameter(key).normal_()
+            model.state_dict()[key].normal_()
     return model
 
 
@@ -82,7 +82,7 @@ def test_equal_counts_of_patches_on_transposed_grids_are_resampled(name, tmp_pat
         # The same resampling, once or in each forward; float32 sums in another order.
         torch.testing.assert_close(again(images), model(images), rtol=1e-4, atol=1e-5)
         first = next(iter(model.position_grids()))
-        assert not torch.equal(again.get_parameter(first), model.get_parameter(first))
+        assert not torch.equal(again.state_dict()[first], model.state_dict()[first])
 
 
 @families

@@ -29,7 +29,7 @@ from torch import nn
 
 import localvit
 from localvit import Adapter, Replace
-from localvit.models.published_names import from_published
+from localvit.models.pretrained import from_published
 from localvit.surgery.sites import find_sites
 from localvit.tokens.layouts import ChannelsFirstMap, ChannelsLastMap
 from localvit.tokens.mlp import LocalityMlp

@@ -6,15 +6,18 @@ something, to open another file, to run code, or to allocate more memory than it
 
 import functools
 import inspect
+import json
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from localvit.checkpoints.contents import Checkpoint
+from localvit.checkpoints.mismatch import describe_mismatch, state_dict_mismatch
 from localvit.models.factory import NOT_ARCHITECTURE, create_model
 from localvit.models.family import Family
 from localvit.models.registry import find_model
@@ -96,11 +99,36 @@ def model_without_memory(checkpoint: Checkpoint, name: str) -> nn.Module | None:
     Raises CheckpointError if it cannot be made with the arguments in the file.
     """
     try:
-        with torch.device("meta"):
-            return create_model(name, **checkpoint.args)
-    except NotImplementedError:  # its constructor reads the values of a tensor
-        return None
+        return _on_meta_device(name, checkpoint.args)
     except Exception as error:  # whatever a constructor raises for values that it does not expect
         raise CheckpointError(
             f"{checkpoint.path} is damaged: {name} cannot be made with the arguments in it ({error})"
         ) from error
+
+
+def _on_meta_device(name: str, arguments: Mapping[str, Any]) -> nn.Module | None:
+    try:
+        with torch.device("meta"):
+            return create_model(name, **arguments)
+    except NotImplementedError:  # its constructor reads the values of a tensor
+        return None
+
+
+def check_rebuilt(path: Path, header: Mapping[str, Any], state_dict: Mapping[str, Tensor], *, kind: str) -> None:
+    """Raise ValueError if the model that a header describes has other entries than `state_dict`."""
+    described = described_model(header["name"], json.dumps(header["args"], sort_keys=True))
+    if described is not None and (wrong := state_dict_mismatch(state_dict, described.state_dict())):
+        raise ValueError(
+            f"{path} was not written, because it could not be loaded: the layers of this {kind} are not those that "
+            f"{header['name']} is made with ({describe_mismatch(wrong)}); save the model as it was before fuse, "
+            "quantization, pruning or other changes of its layers"
+        )
+
+
+@functools.lru_cache(maxsize=8)  # training saves the same model every epoch
+def described_model(name: str, arguments: str) -> nn.Module | None:
+    """The model with these arguments, as JSON, on the meta device; None for one that cannot be made there.
+
+    It is for looking at only: every call with the same arguments returns the same one.
+    """
+    return _on_meta_device(name, json.loads(arguments))

@@ -13,10 +13,10 @@ from typing import Any, Literal
 from torch import Tensor
 
 from localvit.checkpoints.mismatch import num_classes_of
-from localvit.utils.weight_files import CheckpointError, read_header, read_weight_file
+from localvit.models.published_names import AVERAGED, RAW
+from localvit.utils.weight_files import HEADER, CheckpointError, read_header, read_weight_file
+from localvit.utils.wrappers import without_wrappers
 
-HEADER = "localvit"
-"""Key of the header, in the metadata of a safetensors file or among the entries of a torch file."""
 FORMAT = 1
 """Version of the header."""
 
@@ -70,20 +70,22 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     content = read_weight_file(path)
     header = read_header(path, HEADER) if path.suffix == ".safetensors" else None
     if header is not None:
-        raw = {key.removeprefix("raw/"): value for key, value in content.items() if key.startswith("raw/")}
-        ema = {key.removeprefix("ema/"): value for key, value in content.items() if key.startswith("ema/")}
+        raw = {key.removeprefix(RAW): value for key, value in content.items() if key.startswith(RAW)}
+        ema = {key.removeprefix(AVERAGED): value for key, value in content.items() if key.startswith(AVERAGED)}
+        raw, ema = without_wrappers(raw), without_wrappers(ema)
         return Checkpoint(path=path, layout="localvit", raw=raw, ema=ema or None, **_header_fields(path, header))
     raw = content.get("model", content.get("state_dict", content))
     if not _is_state_dict(raw) or not raw:
         raise CheckpointError(f"{path} has no weights: expected tensors, or an entry 'model' of tensors")
-    averaged = content.get("model_ema")
+    averaged = content.get("model_ema", content.get("state_dict_ema"))
     if averaged is not None and not _is_state_dict(averaged):
-        raise CheckpointError(f"{path} is damaged: its entry 'model_ema' is not a dictionary of tensors")
+        raise CheckpointError(f"{path} is damaged: its averaged weights are not a dictionary of tensors")
+    raw, averaged = without_wrappers(raw), without_wrappers(averaged) if averaged is not None else None
     if isinstance(content.get(HEADER), Mapping):  # a training state of this package
         fields = _header_fields(path, content[HEADER])
     else:
         fields = _published_fields(content, raw)
-    return Checkpoint(path=path, layout="published", raw=dict(raw), ema=averaged, **fields)
+    return Checkpoint(path=path, layout="published", raw=raw, ema=averaged, **fields)
 
 
 def _is_state_dict(value: object) -> bool:

@@ -15,12 +15,13 @@ from localvit.models.family import Family
 from localvit.models.positions import resample_state
 from localvit.models.published_names import to_own_names
 from localvit.utils.weight_files import CheckpointError
+from localvit.utils.wrappers import is_sharded, unwrap
 
 
 def load_checkpoint(
     model: nn.Module, path: str | Path, weights: Weights = "raw", *, checkpoint_img_size: tuple[int, int] | None = None
 ) -> Checkpoint:
-    """Load the raw or averaged weights of a checkpoint into `model`, strictly.
+    """Load the raw or averaged weights of a checkpoint into `model`, strictly; also into the model in a wrapper.
 
     Position embeddings are resampled if the model was made for another image size than the checkpoint's.
 
@@ -53,15 +54,17 @@ def load_weights(
     checkpoint_img_size: tuple[int, int] | None = None,
 ) -> None:
     """Do what `load_checkpoint` does, with a file that was read already. Raises what it raises."""
+    model = unwrap(model)
+    if is_sharded(dict(model.named_parameters())):
+        raise CheckpointError(
+            f"{checkpoint.path} cannot be loaded into a sharded model: load it before fully_shard, in every process"
+        )
     model.load_state_dict(_fitted_weights(model, checkpoint, weights, checkpoint_img_size))
 
 
 def weights_for(model: nn.Module, checkpoint: Checkpoint, weights: Weights = "raw") -> dict[str, Tensor]:
     """The weights of a checkpoint under the model's names. Unknown entries keep their names."""
-    state_dict = checkpoint.weights(weights)
-    # A plain state dict may have the model's names already, and some of those are published names of other entries.
-    has_own_names = checkpoint.layout == "localvit" or state_dict.keys() == model.state_dict().keys()
-    return state_dict if has_own_names else to_own_names(state_dict, model)
+    return to_own_names(checkpoint.weights(weights), model)
 
 
 def _fitted_weights(

@@ -12,11 +12,16 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from localvit.checkpoints.arguments import refused_arguments
+from localvit.checkpoints.arguments import architecture_arguments, check_rebuilt, described_model, refused_arguments
 from localvit.checkpoints.contents import FORMAT, HEADER
-from localvit.models.published_names import to_published_names
+from localvit.checkpoints.mismatch import describe_mismatch, state_dict_mismatch
+from localvit.models.positions import img_size_of
+from localvit.models.published_names import AVERAGED, RAW, to_published_names
 from localvit.models.registry import find_model
+from localvit.utils.distributed import is_main
 from localvit.utils.files import atomic_write
+from localvit.utils.plain_values import plain
+from localvit.utils.wrappers import is_sharded, plain_weights, unwrap
 
 
 def save_checkpoint(
@@ -30,6 +35,10 @@ def save_checkpoint(
     about: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a model made by `create_model` to `path`, whole or not at all.
+
+    A compiled model, one in DataParallel, DistributedDataParallel or a moving average of weights is written as the
+    model itself. With weights that `fully_shard` has spread over processes, every process has to call it, and the
+    first one writes.
 
     Args:
         model: the model.
@@ -45,29 +54,41 @@ def save_checkpoint(
         The path.
 
     Raises:
-        ValueError: for an unknown layout, if the number of class names is not the model's number of classes, or if the
-            model was not made by `create_model`.
+        ValueError: for an unknown layout, if the number of class names is not the model's number of classes, if the
+            model was not made by `create_model`, or if the file could not be loaded again because the layers have been
+            changed (`fuse`, quantization, pruning).
     """
+    model = unwrap(model)
     path = Path(path)
     if layout not in ("localvit", "published"):
         raise ValueError(f"layout={layout!r}: choose 'localvit' or 'published'")
     num_classes = getattr(model, "num_classes", None)
     if class_names is not None and len(class_names) != num_classes:
         raise ValueError(f"{len(class_names)} class names for a model of {num_classes} classes")
+    made_from = getattr(model, "made_from", None)
+    header = None
+    if layout == "localvit" or (made_from and not refused_arguments(made_from["name"], plain(made_from["args"]))):
+        header = make_header(model, class_names, preprocessing, about)
+    state_dict = model.state_dict()
+    raw = plain_weights(state_dict)
+    averaged = plain_weights(ema) if ema is not None else None
+    if header is not None:
+        check_rebuilt(path, header, raw, kind=type(model).__name__)
+    if averaged is not None and (wrong := state_dict_mismatch(averaged, raw)):
+        raise ValueError(f"ema is not a state dict of this model: {describe_mismatch(wrong)}")
+    if is_sharded(state_dict) and not is_main():
+        return path
     if layout == "published":
-        entries = {"model": to_published_names(model, model.state_dict())}
-        if ema is not None:
-            entries["model_ema"] = to_published_names(model, ema)
+        entries = {"model": to_published_names(model, raw)}
+        if averaged is not None:
+            entries["model_ema"] = to_published_names(model, averaged)
         with atomic_write(path) as temporary:
             torch.save(entries, temporary)
         return path
-    tensors = {f"raw/{key}": value for key, value in model.state_dict().items()}
-    tensors |= {f"ema/{key}": value for key, value in (ema or {}).items()}
-    # Copies: the format refuses tensors that share memory, and an average may share counters with the model.
-    copies = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
-    header = make_header(model, class_names, preprocessing, about)
+    tensors = {RAW + key: value for key, value in raw.items()}
+    tensors |= {AVERAGED + key: value for key, value in (averaged or {}).items()}
     with atomic_write(path) as temporary:
-        safetensors.torch.save_file(copies, temporary, metadata={HEADER: json.dumps(header)})
+        safetensors.torch.save_file(tensors, temporary, metadata={HEADER: json.dumps(header)})
     return path
 
 
@@ -81,38 +102,59 @@ def make_header(
 
     The arguments are those of `save_checkpoint`.
 
-    Raises ValueError if the model was not made by `create_model`, or with an argument that a file cannot have.
+    Raises ValueError if the model was not made by `create_model`, with an argument that a file cannot have, or if
+    `preprocessing` or `about` cannot be written as JSON.
     """
+    model = unwrap(model)
     made_from = getattr(model, "made_from", None)
     if made_from is None:
         raise ValueError("this model was not made by localvit.create_model, so a checkpoint could not rebuild it")
-    refused = refused_arguments(made_from["name"], made_from["args"])
+    arguments = plain(made_from["args"] | _changed_arguments(model, made_from))
+    refused = refused_arguments(made_from["name"], arguments)
     if refused:
         raise ValueError(
             f"a checkpoint cannot rebuild this model: it was made with {', '.join(refused)}, and a checkpoint stores "
             "only plain arguments of the architecture"
         )
     img_size = img_size_of(model)
-    # These may have changed since the model was made.
-    current: dict[str, Any] = {"num_classes": getattr(model, "num_classes", None)}
-    if img_size and hasattr(model, "set_input_size"):
-        current["img_size"] = img_size
+    arguments |= _changed_pool(model, made_from["name"], arguments)
     info = find_model(made_from["name"])
-    return {
+    header = {
         "format": FORMAT,
         "name": info.name if info else made_from["name"],
-        "args": made_from["args"] | current,
+        "args": arguments,
         "img_size": img_size,
-        "class_names": list(class_names) if class_names is not None else None,
-        "preprocessing": dict(preprocessing) if preprocessing is not None else None,
-        "about": versions() | dict(about or {}),
+        "class_names": [str(name) for name in plain(class_names)] if class_names is not None else None,
+        "preprocessing": plain(preprocessing),
+        "about": versions() | plain(about or {}),
     }
+    try:
+        json.dumps(header)
+    except TypeError as error:
+        raise ValueError(f"preprocessing or about cannot be written to a checkpoint: {error}") from error
+    return header
 
 
-def img_size_of(model: nn.Module) -> tuple[int, int] | None:
-    """Height and width in pixels that the model's first patch embedding is made for, if it has one."""
-    sizes = (getattr(module, "img_size", None) for module in model.modules())
-    return next((size for size in sizes if isinstance(size, tuple)), None)
+def _changed_arguments(model: Any, made_from: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments for the model as it is now, where methods of it have changed it since it was made."""
+    changed: dict[str, Any] = {"num_classes": getattr(model, "num_classes", None)}
+    if (img_size := img_size_of(model)) and hasattr(model, "set_input_size"):
+        changed["img_size"] = img_size
+    allowed = architecture_arguments(made_from["name"])
+    recorded = getattr(model, "_model_args", {})  # timm's, from 1.0.31 on
+    changed |= {key: recorded[key] for key in ("patch_size", "window_size") if key in recorded and key in allowed}
+    return changed
+
+
+def _changed_pool(model: Any, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments for the pool that `reset_classifier` has given the model, if it was made with another one."""
+    pool, allowed = getattr(model, "global_pool", None), architecture_arguments(name)
+    made = described_model(name, json.dumps(arguments, sort_keys=True))
+    if not isinstance(pool, str) or "global_pool" not in allowed or pool == getattr(made, "global_pool", pool):
+        return {}
+    # A new pool leaves the last norm where it is.
+    norm = {"fc_norm": not isinstance(model.fc_norm, nn.Identity)} if "fc_norm" in allowed else {}
+    return {"global_pool": pool} | norm
 
 
 def versions() -> dict[str, str]:

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from localvit.checkpoints.contents import Checkpoint
-from localvit.checkpoints.saving import img_size_of
 from localvit.models.family import Family
+from localvit.models.positions import fills, img_size_of, number_of_patches
 from localvit.utils.weight_files import CheckpointError
 
 
@@ -22,11 +22,9 @@ def resizable_positions(model: nn.Module, state_dict: Mapping[str, Tensor]) -> s
     """
     if not isinstance(model, Family):
         return set()
-    names = model.position_grids().keys()
+    names, own = model.position_grids().keys(), model.state_dict()
     fits = [
-        name in state_dict
-        and state_dict[name].ndim == 3
-        and state_dict[name].shape[::2] == model.get_parameter(name).shape[::2]
+        name in state_dict and state_dict[name].ndim == 3 and state_dict[name].shape[::2] == own[name].shape[::2]
         for name in names
     ]
     return set(names) if all(fits) else set()
@@ -46,20 +44,20 @@ def trained_img_size(
     Raises CheckpointError if that size is not known, or if the size that is said does not fit the embeddings.
     """
     path = checkpoint.path
-    patches = {name: state_dict[name].shape[1] - prefix for name, (_, prefix) in model.position_grids().items()}
+    patches = number_of_patches(model, state_dict)
     stated = given or (checkpoint.img_size if checkpoint.has_header else None)
     if stated is not None:
-        if not _fills(model, patches, stated):
+        if not fills(model, patches, stated):
             source = "checkpoint_img_size" if given else "its header"
             raise CheckpointError(
                 f"{path} has position embeddings for {_listed(patches)} patches, which is not the grid of "
                 f"{_size(stated)} pixels that {source} says"
             )
         return stated
-    if checkpoint.img_size is not None and _fills(model, patches, checkpoint.img_size):
+    if checkpoint.img_size is not None and fills(model, patches, checkpoint.img_size):
         return checkpoint.img_size
     own, released = img_size_of(model), tuple(model.pretrained_cfg["input_size"][1:])
-    sizes = [size for size in dict.fromkeys((own, released)) if size and _fills(model, patches, size)]
+    sizes = [size for size in dict.fromkeys((own, released)) if size and fills(model, patches, size)]
     grids = {tuple(grid for grid, _ in model.position_grids(size).values()) for size in sizes}
     if len(grids) == 1:
         return sizes[0]
@@ -73,14 +71,6 @@ def trained_img_size(
         "checkpoint_img_size=(height, width), the image size that they were trained at, or create the model for that "
         "size (--input-size)"
     )
-
-
-def _fills(model: Any, patches: Mapping[str, int], img_size: tuple[int, int]) -> bool:
-    try:
-        grids = model.position_grids(img_size)
-    except ValueError:  # the patches do not divide the image
-        return False
-    return all(grids[name][0][0] * grids[name][0][1] == count for name, count in patches.items())
 
 
 def _listed(patches: Mapping[str, int]) -> str:

@@ -10,6 +10,7 @@ from torch import nn
 
 from localvit.models.registry import build, find_model, list_models
 from localvit.surgery.localize import localize_with_options
+from localvit.utils.plain_values import plain
 
 NOT_ARCHITECTURE = frozenset(
     (
@@ -50,12 +51,17 @@ def create_model(
         TypeError: for an argument that the model does not have.
         RuntimeError: if released weights do not exist or cannot be downloaded.
     """
-    kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    kwargs = {
+        key: value if key in NOT_ARCHITECTURE else plain(value) for key, value in kwargs.items() if value is not None
+    }
     info = find_model(name)
     model: Any
     if info is not None:
         tag = name.partition(".")[2]
+        checkpoint_path = kwargs.pop("checkpoint_path", None)
         model = build(info, pretrained, **{"pretrained_cfg": tag or None} | kwargs)
+        if checkpoint_path:
+            timm.models.load_checkpoint(model, checkpoint_path)
     elif timm.is_model(name):
         model = timm.create_model(name, pretrained=pretrained, **kwargs)
     else:
@@ -63,8 +69,7 @@ def create_model(
         similar = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(similar)}?" if similar else "; `localvit models` lists ours"
         raise ValueError(f"no model is called {name!r}{hint}")
-    model.made_from = {
-        "name": name,
-        "args": {key: value for key, value in kwargs.items() if key not in NOT_ARCHITECTURE},
-    }
-    return model if localize is None else localize_with_options(model, localize, inplace=True)
+    arguments = {key: value for key, value in kwargs.items() if key not in NOT_ARCHITECTURE}
+    model._model_args = getattr(model, "_model_args", {}) | arguments  # as timm.create_model does, for its save_for_hf
+    model.made_from = {"name": name, "args": arguments}
+    return model if localize is None else localize_with_options(model, plain(localize), inplace=True)

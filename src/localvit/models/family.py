@@ -5,6 +5,8 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
+from localvit.models.published_names import to_own_names
+
 PositionGrids = Mapping[str, tuple[tuple[int, int], int]]
 """For each position embedding (1, P + H * W, C) of a model, by name: its grid (H, W) and its prefix tokens P."""
 
@@ -39,6 +41,14 @@ class Family(nn.Module):
         Without `img_size`, those that the model has now. Raises ValueError if the patches do not divide the image.
         """
         return {}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """torch's `load_state_dict`, for the published names of the entries too.
+
+        So `timm.create_model(name, checkpoint_path=...)` reads the published files and the raw weights of ours.
+        `localvit.load_checkpoint` also fits position embeddings to another image size.
+        """
+        return super().load_state_dict(to_own_names(state_dict, self), strict=strict, assign=assign)
 
     def published_buffers(self) -> dict[str, Tensor]:
         """Entries of a published state dict that the model computes and does not store, by their published names."""

@@ -6,14 +6,16 @@ shapes, which a graph tracer cannot follow, and `torch.fx.wrap` keeps them whole
 Shapes: P prefix tokens, N = P + H * W tokens of a grid, C channels; R offsets of a window's tokens, M attention heads.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.layers import resample_abs_pos_embed_nhwc, resize_rel_pos_bias_table_simple
+from timm.layers import resample_abs_pos_embed_nhwc, resize_rel_pos_bias_table_simple, to_2tuple
 from torch import Tensor, nn
 
 from localvit.models.family import Family, PositionGrids
+from localvit.tokens.grid import Size
 
 
 @torch.fx.wrap
@@ -26,6 +28,48 @@ def patch_grid(img_size: Sequence[int], patch_size: Sequence[int]) -> tuple[int,
         if pixels < patch or pixels % patch:
             raise ValueError(f"the image's {side} of {pixels} pixels is not a multiple of the patch size {patch}")
     return img_size[0] // patch_size[0], img_size[1] // patch_size[1]
+
+
+def img_size_of(model: nn.Module) -> tuple[int, int] | None:
+    """Height and width in pixels that the model's first patch embedding is made for, if it has one."""
+    sizes = (getattr(module, "img_size", None) for module in model.modules())
+    return next((size for size in sizes if isinstance(size, tuple)), None)
+
+
+def number_of_patches(model: Family, state_dict: Mapping[str, Tensor]) -> dict[str, int]:
+    """How many patches each absolute position embedding in `state_dict` is for, by its name in the model."""
+    grids = model.position_grids()
+    return {name: state_dict[name].shape[1] - prefix for name, (_, prefix) in grids.items() if name in state_dict}
+
+
+def fills(model: Family, patches: Mapping[str, int], img_size: tuple[int, int]) -> bool:
+    """Whether an image of `img_size` has that many patches for each position embedding of the model."""
+    try:
+        grids = model.position_grids(img_size)
+    except ValueError:  # the patches do not divide the image
+        return False
+    return all(grids[name][0][0] * grids[name][0][1] == count for name, count in patches.items())
+
+
+def height_and_width(size: int | Sequence[int]) -> Size:
+    """A size as timm takes it, one side or (height, width), as a pair."""
+    height, width = to_2tuple(size)
+    return height, width
+
+
+def check_patch_size(model: nn.Module, given: int | Size | None, own: Size) -> None:
+    """Raise ValueError if `set_input_size` is asked for other patches than the model's."""
+    if given is not None and height_and_width(given) != tuple(own):
+        kind = type(model).__name__
+        raise ValueError(f"patch_size={given} is not possible: {kind} keeps its patches of {own[0]} x {own[1]} pixels")
+
+
+def record_input_size(model: nn.Module, img_size: Size) -> None:
+    """Tell timm the model's new input size, for its data configuration and `save_for_hf`; from 1.0.31 on it asks."""
+    with contextlib.suppress(ImportError):
+        from timm.models._input import update_model_input_size
+
+        update_model_input_size(model, img_size)
 
 
 @torch.fx.wrap
@@ -81,16 +125,16 @@ def positions_like(source: nn.Module, model: nn.Module) -> dict[str, Tensor]:
     Both are of the same architecture, ours or timm's. Absolute embeddings are resampled by `resample_positions`, tables
     of relative position biases bicubic as in the Swin paper (arXiv 2103.14030, section 3.2).
     """
-    old_grids, new_grids = _absolute_grids(source), _absolute_grids(model)
+    old_grids, new_grids, state_dict = _absolute_grids(source), _absolute_grids(model), source.state_dict()
     resampled = {
-        name: resample_positions(source.get_parameter(name).detach(), old_grids[name][0], grid_size, num_prefix_tokens)
+        name: resample_positions(state_dict[name], old_grids[name][0], grid_size, num_prefix_tokens)
         for name, (grid_size, num_prefix_tokens) in new_grids.items()
         if name in old_grids and old_grids[name][0] != grid_size and old_grids[name][1] == num_prefix_tokens
     }
     old_windows = _windows(source)
     for name, window_size in _windows(model).items():
         if name in old_windows and old_windows[name] != window_size:
-            resampled[name] = _resample_offsets(source.get_parameter(name).detach(), old_windows[name], window_size)
+            resampled[name] = _resample_offsets(state_dict[name], old_windows[name], window_size)
     return resampled
 
 

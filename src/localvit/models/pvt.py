@@ -102,7 +102,7 @@ class LocalPVT(Family, nn.Module):
 
         self.cls_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim, **factory))
         self.stages = nn.ModuleList()
-        self.feature_info = []
+        self.feature_info: list[dict[str, Any]] = []
         for i, (dim, depth, patch_size) in enumerate(zip(embed_dims, depths, patch_sizes, strict=True)):
             first, stride = sum(depths[:i]), prod(patch_sizes[:i])
             blocks = [
@@ -172,10 +172,14 @@ class LocalPVT(Family, nn.Module):
         if global_pool is not None:
             if global_pool not in ("", "token", "avg"):
                 raise ValueError(f"global_pool={global_pool!r} must be 'token', 'avg' or '' (none)")
+            if global_pool == "token" and self.cls_token is None:
+                raise ValueError("global_pool='token' needs the last stage, which was pruned: choose 'avg' or ''")
             self.global_pool = global_pool
         self.num_classes = num_classes
-        factory: dict[str, Any] = {"device": self.cls_token.device, "dtype": self.cls_token.dtype}
+        like = next(self.parameters())
+        factory: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
         self.head = nn.Linear(self.embed_dim, num_classes, **factory) if num_classes > 0 else nn.Identity()
+        self.head.train(self.training)
 
     def position_grids(self, img_size: tuple[int, int] | None = None) -> PositionGrids:
         """Grid and prefix tokens of each stage's positions for images of `img_size`, the model's own by default."""
@@ -186,14 +190,20 @@ class LocalPVT(Family, nn.Module):
             grids[f"stages.{i}.pos_embed"] = (size, stage.num_prefix_tokens)
         return grids
 
-    def set_input_size(self, img_size: tuple[int, int]) -> None:
-        """Make `img_size` (height, width) the size that the model is made for, and resample its positions to it."""
+    def set_input_size(self, img_size: int | Size | None = None, patch_size: int | Size | None = None) -> None:
+        """Make `img_size` (height, width) the size that the model is made for, and resample its positions to it.
+
+        Raises ValueError if the patches do not divide it, or for another `patch_size` than that of all stages.
+        """
         old = self.position_grids()
-        positions.patch_grid(img_size, self.patch_size)
+        positions.check_patch_size(self, patch_size, self.patch_size)
+        img_size = size = positions.height_and_width(img_size or self.stages[0].patch_embed.img_size)
+        positions.patch_grid(size, self.patch_size)
         for stage in self.stages:
-            stage.patch_embed.set_input_size(img_size)
-            img_size = stage.patch_embed.grid_size
+            stage.patch_embed.set_input_size(size)
+            size = stage.patch_embed.grid_size
         positions.resample_own(self, old)
+        positions.record_input_size(self, img_size)
 
     def _run_stages(self, image_BCHW: Tensor, num_stages: int | None = None) -> list[tuple[Tensor, Size]]:
         """Tokens and grid after each of the first `num_stages` stages (by default all), before the last norm."""
@@ -254,6 +264,10 @@ class LocalPVT(Family, nn.Module):
         take, last = feature_take_indices(len(self.stages), indices)
         if prune_norm or last < len(self.stages) - 1:
             self.norm = nn.Identity()
+        if last < len(self.stages) - 1:  # only the last stage has the class token
+            self.register_parameter("cls_token", None)
+            self.num_prefix_tokens = 0
+            self.num_features = self.head_hidden_size = self.embed_dim = self.feature_info[last]["num_chs"]
         self.stages = self.stages[: last + 1]
         if prune_head:
             self.reset_classifier(0, "")

@@ -13,6 +13,7 @@ import argparse
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from http.client import HTTPException
 from typing import Any
 from urllib.error import URLError
@@ -25,8 +26,7 @@ from timm.models import register_model as register_with_timm
 from torch import nn
 
 from localvit.models.family import Family
-from localvit.models.published_names import from_published
-from localvit.utils.weight_files import read_weight_file
+from localvit.models.pretrained import from_published, read_file
 
 RELEASE = "https://github.com/ofsoundof/LocalViT/releases/download/v1.0.0/"
 
@@ -53,7 +53,7 @@ class ModelInfo:
     paper_name: str | None = None
     """What the paper calls it; None for a model of this package only."""
     parameters: int
-    """Number of parameters, frozen ones included."""
+    """Number of parameters."""
     file: str | None = None
     """The released file with the weights, if there is one. No checksum was published."""
     acc1: float | None = None
@@ -170,8 +170,9 @@ def build(
         raise ValueError(f"{info.name} has no weights with the tag {pretrained_cfg!r}, only {info.tag!r}")
     cfg = info.pretrained_cfg if pretrained_cfg is None or isinstance(pretrained_cfg, str) else pretrained_cfg
     overlay = dict(pretrained_cfg_overlay or {})
+    img_size = None
     if pretrained and overlay.get("file"):
-        overlay["state_dict"] = read_weight_file(overlay.pop("file"))
+        overlay["state_dict"], img_size = read_file(overlay.pop("file"))
     feature_cfg = {"out_indices": kwargs.pop("out_indices", info.family.out_indices), "feature_cls": "getter"}
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -181,7 +182,7 @@ def build(
                 pretrained,
                 pretrained_cfg=cfg,  # type: ignore[arg-type]  # timm accepts both
                 pretrained_cfg_overlay=overlay,
-                pretrained_filter_fn=from_published,
+                pretrained_filter_fn=partial(from_published, img_size=img_size),
                 feature_cfg=feature_cfg,
                 **dict(info.args) | kwargs,
             )

@@ -5,10 +5,12 @@ every block's feed-forward has an effect. The default drop path rate is timm's, 
 """
 
 import inspect
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
-from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
+import torch
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, window_partition
 from torch import Tensor
 
 from localvit.models.family import Family
@@ -18,11 +20,35 @@ from localvit.surgery.replace import Replace, replace_feed_forwards
 from localvit.surgery.sites import Site, local_sites
 
 
+@torch.fx.wrap  # It assigns to parts of a map, which a graph tracer cannot follow.
+def shifted_window_mask(map_BHWC: Tensor, window_size: tuple[int, int], shift_size: tuple[int, int]) -> Tensor:
+    """The mask (windows, N, N) of the attention between the N tokens of shifted windows: -100 between regions.
+
+    The shift brings opposite sides of the map into one window; those regions must not see each other (arXiv 2103.14030,
+    section 3.2).
+    """
+    regions = map_BHWC.new_zeros(1, *map_BHWC.shape[1:3], 1)
+    for dim, (window, shift) in enumerate(zip(window_size, shift_size, strict=True), start=1):
+        index = torch.arange(regions.shape[dim], device=regions.device)
+        region = (index >= regions.shape[dim] - window).to(regions) + (index >= regions.shape[dim] - shift).to(regions)
+        regions = 3 * regions + region.view(*(-1 if axis == dim else 1 for axis in range(4)))
+    windows = window_partition(regions, window_size).flatten(1)
+    return torch.where(windows[:, :, None] == windows[:, None, :], 0.0, -100.0).to(map_BHWC)
+
+
+def _attention_mask(block: Any, x: Tensor | None = None, **factory: Any) -> Tensor | None:
+    """`SwinTransformerBlock.get_attn_mask`, traceable for the map `x` of a forward."""
+    if x is None or not any(block.shift_size):
+        return type(block).get_attn_mask(block, **factory)
+    return shifted_window_mask(x, block.window_size, block.shift_size)
+
+
 class LocalSwin(Family, SwinTransformer):
     """timm's SwinTransformer with locality in the feed-forward of the selected blocks.
 
-    Takes images (B, in_chans, H, W) of any size that the patches divide. Its arguments are timm's and those of
-    `LocalViT`. `reduction` is each stage's width // 4 unless given, and `local_blocks` counts through all stages.
+    Takes images (B, in_chans, H, W) of any size that the patches divide, unless `dynamic_img_size` is False. Its
+    arguments are timm's and those of `LocalViT`. `reduction` is each stage's width // 4 unless given, and
+    `local_blocks` counts through all stages.
 
     Raises:
         ValueError: for a value of these arguments that does not exist.
@@ -49,6 +75,8 @@ class LocalSwin(Family, SwinTransformer):
         depthwise_first: bool = False,
         local_blocks: BlockSelection = None,
         mlp_ratio: float = 4.0,
+        dynamic_img_size: bool = True,
+        strict_img_size: bool | None = None,
         device=None,
         dtype=None,
         **kwargs: Any,
@@ -57,7 +85,11 @@ class LocalSwin(Family, SwinTransformer):
         if unknown:  # timm before 1.0.30 ignores them
             raise TypeError(f"LocalSwin has no argument {', '.join(sorted(unknown))}")
         factory = {"device": device, "dtype": dtype}
-        super().__init__(*args, mlp_ratio=mlp_ratio, strict_img_size=False, **factory, **kwargs)  # type: ignore[misc]
+        strict = not dynamic_img_size if strict_img_size is None else strict_img_size
+        super().__init__(*args, mlp_ratio=mlp_ratio, strict_img_size=strict, **factory, **kwargs)  # type: ignore[misc]
+        for block in self.modules():
+            if isinstance(block, SwinTransformerBlock):
+                block.get_attn_mask = partial(_attention_mask, block)  # type: ignore[method-assign]
 
         def locality_of(site: Site) -> Replace:
             return Replace(

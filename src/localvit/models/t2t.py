@@ -7,6 +7,7 @@ the tokenizer.
 Shapes: B batch, N tokens (H x W), D token width, M random features.
 """
 
+import contextlib
 import math
 from collections.abc import Iterator
 from functools import partial
@@ -25,7 +26,7 @@ from localvit.surgery.blocks import BlockSelection, select_blocks
 from localvit.surgery.hosts.timm_plain import in_order
 from localvit.surgery.replace import Replace
 from localvit.surgery.sites import Site, host
-from localvit.tokens.grid import Grid
+from localvit.tokens.grid import Grid, Size
 from localvit.tokens.layouts import TokenSequence
 from localvit.tokens.sources import InputMap, OutputMap, enclose_calls
 
@@ -39,7 +40,10 @@ def random_feature_attention(query_BND: Tensor, key_BND: Tensor, value_BND: Tens
     sums are at least single precision. The 1e-8 in the denominator is the published one. It matters for long queries
     and keys.
     """
-    with torch.autocast(query_BND.device.type, enabled=False):
+    kind = query_BND.device.type
+    # The meta device, which has no values, has no autocast either.
+    available = torch.amp.is_autocast_available(kind)
+    with torch.autocast(kind, enabled=False) if available else contextlib.nullcontext():
         precise = torch.promote_types(value_BND.dtype, torch.float32)
         query, key, value = query_BND.to(precise), key_BND.to(precise), value_BND.to(precise)
         features = features_MD.to(precise)
@@ -54,6 +58,14 @@ def random_feature_attention(query_BND: Tensor, key_BND: Tensor, value_BND: Tens
         return (mixed_BND / (weight_BN1 + 1e-8)).to(value_BND.dtype)
 
 
+def _make_buffers(module: nn.Module, *names: str) -> None:
+    """Make buffers of the same names of a module's parameters: a state dict has them, and nothing trains them."""
+    for name in names:
+        value = getattr(module, name).detach()
+        delattr(module, name)
+        module.register_buffer(name, value)
+
+
 class TokenPerformer(nn.Module):
     """The transformer of a tokenizer stage: linear attention with one head, and a feed-forward as wide as its tokens.
 
@@ -65,15 +77,16 @@ class TokenPerformer(nn.Module):
         locality: the module for the feed-forward; None for a plain feed-forward after a norm.
     """
 
+    w: Tensor
+
     def __init__(self, in_dim: int, dim: int, locality: Replace | None, *, device=None, dtype=None) -> None:
         super().__init__()
         factory = {"device": device, "dtype": dtype}
         self.local = locality is not None
-        self.w = nn.Parameter(torch.empty(dim // 2, dim, **factory), requires_grad=False)
+        self.register_buffer("w", torch.empty(dim // 2, dim, **factory))
         self.norm1 = nn.LayerNorm(in_dim, eps=1e-5, **factory)
         self.kqv = nn.Linear(in_dim, 3 * dim, **factory)
         self.proj = nn.Linear(dim, dim, **factory)
-        # Not used with locality, but published state dicts have it.
         self.norm2 = nn.LayerNorm(dim, eps=1e-5, **factory)
         self.mlp: nn.Module
         if locality is None:
@@ -83,6 +96,7 @@ class TokenPerformer(nn.Module):
             InputMap(self).connect(grid)
             enclose_calls(self, grid)
             self.mlp = locality.feed_forward(dim, TokenSequence(grid), **factory)
+            _make_buffers(self.norm2, "weight", "bias")  # Not used with locality, but published state dicts have it.
 
     def init_weights(self) -> None:
         """Initialize the frozen random features: orthogonal, of length sqrt(M). timm's `init_weights` calls this."""
@@ -157,13 +171,14 @@ class LocalT2T(LocalViT):
     """T2T-ViT with locality in the feed-forward of the selected blocks, and in the tokenizer if any block has it.
 
     Its arguments are those of `LocalViT`. The module in the tokenizer always has `expand_ratio` 1 and act `hs`, while
-    `depthwise` and `depthwise_first` apply to all modules. The position embedding is sinusoidal and frozen.
+    `depthwise` and `depthwise_first` apply to all modules. The position embedding is sinusoidal and a buffer.
 
     Raises:
         ValueError: for a value of these arguments that does not exist, or an image whose size is not a multiple of 16.
+        TypeError: for `embed_layer`.
     """
 
-    timm_cfg = MappingProxyType({"first_conv": None})
+    timm_cfg = MappingProxyType({"first_conv": ()})
     published_keys = (
         (r"^patch_embed\.proj\.", "tokens_to_token.project."),
         (r"^patch_embed\.(attention\d)\.mlp\.conv\.", r"tokens_to_token.\1.conv.conv."),
@@ -171,7 +186,7 @@ class LocalT2T(LocalViT):
         (r"^(blocks\.\d+)\.mlp\.conv\.", r"\1.conv.conv."),
     )
 
-    pos_embed: nn.Parameter
+    pos_embed: Any  # a parameter while timm's constructor runs, then a buffer
 
     def __init__(
         self,
@@ -180,8 +195,13 @@ class LocalT2T(LocalViT):
         depthwise: bool = True,
         depthwise_first: bool = False,
         local_blocks: BlockSelection = None,
+        dynamic_img_size: bool = True,
         **kwargs: Any,
     ) -> None:
+        if "embed_layer" in kwargs:
+            raise TypeError("LocalT2T has no argument embed_layer: its patch embedding is the tokens-to-token module")
+        if not dynamic_img_size:
+            raise ValueError("dynamic_img_size=False is not possible: LocalT2T takes images of any multiple of 16")
         ablation = {"depthwise": depthwise, "depthwise_first": depthwise_first}
         local = bool(select_blocks(local_blocks, depth))
         locality = Replace(act="hs", expand_ratio=1.0, **ablation) if local else None
@@ -193,18 +213,22 @@ class LocalT2T(LocalViT):
             **ablation,
             **kwargs,
         )
+        _make_buffers(self, "pos_embed")
 
     def init_weights(self, *args: Any, **kwargs: Any) -> None:
         super().init_weights(*args, **kwargs)
         _, num_tokens, dim = self.pos_embed.shape
         with torch.no_grad():
             self.pos_embed.copy_(sinusoid(num_tokens, dim, self.pos_embed.device))
-        self.pos_embed.requires_grad_(False)
 
-    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
-        """timm's `set_input_size`, with the position embedding still frozen afterwards."""
-        super().set_input_size(*args, **kwargs)
-        self.pos_embed.requires_grad_(False)
+    def set_input_size(self, img_size: int | Size | None = None, patch_size: int | Size | None = None) -> None:
+        """timm's `set_input_size`, with the position embedding still a buffer afterwards."""
+        embed = self.patch_embed
+        positions.check_patch_size(self, patch_size, embed.patch_size)
+        img_size = positions.height_and_width(img_size or embed.img_size)
+        positions.patch_grid(img_size, embed.patch_size)
+        super().set_input_size(img_size)
+        _make_buffers(self, "pos_embed")
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters without weight decay."""
@@ -234,7 +258,7 @@ register_model(
         paper_name="LocalViT-T2T",
         family=LocalT2T,
         args=_SEVEN,
-        parameters=4_385_386,
+        parameters=4_330_602,
     )
 )
 register_model(
@@ -244,6 +268,6 @@ register_model(
         paper_name="T2T-ViT-7",
         family=LocalT2T,
         args=_SEVEN | {"local_blocks": ()},
-        parameters=4_310_222,
+        parameters=4_255_694,
     )
 )

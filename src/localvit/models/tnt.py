@@ -20,6 +20,7 @@ from localvit.models.registry import ModelInfo, register_model
 from localvit.surgery.blocks import BlockSelection, select_blocks
 from localvit.surgery.replace import Replace, replace_feed_forwards
 from localvit.surgery.sites import local_sites
+from localvit.tokens.grid import Size
 
 
 def _keep_drop_path(block: Any) -> None:
@@ -38,7 +39,7 @@ class LocalTNT(Family, TNT):
 
     Takes images (B, in_chans, H, W) of any size that the patches divide. The patch position embeddings are resampled
     from the grid of `img_size`. Its arguments are timm's and those of `LocalViT`. `reduction` is `embed_dim` unless
-    given.
+    given. `legacy` (published) embeds the pixels of the whole image, otherwise those of each patch.
 
     Raises:
         ValueError: for a value of these arguments that does not exist, or an image that the patches do not divide.
@@ -60,12 +61,13 @@ class LocalTNT(Family, TNT):
         depthwise_first: bool = False,
         local_blocks: BlockSelection = None,
         mlp_ratio: float = 4.0,
+        legacy: bool = True,
         device=None,
         dtype=None,
         **kwargs: Any,
     ) -> None:
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        super().__init__(img_size, patch_size, mlp_ratio=mlp_ratio, legacy=True, **factory, **kwargs)
+        super().__init__(img_size, patch_size, mlp_ratio=mlp_ratio, legacy=legacy, **factory, **kwargs)
         positions.patch_grid(self.pixel_embed.img_size, self.pixel_embed.patch_size)
         locality = Replace(
             act=act,
@@ -82,22 +84,32 @@ class LocalTNT(Family, TNT):
         grid_size = positions.patch_grid(img_size or self.pixel_embed.img_size, self.pixel_embed.patch_size)
         return {"patch_pos": (grid_size, self.num_prefix_tokens)}
 
-    def set_input_size(self, img_size: tuple[int, int]) -> None:
-        """Make `img_size` (height, width) the size that the model is made for, and resample its positions to it."""
-        old = self.position_grids()
-        embed = self.pixel_embed
+    def set_input_size(self, img_size: int | Size | None = None, patch_size: int | Size | None = None) -> None:
+        """Make `img_size` (height, width) the size that the model is made for, and resample its positions to it.
+
+        Raises ValueError if the patches do not divide it, or for another `patch_size` than the model's.
+        """
+        old, embed = self.position_grids(), self.pixel_embed
+        positions.check_patch_size(self, patch_size, embed.patch_size)
+        img_size = positions.height_and_width(img_size or embed.img_size)
         embed.grid_size = positions.patch_grid(img_size, embed.patch_size)
         embed.img_size = img_size
         embed.num_patches = self.num_patches = embed.grid_size[0] * embed.grid_size[1]
         positions.resample_own(self, old)
+        positions.record_input_size(self, img_size)
 
     def _embed(self, image_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Pixel tokens (B * N, n, c) and patch tokens (B, 1 + N, C) of an image that the patches divide."""
         embed = self.pixel_embed
         batch = image_BCHW.shape[0]
         height, width = positions.patch_grid(image_BCHW.shape[-2:], embed.patch_size)
-        windows_BNc = embed.unfold(embed.proj(image_BCHW)).transpose(1, 2)
-        pixel_map = windows_BNc.reshape(batch * height * width, embed.in_dim, *embed.new_patch_size) + self.pixel_pos
+        if self.pixel_embed.legacy:
+            windows_BNc = embed.unfold(embed.proj(image_BCHW)).transpose(1, 2)
+            pixel_map = windows_BNc.reshape(batch * height * width, embed.in_dim, *embed.new_patch_size)
+        else:
+            windows_BNc = embed.unfold(image_BCHW).transpose(1, 2)
+            pixel_map = embed.proj(windows_BNc.reshape(batch * height * width, self.in_chans, *embed.patch_size))
+        pixel_map = pixel_map + self.pixel_pos
         pixels = pixel_map.flatten(2).transpose(1, 2).contiguous()  # otherwise every norm of every block copies them
         patches_BNC = self.norm2_proj(self.proj(self.norm1_proj(pixels.reshape(batch, height * width, -1))))
         tokens = torch.cat((self.cls_token.expand(batch, -1, -1), patches_BNC), dim=1)

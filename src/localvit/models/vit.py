@@ -19,8 +19,8 @@ from localvit.surgery.sites import local_sites
 class LocalViT(Family, VisionTransformer):
     """timm's VisionTransformer with locality in the feed-forward of the selected blocks.
 
-    Takes images (B, in_chans, H, W) of any size that the patches divide. The position embeddings are resampled from the
-    grid of `img_size`. Its arguments are timm's and:
+    Takes images (B, in_chans, H, W) of any size that the patches divide, unless `dynamic_img_size` is False. The
+    position embeddings are resampled from the grid of `img_size`. Its arguments are timm's and:
 
     Args:
         act, reduction, expand_ratio, depthwise, depthwise_first: see `localvit.Replace`;
@@ -51,12 +51,13 @@ class LocalViT(Family, VisionTransformer):
         depthwise_first: bool = False,
         local_blocks: BlockSelection = None,
         mlp_ratio: float = 4.0,
+        dynamic_img_size: bool = True,
         device=None,
         dtype=None,
         **kwargs: Any,
     ) -> None:
-        factory = {"device": device, "dtype": dtype}
-        super().__init__(*args, mlp_ratio=mlp_ratio, dynamic_img_size=True, **factory, **kwargs)  # type: ignore[misc]
+        kwargs |= {"mlp_ratio": mlp_ratio, "dynamic_img_size": dynamic_img_size, "device": device, "dtype": dtype}
+        super().__init__(*args, **kwargs)
         locality = Replace(
             act=act,
             reduction=reduction,
@@ -67,8 +68,10 @@ class LocalViT(Family, VisionTransformer):
         replace_feed_forwards(local_sites(self, local_blocks), lambda site: locality)
 
     def position_grids(self, img_size: tuple[int, int] | None = None) -> PositionGrids:
+        if self.pos_embed is None:
+            return {}
         grid_size = self.patch_embed.dynamic_feat_size(img_size) if img_size else self.patch_embed.grid_size
-        return {"pos_embed": (grid_size, self.num_prefix_tokens)}
+        return {"pos_embed": (grid_size, 0 if self.no_embed_class else self.num_prefix_tokens)}
 
 
 class LocalViTDistilled(LocalViT, VisionTransformerDistilled):

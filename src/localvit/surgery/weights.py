@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import TypeVar
 
 import safetensors.torch
-import torch
 from torch import Tensor, nn
 
 from localvit.surgery.localize import Localized, locality_modules, localize_with_options
+from localvit.utils.distributed import is_main
 from localvit.utils.files import atomic_write
+from localvit.utils.plain_values import plain
 from localvit.utils.weight_files import CheckpointError, check_plain_arguments, read_header, read_weight_file
+from localvit.utils.wrappers import is_sharded, plain_weights, unwrap, without_wrappers
 
 HEADER = "localvit_locality"
 
@@ -36,18 +38,20 @@ def save_locality(model: nn.Module, path: str | Path) -> Path:
         The path.
 
     Raises:
-        ValueError: for a model that was not localized.
+        ValueError: for a model that was not localized, or that was fused.
     """
-    path = Path(path)
+    path, model = Path(path), unwrap(model)
     localized = getattr(model, "localized", None)
     if not isinstance(localized, Localized):
         raise ValueError(f"{type(model).__name__} was not localized by localvit.localize: there is no locality to save")
-    tensors = {
-        key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for key, value in locality_state(model).items()
-    }
+    if any(type(module).__module__.startswith("localvit.inference.") for module in model.modules()):
+        raise ValueError("this model was fused, which changes its modules: save the locality of the model before fuse")
+    state_dict = locality_state(model)
+    tensors = plain_weights(state_dict)
+    if is_sharded(state_dict) and not is_main():
+        return path
     with atomic_write(path) as unfinished:
-        safetensors.torch.save_file(tensors, unfinished, metadata={HEADER: json.dumps(localized.options)})
+        safetensors.torch.save_file(tensors, unfinished, metadata={HEADER: json.dumps(plain(localized.options))})
     return path
 
 
@@ -69,18 +73,18 @@ def load_locality(model: Model, path: str | Path) -> Model:
             other options.
         ValueError: as `localize`.
     """
-    path = Path(path)
-    tensors = read_weight_file(path)
+    path, inner = Path(path), unwrap(model)
+    tensors = without_wrappers(read_weight_file(path))
     header = read_header(path, HEADER)
     if header is None:
         raise CheckpointError(f"{path} was not written by save_locality: it has no options of localize")
     check_plain_arguments(path, header)
-    if not locality_modules(model):
+    if not locality_modules(inner):
         try:
-            localize_with_options(model, header, inplace=True)
+            localize_with_options(inner, header, inplace=True)
         except TypeError as error:
             raise CheckpointError(f"{path} has a damaged header: {error}") from error
-    own = locality_state(model)
+    own = locality_state(inner)
     wrong = sorted(
         key
         for key in own.keys() | tensors.keys()
@@ -88,8 +92,8 @@ def load_locality(model: Model, path: str | Path) -> Model:
     )
     if wrong:
         raise CheckpointError(
-            f"{path} does not fit {type(model).__name__}: {len(wrong)} entries are missing, unexpected or of another "
+            f"{path} does not fit {type(inner).__name__}: {len(wrong)} entries are missing, unexpected or of another "
             f"shape, first {wrong[0]}; it was written for the options {header}"
         )
-    model.load_state_dict(tensors, strict=False)
+    inner.load_state_dict(tensors, strict=False)
     return model

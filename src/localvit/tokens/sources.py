@@ -52,13 +52,14 @@ class OutputMap(GridSource):
     height_dim: int = 2
     """The map's height dimension, which the width follows: 2 for (B, C, H, W), 1 for (B, H, W, C)."""
     within: nn.Module | None = None
-    """A module that contains `module` and may get another one in its place: a grid left over is forgotten when it
-    starts, so that a replaced `module` is noticed."""
+    """A module that contains `module` and may get another one in its place, as `set_input_size(patch_size=...)` does:
+    when it starts, a grid left over is forgotten, and another module that returns a map is followed from then on."""
 
     def connect(self, grid: Grid) -> None:
         self.module.register_forward_hook(partial(_record_output, grid, self.height_dim))
         if self.within is not None:
-            self.within.register_forward_pre_hook(partial(_forget, grid))
+            name = next(name for name, module in self.within.named_modules() if module is self.module)
+            self.within.register_forward_pre_hook(partial(_follow, grid, name, self.height_dim))
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,8 +151,19 @@ def _record_result(grid: Grid, read: Callable[[Any], Size], module: nn.Module, a
     grid.record(read(result))
 
 
-def _forget(grid: Grid, module: nn.Module, args: tuple) -> None:
+def _follow(grid: Grid, name: str, height_dim: int, module: nn.Module, args: tuple) -> None:
     grid.forget()
+    if torch.compiler.is_compiling():
+        return
+    current = module.get_submodule(name)
+    hooks = current._forward_hooks.values()
+    if not any(isinstance(hook, partial) and hook.args and hook.args[0] is grid for hook in hooks):
+        current.register_forward_hook(partial(_record_map, grid, height_dim))
+
+
+def _record_map(grid: Grid, height_dim: int, module: nn.Module, args: tuple, result: Any) -> Any:
+    """Record the grid of a replaced module, if it returns a map: what else it returns tells no grid."""
+    return grid(result, height_dim) if isinstance(result, Tensor) and result.ndim == 4 else result
 
 
 def _begin(grid: Grid, module: nn.Module, args: tuple) -> None:

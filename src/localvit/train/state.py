@@ -148,10 +148,19 @@ def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list
     return [name_of[parameter] for group in optimizer.param_groups for parameter in group["params"]]
 
 
+def _unused_names(model: nn.Module) -> set[str]:
+    """Published names of norms that are buffers here, because nothing uses them, and were parameters in other files.
+
+    The published program has them in its optimizer without weight decay, and so had earlier versions of this package.
+    """
+    return {published_key(model, name) for name, _ in model.named_buffers() if name.endswith((".weight", ".bias"))}
+
+
 def _published_parameter_names(state: TrainState, published: Mapping[str, Tensor]) -> list[str]:
     """Parameter names in the order of a published optimizer: the same two groups as ours, in published order."""
     names = iter(_parameter_names(state.model, state.optimizer))
     groups = [{next(names) for _ in group["params"]} for group in state.optimizer.param_groups]
+    groups[0] |= _unused_names(state.model)
     return [name for group in groups for name in published if name in group]
 
 
@@ -159,8 +168,12 @@ def _load_optimizer(state: TrainState, saved: Mapping[str, Any], names: list[str
     """Load the state dict of an optimizer whose parameters have these `names`, in its order."""
     own = state.optimizer.state_dict()
     own_order = _parameter_names(state.model, state.optimizer)
-    counts = [len(group["params"]) for group in saved["param_groups"]]
-    if set(own_order) != set(names) or counts != [len(group["params"]) for group in own["param_groups"]]:
+    unused = _unused_names(state.model)
+    counts = [
+        sum(names[number] not in unused for number in group["params"] if number < len(names))
+        for group in saved["param_groups"]
+    ]
+    if set(own_order) != set(names) - unused or counts != [len(group["params"]) for group in own["param_groups"]]:
         raise CheckpointError(
             "the checkpoint's optimizer has other parameters or groups: resume with the same model, freeze, "
             "weight_decay and layer_decay"

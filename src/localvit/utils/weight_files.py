@@ -14,6 +14,8 @@ import safetensors
 import safetensors.torch
 import torch
 
+HEADER = "localvit"
+"""Key of a checkpoint's header, in the metadata of a safetensors file or among the entries of a torch file."""
 MAX_NUMBER = 100_000
 """The largest number that an argument in a file may have or contain: far above any layer's width or image's side."""
 MAX_LENGTH = 10_000
