@@ -10,7 +10,7 @@ import torch
 from localvit.data.datasets import default_digits_folder
 from localvit.train.config import TrainConfig
 from localvit.train.recipe import read_recipe
-from localvit.train.run_folder import BEST, LAST, LOG, STATE
+from localvit.train.run_folder import LAST, remove_run
 from localvit.train.trackers import CURVES
 from localvit_cli.eval import Eval
 from localvit_cli.predict import Predict
@@ -47,8 +47,7 @@ class Demo:
 def run_demo(config: TrainConfig) -> float:
     """Train on digits, evaluate the last checkpoint, predict with it, and print where the files are. Returns Acc@1."""
     assert config.data_path is not None
-    for name in (LAST, BEST, LOG, STATE):
-        (config.output_dir / name).unlink(missing_ok=True)
+    remove_run(config.output_dir)
     run_training(config)
 
     checkpoint, report = config.output_dir / LAST, config.output_dir / "report"
