@@ -76,9 +76,10 @@ def saved_and_loaded(state):
         return torch.load(file, weights_only=True)
 
 
+@pytest.mark.filterwarnings("ignore:It is highly recommended")
 @pytest.mark.parametrize("name", [*NAMES, "lookahead_sgd", "lookahead_lamb"])
 def test_an_optimizer_resumes_bit_exactly(name, monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)  # compiling takes long
+    monkeypatch.setattr(torch, "compile", lambda function, **arguments: function)  # kron would compile for minutes
     whole = new_state(name)
     advance(whole, range(2))
     entries = saved_and_loaded(whole)

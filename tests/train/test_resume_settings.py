@@ -19,7 +19,7 @@ REFUSED = {
     "inat_category": "order",
     "val_fraction": 0.4,
     "model": "localvit_small_patch16_224",
-    "model_args": {"depth": 2},
+    "model_args": {"depth": 3},
     "localize": {"kernel_size": 5},
     "finetune": "other.safetensors",
     "freeze": ("pos_embed",),
@@ -53,7 +53,7 @@ MOVES = {
     "lr_noise_pct": ({"lr_noise": (0.0, 1.0)}, 0.01),
     "lr_noise_std": ({"lr_noise": (0.0, 1.0)}, 0.1),
     "drop_rate": ({}, 0.5),
-    "drop_path_rate": ({}, 0.7),
+    "drop_path_rate": ({"model_args": {"depth": 2}}, 0.7),
     "hflip": ({}, 1.0),
     "auto_augment": ({}, "rand-m9-mstd0.5-inc1"),
     "color_jitter": ({}, 0.9),
@@ -66,10 +66,9 @@ MOVES = {
     "cutmix": ({}, 1.0),
     "cutmix_minmax": ({}, (0.3, 0.9)),
     "mixup_prob": ({"mixup": 0.8}, 0.0),
-    "mixup_switch_prob": ({"mixup": 0.8, "cutmix": 1.0}, 0.0),
+    "mixup_switch_prob": ({"mixup": 0.8, "cutmix": 1.0}, 1.0),
     "mixup_mode": ({"mixup": 0.8}, "elem"),
     "label_smoothing": ({}, 0.3),
-    "class_weights": ({}, "balanced"),
     "dtype": ({}, "bfloat16"),
 }
 """Settings that change the weights: those of the run, and another value."""
@@ -82,7 +81,7 @@ OTHER = {
     "needs a longer run: test_a_plateau_schedule": ("patience_epochs",),
     "only above 32 pixels": ("interpolation",),
     "read by the loss, which is built as for a new run": (
-        *("distillation", "teacher", "teacher_checkpoint", "distillation_alpha", "distillation_tau"),
+        *("class_weights", "distillation", "teacher", "teacher_checkpoint", "distillation_alpha", "distillation_tau"),
     ),
 }
 """Settings that do not change the weights in this test, by the reason."""
@@ -95,7 +94,11 @@ def test_each_setting_is_classified():
     assert sorted(REFUSED) == sorted(FIXED)
 
 
-SMALL = {**STILL, "batch_size": 12, "drop_path_rate": 0.0, "model_args": {"depth": 1}, "epochs": 4, "warmup_epochs": 0}
+SMALL = {
+    **STILL,
+    **{"input_size": (8,), "batch_size": 12, "model_args": {"depth": 1}, "drop_path_rate": 0.0},
+    **{"epochs": 4, "warmup_epochs": 0},
+}
 _states = {}
 
 

@@ -17,6 +17,7 @@ from localvit.train.builder import build
 from localvit.train.dry_run import dry_run
 from localvit.train.loop import Stopped, fit
 from localvit.train.run_folder import STATE, newest_state, read_log, read_state, save_state
+from localvit.utils import file_lock
 from localvit.utils.file_lock import locked
 from localvit.utils.weight_files import CheckpointError
 from localvit_cli.train import run_training
@@ -37,7 +38,7 @@ def contents(folder):
 
 
 class Interrupting(nn.Module):
-    """A loss that sends signals to this process."""
+    """A loss that sends signals to this process, at its first call."""
 
     def __init__(self, *numbers):
         super().__init__()
@@ -46,6 +47,7 @@ class Interrupting(nn.Module):
     def forward(self, images_BCHW, logits_BM, targets):
         for number in self.numbers:
             os.kill(os.getpid(), number)
+        self.numbers = ()
         return nn.functional.cross_entropy(logits_BM, targets)
 
 
@@ -122,10 +124,10 @@ def test_a_stopped_run_continues_in_the_same_process(tiny_digits, tmp_path):
 
 
 HOLDER = """
-import os, sys, time
+import os, runpy, sys, time
 from pathlib import Path
-from localvit.utils.file_lock import locked
-with locked(Path(sys.argv[1])):
+locked = runpy.run_path(sys.argv[1])["locked"]  # without the package, whose import takes long
+with locked(Path(sys.argv[2])):
     if os.fork() == 0:  # like a data worker, which may live longer than its parent
         time.sleep(60)
         os._exit(0)
@@ -136,7 +138,8 @@ with locked(Path(sys.argv[1])):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_killed_process_leaves_no_lock_although_its_child_lives(tmp_path):
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "lock")], stdout=subprocess.PIPE, text=True)
+    arguments = [file_lock.__file__, str(tmp_path / "lock")]
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, *arguments], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(BlockingIOError), locked(tmp_path / "lock"):

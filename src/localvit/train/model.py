@@ -21,7 +21,7 @@ from localvit.utils.distributed import world_size
 
 
 def build_model(
-    config: TrainConfig, num_classes: int, class_names: Sequence[str] | None, start: Start
+    config: TrainConfig, num_classes: int, class_names: Sequence[str] | None, start: Start | None = None
 ) -> tuple[Any, Preprocessing]:
     """The model to train, on the CPU, and the preprocessing of its images.
 
@@ -34,7 +34,7 @@ def build_model(
     size = (config.input_size[0], config.input_size[-1]) if config.input_size else None
     model = _create(config, num_classes, size)
     preprocessing = Preprocessing.published(size or model.pretrained_cfg["input_size"][1:])
-    if start.entries is not None:
+    if start and start.entries is not None:
         preprocessing = _as_resumed(model, preprocessing, start)
     elif config.finetune:
         pretrained = load_pretrained(model, config.finetune, class_names=class_names)

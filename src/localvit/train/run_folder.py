@@ -182,8 +182,9 @@ def complete_folder(state: TrainState, directory: Path, description: Mapping[str
     if not state.rows or state.best is None:
         return
     for name, row in ((LAST, state.rows[-1]), (BEST, state.best)):
-        if _is_one_of(saved_epoch(directory / name), [row]):
-            continue
+        held = saved_epoch(directory / name)
+        if _is_one_of(held, [row]) or (held and held["epoch"] > state.rows[-1]["epoch"]):
+            continue  # a later epoch whose end was interrupted will be repeated
         if row is state.rows[-1] and state.step == 0:
             save_model(state, directory / name, description)
         elif _is_one_of(saved_epoch(source / name), [row]):
