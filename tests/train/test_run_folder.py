@@ -14,13 +14,15 @@ from torch import nn
 
 from localvit.checkpoints import read_checkpoint
 from localvit.train.builder import build
+from localvit.train.config import TrainConfig
 from localvit.train.dry_run import dry_run
 from localvit.train.loop import Stopped, fit
 from localvit.train.run_folder import STATE, newest_state, read_log, read_state, save_state
 from localvit.utils import file_lock
 from localvit.utils.file_lock import locked
 from localvit.utils.weight_files import CheckpointError
-from localvit_cli.train import run_training
+from localvit_cli.demo import run_demo
+from localvit_cli.train import parse, run_training
 
 SETTINGS = {"model_args": {"depth": 1}, "ema_decay": None}
 
@@ -247,8 +249,6 @@ def test_a_dry_run_refuses_a_folder_that_cannot_be_written(tiny_digits, tmp_path
 
 
 def test_settings_come_from_the_checkpoint(finished, tmp_path, monkeypatch):
-    from localvit_cli.train import parse
-
     recorded = read_state(finished / STATE)["localvit"]["about"]["config"]
     assert parse(["--resume", str(finished / STATE)]).to_config().to_dict() == recorded
     changed = parse(["--resume", str(finished / STATE), "--output-dir", "new"]).to_config().to_dict()
@@ -260,3 +260,10 @@ def test_settings_come_from_the_checkpoint(finished, tmp_path, monkeypatch):
 def test_a_checkpoint_that_is_missing_is_one_line(tiny_digits, tmp_path):
     with pytest.raises((FileNotFoundError, CheckpointError), match="no checkpoint at"):
         build(tiny_config(tiny_digits, tmp_path), resume=str(tmp_path / "nowhere.pth"))
+
+
+def test_the_demo_does_not_replace_another_run(tmp_path):
+    (tmp_path / "log.txt").write_text("{}\n")
+    with pytest.raises(FileExistsError, match="contains another run than a demo"):
+        run_demo(TrainConfig(data_path=tmp_path, output_dir=tmp_path))
+    assert (tmp_path / "log.txt").read_text() == "{}\n"
