@@ -7,6 +7,7 @@ import torch
 from tiny import STILL, tiny_config
 
 import localvit
+from localvit.models.published_names import published_key
 from localvit.train.builder import build
 from localvit.train.config import TrainConfig
 from localvit.train.loop import fit
@@ -178,6 +179,18 @@ def test_the_optimizer_has_the_settings_of_the_resumed_run(tiny_digits, tmp_path
     ] * 2
     # In the third epoch, the cosine of epoch 1 of 4.
     assert groups[0]["lr"] == pytest.approx(1e-5 + (0.0625 * 12 / 512 - 1e-5) * (2 + 2**0.5) / 4)
+
+
+@pytest.mark.parametrize("changes", [{"weight_decay": 0.0}, {"layer_decay": 0.5}])
+def test_other_groups_keep_the_moments_of_each_parameter(tiny_digits, tmp_path, tmp_path_factory, changes):
+    state, settings = interrupted(tiny_digits, tmp_path_factory)
+    entries = read_state(state)
+    training = build(tiny_config(tiny_digits, tmp_path, **settings | changes), resume=str(state))
+    optimizer, model = training.state.optimizer, training.state.model
+    assert len(optimizer.param_groups) != len(entries["optimizer"]["param_groups"])
+    for number, name in enumerate(entries["localvit"]["parameter_names"]):
+        (parameter,) = (each for own, each in model.named_parameters() if published_key(model, own) == name)
+        assert torch.equal(optimizer.state[parameter]["exp_avg"], entries["optimizer"]["state"][number]["exp_avg"])
 
 
 @pytest.mark.filterwarnings("ignore:PlateauLRScheduler")
