@@ -39,6 +39,7 @@ LOG_STEPS = 50
 """Steps between two entries of the trackers."""
 MAX_SKIPPED_IN_ROW = 10
 """Number of consecutive steps with a non-finite loss or gradient at which the run stops."""
+_SIGHUP = getattr(signal, "SIGHUP", None)  # Windows has none
 
 
 class Stopped(Exception):
@@ -83,7 +84,7 @@ def fit(training: Training, *, progress: Progress = lambda done, note: None) -> 
 
 
 class _StopRequest:
-    """A context that records the signals that ask a program to stop, unless the process was started to ignore them.
+    """A context that records the signals that ask a program to stop; SIGHUP not in a process started with nohup.
 
     The first signal is only recorded; a second one has its usual effect. A terminal that closes may send several.
     """
@@ -98,7 +99,7 @@ class _StopRequest:
             self._before = {
                 number: signal.signal(number, self._record)
                 for number in STOP_SIGNALS
-                if signal.getsignal(number) != signal.SIG_IGN  # as by nohup
+                if not (number == _SIGHUP and signal.getsignal(number) == signal.SIG_IGN)
             }
         return self
 
@@ -109,8 +110,7 @@ class _StopRequest:
 
     def _record(self, number: int, frame: FrameType | None) -> None:
         self.number = number
-        is_hangup = number == getattr(signal, "SIGHUP", None)
-        signal.signal(number, signal.SIG_IGN if is_hangup else self._before[number])
+        signal.signal(number, signal.SIG_IGN if number == _SIGHUP else self._before[number])
 
 
 class _Loop:
