@@ -9,8 +9,8 @@ import torch
 
 from localvit.data.datasets import default_digits_folder
 from localvit.train.config import TrainConfig
-from localvit.train.recipe import read_recipe
-from localvit.train.run_folder import BEST, LAST, LOG, STATE
+from localvit.train.recipe import read_recipe, read_settings
+from localvit.train.run_folder import CONFIG, LAST, contains_run, remove_run
 from localvit.train.trackers import CURVES
 from localvit_cli.eval import Eval
 from localvit_cli.predict import Predict
@@ -45,10 +45,14 @@ class Demo:
 
 
 def run_demo(config: TrainConfig) -> float:
-    """Train on digits, evaluate the last checkpoint, predict with it, and print where the files are. Returns Acc@1."""
+    """Train on digits, evaluate the last checkpoint, predict with it, and print where the files are. Returns Acc@1.
+
+    Raises FileExistsError if the output folder contains a run that is not an earlier demo.
+    """
     assert config.data_path is not None
-    for name in (LAST, BEST, LOG, STATE):
-        (config.output_dir / name).unlink(missing_ok=True)
+    if contains_run(config.output_dir) and not _is_demo(config):
+        raise FileExistsError(f"{config.output_dir} contains another run than a demo: choose another --output-dir")
+    remove_run(config.output_dir)
     run_training(config)
 
     checkpoint, report = config.output_dir / LAST, config.output_dir / "report"
@@ -59,3 +63,11 @@ def run_demo(config: TrainConfig) -> float:
     curves = config.output_dir / CURVES
     print(f"checkpoint: {checkpoint}\ncurves:     {curves}\nreport:     {report / 'report.html'}", flush=True)
     return json.loads((report / "results.json").read_text())["acc1"]
+
+
+def _is_demo(config: TrainConfig) -> bool:
+    """Whether the run in the output folder is a demo, with these settings."""
+    path = config.output_dir / CONFIG
+    found = read_settings(path) if path.exists() else {}
+    own = ("output_dir", "data_path", "seed")
+    return all(found.get(name) == value for name, value in config.to_dict().items() if name not in own)

@@ -21,6 +21,7 @@ from localvit.data.preprocessing import Preprocessing
 from localvit.inference.runner import load_model
 from localvit.train.config import TrainConfig
 from localvit.train.recipe import describe_errors
+from localvit.train.run_folder import states
 from localvit_cli import UsageError, run
 from localvit_cli.eval import Eval, InferenceFlags, run_evaluation
 from localvit_cli.train import run_training
@@ -125,6 +126,8 @@ class _ProgramFlags(BaseModel):
         if self.start_epoch:
             logger.warning(f"--start_epoch {self.start_epoch} has no effect: the epoch of {self.resume} is used")
         flags = self.model_dump()
+        if self.resume and (self.resume != "auto" or states(to_config(self).output_dir)):
+            flags["finetune"] = ""  # the checkpoint has the weights
         downloaded = {name: _download(flags[name]) for name in ("finetune", "teacher_path")}
         return run_training(to_config(self.model_copy(update=downloaded)), resume=_download(self.resume) or None)
 

@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -28,7 +27,8 @@ from localvit.train.config import (
 from localvit.train.dry_run import dry_run
 from localvit.train.loop import Stopped, fit
 from localvit.train.recipe import describe_errors, read_recipe, read_settings, recipe_names
-from localvit.train.run_folder import CONFIG, LAST
+from localvit.train.resume import recorded_settings
+from localvit.train.run_folder import CONFIG, LAST, states
 from localvit.train.summary import summary_rows, write_summary
 from localvit.utils.devices import choose_device
 from localvit.utils.distributed import is_main, process_group
@@ -41,8 +41,8 @@ logger = logging.getLogger(__name__)
 
 _RECIPE_HELP = f"Recipe that comes with the package: {', '.join(recipe_names())}."
 _RESUME_HELP = (
-    "auto resumes the run in --output-dir with its own settings, or starts a new one. A file resumes from that "
-    "checkpoint."
+    "auto resumes the run in --output-dir, or starts a new one. A file resumes from that checkpoint. Without --config "
+    "and --recipe, the settings are those of the run."
 )
 
 
@@ -111,11 +111,11 @@ def _defaults(arguments: Sequence[str]) -> Train:
         sources.add_argument(*flags, nargs="?")
     given, _ = sources.parse_known_args(list(arguments))
     config = Path(given.config) if given.config else None
-    if config is None and given.resume == "auto" and not given.recipe:
-        resumed = Path(given.output_dir or TrainConfig.model_fields["output_dir"].default) / CONFIG
-        config = resumed if resumed.exists() else None
+    settings: dict[str, Any] = {}
+    if given.resume and not config and not given.recipe:
+        config, settings = _settings_to_resume(given.resume, given.output_dir)
     try:
-        settings = read_recipe(given.recipe) if given.recipe else {}
+        settings |= read_recipe(given.recipe) if given.recipe else {}
         settings |= read_settings(config) if config else {}
     except ValueError as error:
         raise UsageError(str(error)) from error
@@ -123,7 +123,18 @@ def _defaults(arguments: Sequence[str]) -> Train:
         _check_names(settings)
         return Train(recipe=given.recipe, **_grouped(settings))
     except ValidationError as error:
-        raise UsageError(f"{config or given.recipe}: {describe_errors(error)}") from error
+        raise UsageError(f"{config or given.recipe or given.resume}: {describe_errors(error)}") from error
+
+
+def _settings_to_resume(resume: str, output_dir: str | None) -> tuple[Path | None, dict[str, Any]]:
+    """The settings file of the run to resume, or otherwise the settings in its checkpoint."""
+    if resume != "auto":
+        return None, recorded_settings(Path(resume))
+    folder = Path(output_dir or TrainConfig.model_fields["output_dir"].default)
+    if (folder / CONFIG).exists():
+        return folder / CONFIG, {}
+    recorded = (recorded_settings(path) for path in states(folder))
+    return None, next(filter(None, recorded), {})
 
 
 def _check_names(settings: Mapping[str, Any]) -> None:
@@ -143,7 +154,7 @@ def _grouped(settings: Mapping[str, Any]) -> dict[str, Any]:
 def run_training(config: TrainConfig, resume: str | None = None, *, is_dry_run: bool = False) -> int:
     """Train with progress and log messages on standard error; print the final accuracy and the checkpoint's path.
 
-    A process restarted by torchrun resumes automatically. A dry run prints what the run would be and writes nothing.
+    A dry run prints what the run would be and writes nothing.
 
     Args:
         config: the settings.
@@ -153,8 +164,6 @@ def run_training(config: TrainConfig, resume: str | None = None, *, is_dry_run: 
     Returns:
         The exit status: 0, or 128 plus the number of the signal that stopped the run.
     """
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
-        resume = "auto"
     with process_group(choose_device(config.device)[0]):
         return _dry_run(config, resume) if is_dry_run else _train(config, resume)
 
@@ -176,7 +185,7 @@ def _train(config: TrainConfig, resume: str | None) -> int:
         logger.info(f"localvit: {stopped}")
         return stopped.exit_status
     if is_main():
-        device = training.options.device
+        config, device = training.config, training.options.device
         logger.info(format_table(summary_rows(config, result, device)))
         logger.info(f"report: {write_summary(config, result, device)}")
         print(f"Acc@1 {result.last['test_acc1']:.3f} {config.output_dir / LAST}", flush=True)

@@ -10,8 +10,10 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
-"""Signals that ask a program to stop: Ctrl-C, a scheduler's stop, and SLURM's usual advance warning."""
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+STOP_SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
+"""Signals that ask a program to stop: Ctrl-C, a scheduler's stop, a terminal that closes, and the advance warnings of
+SLURM, LSF and Grid Engine."""
 
 _GRACE_SECONDS = 10.0
 

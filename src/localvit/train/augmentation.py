@@ -13,6 +13,7 @@ from torchvision import transforms
 from localvit.data.datasets import open_images
 from localvit.data.images import DataError, Images
 from localvit.data.preprocessing import Preprocessing
+from localvit.data.recorded_images import Record, check_recorded, recorded_images
 from localvit.data.split import split_images
 from localvit.data.training_batches import AugmentedImages, TrainingBatches
 from localvit.train.config import TrainConfig
@@ -26,10 +27,11 @@ SMALL = 32
 """Image side in pixels up to which a padded random crop replaces the random resized crop."""
 
 
-def open_train_and_val(config: TrainConfig) -> tuple[Images, Images]:
+def open_train_and_val(config: TrainConfig, record: Record | None = None) -> tuple[Images, Images]:
     """The training images and the validation images.
 
-    A FOLDER without train/ and val/ is split with the seed. All other data sets contain both. Raises DataError.
+    A FOLDER without train/ and val/ is split with the seed. All other data sets contain both. With the `record` of a
+    run that is resumed, only its images are used, and remain in the same split. Raises DataError.
     """
 
     def images_of(split: str) -> Images:
@@ -37,6 +39,8 @@ def open_train_and_val(config: TrainConfig) -> tuple[Images, Images]:
 
     train_images = images_of("train")
     if config.data_set.upper() == "FOLDER" and config.data_path and not (config.data_path / "val").is_dir():
+        if record:
+            return _recorded(config, train_images, train_images, record)
         parts = split_images(train_images, config.val_fraction, config.seed)
         logger.info(
             f"{config.data_path} has no val/: evaluating on {len(parts[1]):,} of its {len(train_images):,} images, "
@@ -45,11 +49,20 @@ def open_train_and_val(config: TrainConfig) -> tuple[Images, Images]:
         return parts
     val_images = images_of("val")
     if not train_images.root or train_images.root != val_images.root:
-        return train_images, val_images
+        return _recorded(config, train_images, val_images, record) if record else (train_images, val_images)
     raise DataError(
         f"{train_images.root} would be used for both training and evaluation: move the training images to train/ in "
         "this folder, and other images, for evaluation, to val/"
     )
+
+
+def _recorded(config: TrainConfig, train_images: Images, val_images: Images, record: Record) -> tuple[Images, Images]:
+    """The images that are in the record. The folder of both is the same if the run split it."""
+    parts = recorded_images(train_images, record["train"]), recorded_images(val_images, record["val"])
+    num_images = len(train_images) + (len(val_images) if val_images is not train_images else 0)
+    num_added = num_images - len(parts[0]) - len(parts[1])
+    check_recorded(*parts, record, num_added, str(config.data_path or config.data_set))
+    return parts
 
 
 def training_batches(

@@ -3,17 +3,17 @@
 import hashlib
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from timm.data import Mixup
-from torch import nn
+from torch import Tensor, nn
 
 from localvit.checkpoints import make_header, versions
 from localvit.data.classes import match_classes
 from localvit.data.images import Images
 from localvit.data.preprocessing import Preprocessing
+from localvit.data.recorded_images import Record, image_keys
 from localvit.data.training_batches import TrainingBatches
 from localvit.inference.runner import InferenceOptions
 from localvit.train.augmentation import build_mixup, open_train_and_val, training_batches
@@ -21,7 +21,8 @@ from localvit.train.config import TrainConfig
 from localvit.train.losses import Criterion, DistillationLoss, Loss, cross_entropy, without_distillation
 from localvit.train.model import build_average, build_model, wrap_model
 from localvit.train.optimization import build_optimizer, build_scheduler
-from localvit.train.run_folder import LOG, STATE, newest_state, read_state
+from localvit.train.ownership import Ownership
+from localvit.train.resume import Start, check_classes, check_input_size, find_start, settings_on_resume
 from localvit.train.state import TrainState
 from localvit.train.sync_batch_norm import synchronize_batch_norms
 from localvit.train.teacher import build_teacher, check_student
@@ -32,7 +33,6 @@ from localvit.utils.weight_files import CheckpointError
 logger = logging.getLogger(__name__)
 
 _MAY_DIFFER_BETWEEN_RANKS = ("data_path", "output_dir", "workers")
-_MAY_CHANGE_ON_RESUME = ("workers", "output_dir", "device", "keep")
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -49,6 +49,10 @@ class Training:
     """The training images."""
     val_images: Images
     """The images to evaluate on after each epoch."""
+    record: Record
+    """The names of both, for the checkpoints."""
+    ownership: Ownership
+    """The run's right to its folder."""
     class_names: list[str] | None
     """Names of the model's classes, if the data set has names."""
     preprocessing: Preprocessing
@@ -79,7 +83,8 @@ class Training:
     def describe(self) -> dict[str, Any]:
         """The description that checkpoints hold: the model, its classes and preprocessing, and the settings."""
         about = {"config": self.config.to_dict(), "images_per_step": self.images_per_step}
-        return make_header(self.state.model, self.class_names, self.preprocessing.to_dict(), about)
+        header = make_header(self.state.model, self.class_names, self.preprocessing.to_dict(), about)
+        return header | {"images": dict(self.record), "run_id": self.ownership.run_id}
 
     def __repr__(self) -> str:
         config, options = self.config, self.options
@@ -111,11 +116,12 @@ def build(config: TrainConfig, *, criterion: Loss | None = None, resume: str | N
         The run, for `localvit.train.fit`.
 
     Raises:
-        DataError: if the data set cannot be trained on.
+        DataError: if the data set cannot be trained on, or has other classes than the run to resume.
         ValueError: for an unknown model, optimizer or device, a batch larger than the data set, or processes with
             different settings or images.
-        FileExistsError: if the output folder of a new run contains another run.
-        FileNotFoundError, CheckpointError: if a file to resume or fine-tune from cannot be used.
+        FileExistsError: if the output folder contains another run.
+        FileNotFoundError, CheckpointError: if a file to resume or fine-tune from cannot be used, or a setting cannot
+            change on resume.
     """
     settings = {
         f"the setting {name}": value
@@ -123,7 +129,8 @@ def build(config: TrainConfig, *, criterion: Loss | None = None, resume: str | N
         if name not in _MAY_DIFFER_BETWEEN_RANKS
     }
     check_same_on_all_ranks({f"the version of {name}": number for name, number in versions().items()} | settings)
-    entries = broadcast_from_rank0(lambda: _entries_to_resume(config, resume))
+    start = broadcast_from_rank0(lambda: find_start(config, resume))
+    config = settings_on_resume(config, start)
     device, warning = choose_device(config.device)
     if warning:
         logger.warning(warning)
@@ -134,43 +141,48 @@ def build(config: TrainConfig, *, criterion: Loss | None = None, resume: str | N
             f"the learning rate never reaches its peak: the run has {config.epochs} epochs, and the warm-up takes "
             f"{config.warmup_epochs:g}"
         )
-    train_images, val_images = run_on_all_ranks(lambda: open_train_and_val(config))
-    check_same_on_all_ranks({"the images": {"train": _fingerprint(train_images), "val": _fingerprint(val_images)}})
-    training = run_on_all_ranks(lambda: _assemble(config, device, train_images, val_images, criterion))
-    if entries is not None:
-        run_on_all_ranks(lambda: _resume(training, entries))
+    train_images, val_images = run_on_all_ranks(lambda: _open(config, start))
+    record = {"train": image_keys(train_images), "val": image_keys(val_images)}
+    check_same_on_all_ranks(
+        {
+            "the images": {
+                "train": _fingerprint(train_images, record["train"]),
+                "val": _fingerprint(val_images, record["val"]),
+            }
+        }
+    )
+    training = run_on_all_ranks(lambda: _assemble(config, device, train_images, val_images, record, start, criterion))
+    if start.entries is not None:
+        run_on_all_ranks(lambda: _load_state(training, start))
     return training
 
 
-def _entries_to_resume(config: TrainConfig, resume: str | None) -> dict[str, Any] | None:
-    """The entries of the checkpoint to resume from, if any."""
-    if resume not in (None, "auto"):
-        return read_state(Path(str(resume)))
-    if resume == "auto" and (entries := newest_state(config.output_dir)) is not None:
-        return entries
-    if (config.output_dir / LOG).exists() or (config.output_dir / STATE).exists():
-        raise FileExistsError(
-            f"{config.output_dir} contains another run: resume it with --resume auto, choose another --output-dir for "
-            "a new run, or remove the folder"
-        )
-    if resume == "auto":
-        logger.info(f"no checkpoint in {config.output_dir}: starting a new run")
-    return None
+def _open(config: TrainConfig, start: Start) -> tuple[Images, Images]:
+    """The images to train and to evaluate on; of a resumed run, its own."""
+    train_images, val_images = open_train_and_val(config, start.record)
+    check_classes(train_images.class_names, start)
+    return train_images, val_images
 
 
-def _fingerprint(images: Images) -> str:
-    """The number of images and a hash of their names, labels and classes."""
-    content = (images.class_names, list(images.labels), [images.name(index) for index in range(len(images))])
-    return f"{len(images):,} images, {hashlib.sha256(repr(content).encode()).hexdigest()[:12]}"
+def _fingerprint(images: Images, keys: Tensor) -> str:
+    """The number of images and a hash of their names and classes."""
+    content = repr(images.class_names).encode() + keys.numpy().tobytes()
+    return f"{len(images):,} images, {hashlib.sha256(content).hexdigest()[:12]}"
 
 
 def _assemble(
-    config: TrainConfig, device: torch.device, train_images: Images, val_images: Images, loss: Loss | None
+    config: TrainConfig,
+    device: torch.device,
+    train_images: Images,
+    val_images: Images,
+    record: Record,
+    start: Start,
+    loss: Loss | None,
 ) -> Training:
     class_names = train_images.class_names
     num_classes = len(class_names) if class_names else max(train_images.labels) + 1
     match_classes(val_images, class_names, num_classes)  # fails now rather than after the first epoch
-    model, preprocessing = build_model(config, num_classes, class_names)
+    model, preprocessing = build_model(config, num_classes, class_names, start)
     model.to(device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
     batches = training_batches(config, train_images, preprocessing, pin_memory=device.type == "cuda")
     loss = loss or cross_entropy(config, train_images.labels, num_classes)
@@ -195,6 +207,8 @@ def _assemble(
         wrapped_model=wrap_model(config, model, device, preprocessing.input_size),
         batches=batches,
         val_images=val_images,
+        record=record,
+        ownership=Ownership(config.output_dir, start.run_id, start.source),
         class_names=class_names,
         preprocessing=preprocessing,
         mixup=build_mixup(config, num_classes),
@@ -239,17 +253,14 @@ def _images_per_step(config: TrainConfig) -> int:
     return config.batch_size * config.grad_accum * world_size()
 
 
-def _resume(training: Training, entries: dict[str, Any]) -> None:
-    """Load a checkpoint's entries into the state, and log the settings that have changed since."""
-    about = entries.get("localvit", {}).get("about", {})
-    training.state.load_entries(entries)
-    before = about.get("images_per_step", training.images_per_step)
+def _load_state(training: Training, start: Start) -> None:
+    """Load the checkpoint to resume from into the state of a run."""
+    assert start.entries is not None
+    check_input_size(training.preprocessing.input_size, start)
+    training.state.load_entries(start.entries)
+    before = start.header.get("about", {}).get("images_per_step", training.images_per_step)
     if training.state.step and before != training.images_per_step:
         raise CheckpointError(
             f"the checkpoint was saved within an epoch with {before} images per step, and this run has "
             f"{training.images_per_step}: resume with the same --batch-size, --grad-accum and number of processes"
         )
-    now = training.config.to_dict()
-    for name, value in about.get("config", {}).items():
-        if name in now and now[name] != value and name not in _MAY_CHANGE_ON_RESUME:
-            logger.warning(f"resuming with {name}={now[name]!r}; the run started with {value!r}")

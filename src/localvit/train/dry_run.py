@@ -7,8 +7,9 @@ from localvit.evaluation.evaluate import evaluate
 from localvit.train.builder import Training
 from localvit.train.loop import peak_memory_mb
 from localvit.train.optimization import scaled_learning_rate
+from localvit.train.run_folder import check_folder
 from localvit.train.step import train_step
-from localvit.utils.distributed import world_size
+from localvit.utils.distributed import is_main, world_size
 
 NUM_STEPS = 2
 
@@ -26,10 +27,13 @@ def dry_run(training: Training) -> dict[str, str]:
         Size, speed and duration of the run, as names and texts.
 
     Raises:
+        OSError: if the output folder could not be written.
         ValueError: if the loss or a gradient is not finite.
         UnreadableImage, RuntimeError: as `localvit.train.fit`.
     """
     config, state = training.config, training.state
+    if is_main():
+        check_folder(config.output_dir, state.to_entries(training.describe()), config.keep)
     state.begin_epoch()
     batches = training.batches.epoch(state.epoch)
     for _ in range(NUM_STEPS):

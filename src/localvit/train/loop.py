@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from statistics import fmean
 from types import FrameType
 from typing import Any
@@ -18,7 +19,7 @@ from localvit.data.workers import STOP_SIGNALS
 from localvit.evaluation.evaluate import Evaluation, evaluate
 from localvit.train.builder import Training
 from localvit.train.nonfinite import explain, nonfinite_parameter
-from localvit.train.run_folder import STATE, prepare_folder, save_epoch, save_state, write_config
+from localvit.train.run_folder import STATE, complete_folder, prepare_folder, save_epoch, save_state, write_config
 from localvit.train.step import StepResult, train_step
 from localvit.train.summary import RunResult
 from localvit.train.trackers import Trackers
@@ -38,6 +39,7 @@ LOG_STEPS = 50
 """Steps between two entries of the trackers."""
 MAX_SKIPPED_IN_ROW = 10
 """Number of consecutive steps with a non-finite loss or gradient at which the run stops."""
+_SIGHUP = getattr(signal, "SIGHUP", None)  # Windows has none
 
 
 class Stopped(Exception):
@@ -64,6 +66,7 @@ def fit(training: Training, *, progress: Progress = lambda done, note: None) -> 
     Raises:
         FloatingPointError: if a loss or gradient is not finite. That step changed nothing, and a checkpoint is saved.
         Stopped: after a signal; a checkpoint is saved.
+        FileExistsError: if another process trains in the output folder, or did since the run was built.
         OSError: if the output folder cannot be written.
         UnreadableImage: if an image cannot be decoded.
         RuntimeError: if a worker process dies.
@@ -81,9 +84,9 @@ def fit(training: Training, *, progress: Progress = lambda done, note: None) -> 
 
 
 class _StopRequest:
-    """A context that records SIGINT, SIGTERM and SIGUSR1 (SLURM's usual warning), where they exist.
+    """A context that records the signals that ask a program to stop; SIGHUP not in a process started with nohup.
 
-    The first signal is only recorded; a second one has its usual effect.
+    The first signal is only recorded; a second one has its usual effect. A terminal that closes may send several.
     """
 
     def __init__(self) -> None:
@@ -93,7 +96,11 @@ class _StopRequest:
 
     def __enter__(self) -> "_StopRequest":
         if threading.current_thread() is threading.main_thread():  # Python allows handlers in no other thread
-            self._before = {number: signal.signal(number, self._record) for number in STOP_SIGNALS}
+            self._before = {
+                number: signal.signal(number, self._record)
+                for number in STOP_SIGNALS
+                if not (number == _SIGHUP and signal.getsignal(number) == signal.SIG_IGN)
+            }
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -103,7 +110,7 @@ class _StopRequest:
 
     def _record(self, number: int, frame: FrameType | None) -> None:
         self.number = number
-        signal.signal(number, self._before[number])
+        signal.signal(number, signal.SIG_IGN if number == _SIGHUP else self._before[number])
 
 
 class _Loop:
@@ -117,19 +124,25 @@ class _Loop:
         self.description = training.describe()
         self.stop_request = _StopRequest()
         self.trackers: Trackers | None = None
+        self.held = ExitStack()
+        """Holds the folder until the end."""
 
     def open(self) -> None:
         """Create the folder and its first files, so that a folder that is not writable stops the run now."""
         if not is_main():
             return
-        prepare_folder(self.config.output_dir, self._entries(), self.config.keep)
+        directory, ownership = self.config.output_dir, self.training.ownership
+        prepare_folder(directory, self._entries(), self.config.keep)
+        self.held.enter_context(ownership.held())
+        complete_folder(self.state, directory, self.description, ownership.source)
         self.trackers = Trackers(self.config, from_step=self._steps_done())
         self._save()
-        write_config(self.config, self.config.output_dir, world_size())
+        write_config(self.config, directory, world_size())
 
     def close(self) -> None:
         if self.trackers:
             self.trackers.close()
+        self.held.close()
 
     def is_over(self) -> bool:
         """Whether the last epoch is finished, or early stopping applies."""

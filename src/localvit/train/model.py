@@ -12,14 +12,20 @@ from torch.nn.parallel import DistributedDataParallel
 from localvit.data.preprocessing import Preprocessing
 from localvit.data.training_batches import RandomPurpose, seed_random
 from localvit.models.factory import create_model
+from localvit.models.published_names import published_key
 from localvit.train.config import TrainConfig
 from localvit.train.finetune import load_pretrained
 from localvit.train.optimization import freeze
+from localvit.train.resume import Start
 from localvit.utils.distributed import world_size
 
 
-def build_model(config: TrainConfig, num_classes: int, class_names: Sequence[str] | None) -> tuple[Any, Preprocessing]:
+def build_model(
+    config: TrainConfig, num_classes: int, class_names: Sequence[str] | None, start: Start | None = None
+) -> tuple[Any, Preprocessing]:
     """The model to train, on the CPU, and the preprocessing of its images.
+
+    The weights of a resumed run are not loaded here, but nothing else is needed for them than its checkpoint.
 
     Raises:
         ValueError: for an unknown model or argument, or a pattern of `freeze` that matches nothing.
@@ -28,13 +34,27 @@ def build_model(config: TrainConfig, num_classes: int, class_names: Sequence[str
     size = (config.input_size[0], config.input_size[-1]) if config.input_size else None
     model = _create(config, num_classes, size)
     preprocessing = Preprocessing.published(size or model.pretrained_cfg["input_size"][1:])
-    if config.finetune:
+    if start and start.entries is not None:
+        preprocessing = _as_resumed(model, preprocessing, start)
+    elif config.finetune:
         pretrained = load_pretrained(model, config.finetune, class_names=class_names)
         preprocessing = replace(preprocessing, mean=pretrained.mean, std=pretrained.std)
     if config.grad_checkpointing:
         model.set_grad_checkpointing(True)
     freeze(model, config.freeze)
     return model, preprocessing
+
+
+def _as_resumed(model: nn.Module, preprocessing: Preprocessing, start: Start) -> Preprocessing:
+    """Train what the run trained, which may include a new head; returns the preprocessing with its normalization."""
+    if "parameter_names" in start.header:
+        trained = set(start.header["parameter_names"])
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(published_key(model, name) in trained)
+    recorded = start.header.get("preprocessing")
+    if recorded is None:
+        return preprocessing
+    return replace(preprocessing, mean=tuple(recorded["mean"]), std=tuple(recorded["std"]))
 
 
 def _create(config: TrainConfig, num_classes: int, size: tuple[int, int] | None) -> Any:

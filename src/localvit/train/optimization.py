@@ -33,9 +33,18 @@ def build_optimizer(config: TrainConfig, model: nn.Module, images_per_step: int)
     """timm's optimizer at the scaled learning rate.
 
     Biases, 1-D parameters and the model's `no_weight_decay` list have no weight decay. Raises ValueError for an unknown
-    optimizer, or settings that it does not accept.
+    optimizer, settings that it does not accept, or one that cannot be used or not be resumed bit-exactly.
     """
+    if config.opt.lower().removeprefix("lookahead_").startswith(("bnb", "fused")):
+        raise ValueError(
+            f"opt={config.opt} is not supported, because its runs may not resume bit-exactly: choose one that is part "
+            "of timm, such as adamw (which is fused)"
+        )
     optimizer = _create_optimizer(config, model, images_per_step)
+    if getattr(optimizer, "is_second_order", False):
+        raise ValueError(
+            f"opt={config.opt} needs second derivatives, which training does not compute: choose another, such as adamw"
+        )
     if config.locality_lr_scale != 1:
         _scale_locality(optimizer, model, config.locality_lr_scale)
     return optimizer

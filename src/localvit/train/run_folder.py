@@ -6,22 +6,25 @@ contains the settings.
 """
 
 import errno
+import itertools
 import json
 import logging
 import shutil
 import subprocess
+import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
+import safetensors
 import torch
 
-from localvit.checkpoints import save_checkpoint, versions
+from localvit.checkpoints import HEADER, save_checkpoint, versions
 from localvit.train.config import TrainConfig
 from localvit.train.state import Row, TrainState
 from localvit.utils.files import atomic_write
-from localvit.utils.weight_files import CheckpointError, read_weight_file
+from localvit.utils.weight_files import CheckpointError, read_header, read_weight_file
 
 logger = logging.getLogger(__name__)
 
@@ -31,38 +34,65 @@ LAST = "last.safetensors"
 BEST = "best.safetensors"
 LOG = "log.txt"
 CONFIG = "config.yaml"
+_COUNT = "states"
+"""Entry of a training checkpoint: how many of the newest checkpoints `save_state` has kept, with this one."""
 
 
 def save_state(entries: Mapping[str, Any], directory: Path, keep: int) -> None:
-    """Save `entries` as the newest checkpoint, and keep the newest `keep`.
+    """Save `entries` as the newest checkpoint, and keep the newest `keep`. Other files are never replaced or removed.
 
     Raises OSError with the cause; the earlier checkpoints are then unchanged.
     """
     unplaced = directory / _UNPLACED
+    own = _count_states(directory)
+    taken = (number for number in range(own, keep) if (directory / _name(number)).exists())
+    count = min(own + 1, next(taken, keep))
     try:
         with atomic_write(unplaced) as unfinished:
-            torch.save(dict(entries), unfinished)
-        for number in reversed(range(keep - 1)):
+            torch.save({**entries, _COUNT: count}, unfinished)
+        for number in reversed(range(count - 1)):
             if (directory / _name(number)).exists():
                 (directory / _name(number)).replace(directory / _name(number + 1))
         unplaced.replace(directory / STATE)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError if the disk is full
         raise _unwritable(directory, error) from error
-    for surplus in _states(directory)[keep:]:
-        surplus.unlink()
+    for number in range(count, own):
+        (directory / _name(number)).unlink(missing_ok=True)
 
 
 def _name(number: int) -> str:
     return f"checkpoint.{number}.pth" if number else STATE
 
 
-def _states(directory: Path) -> list[Path]:
+def _count_states(directory: Path) -> int:
+    """Number of checkpoints that `save_state` has written and kept; a person may have copied one beside them."""
+    try:
+        return int(read_weight_file(directory / STATE, mmap=True)[_COUNT])
+    except (OSError, CheckpointError, KeyError):  # none, damaged, or from before this number was saved
+        return 0 if not (states := _numbered_states(directory)) else states[-1] + 1
+
+
+def _numbered_states(directory: Path) -> list[int]:
+    """The numbers of the checkpoints, without a gap. The first may be missing if the run was killed just then."""
+    numbers = itertools.takewhile(lambda number: (directory / _name(number)).exists(), itertools.count(1))
+    return ([0] if (directory / STATE).exists() else []) + list(numbers)
+
+
+def states(directory: Path) -> list[Path]:
     """The training checkpoints in a folder, newest first."""
-    numbered = sorted(
-        (path for path in directory.glob("checkpoint.*.pth") if path.suffixes[0][1:].isdigit()),
-        key=lambda path: int(path.suffixes[0][1:]),
-    )
-    return [path for path in (directory / _UNPLACED, directory / STATE, *numbered) if path.exists()]
+    unplaced = [directory / _UNPLACED] if (directory / _UNPLACED).exists() else []
+    return unplaced + [directory / _name(number) for number in _numbered_states(directory)]
+
+
+def contains_run(directory: Path) -> bool:
+    """Whether a folder has files of a run that another run would replace."""
+    return bool(states(directory)) or any((directory / name).exists() for name in (LAST, BEST, LOG))
+
+
+def remove_run(directory: Path) -> None:
+    """Remove the checkpoints, models and log of the run in a folder."""
+    for path in (*states(directory), *(directory / name for name in (LAST, BEST, LOG))):
+        path.unlink(missing_ok=True)
 
 
 def _unwritable(directory: Path, error: Exception) -> OSError:
@@ -73,24 +103,36 @@ def _unwritable(directory: Path, error: Exception) -> OSError:
 
 
 def prepare_folder(directory: Path, entries: Mapping[str, Any], keep: int) -> None:
-    """Create the folder of a run, and check that its files will fit on the disk.
-
-    Args:
-        directory: the output folder.
-        entries: the checkpoint entries at the start of the run, for their size.
-        keep: number of checkpoints to keep.
-
-    Raises OSError.
-    """
+    """Create the folder of a run, and check it as `check_folder` does. Raises OSError."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"cannot create {directory}: {error}; choose another --output-dir") from error
+    check_folder(directory, entries, keep)
+
+
+def check_folder(directory: Path, entries: Mapping[str, Any], keep: int) -> None:
+    """Check that the folder of a run can be created and written, and that its files will fit on the disk.
+
+    Args:
+        directory: the output folder, which need not exist.
+        entries: the checkpoint entries at the start of the run, for their size.
+        keep: number of checkpoints to keep.
+
+    Raises OSError. Leaves nothing behind.
+    """
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        action = "cannot write to" if existing == directory else "cannot create"
+        raise OSError(f"{action} {directory}: {error.strerror}: {existing}; choose another --output-dir") from error
     weights = sum(value.nbytes for value in entries["model"].values())
     models = 2 if entries["model_ema"] else 1
     # Checkpoints with the two moments of Adam, one more during writing, and the models of the last and the best epoch.
     needed = (keep + 1) * (models + 2) * weights + 2 * models * weights
-    free = shutil.disk_usage(directory).free
+    free = shutil.disk_usage(existing).free
     if free < needed:
         raise OSError(
             f"{directory} has {free / 1e6:,.0f} MB of free space, and the run may need {needed / 1e6:,.0f} MB for "
@@ -104,21 +146,78 @@ def save_epoch(state: TrainState, directory: Path, description: Mapping[str, Any
     `last.safetensors` contains the weights after this epoch, `best.safetensors` those of the first epoch with the
     highest accuracy. `log.txt` has one JSON object per line and epoch, with the published program's keys.
     """
-    row = state.rows[-1]
+    row, held = state.rows[-1], saved_epoch(directory / BEST)
+    # The best epoch may be from before a resume into a new folder, and its weights lost.
+    is_best = state.best is row or not _is_one_of(held, state.rows) or row["test_acc1"] > held["test_acc1"]
     try:
-        for name in (LAST, BEST) if state.best is row else (LAST,):
-            save_checkpoint(
-                state.model,
-                directory / name,
-                ema=state.ema.module.state_dict() if state.ema else None,
-                class_names=description["class_names"],
-                preprocessing=description["preprocessing"],
-                about={"epoch": row["epoch"], "metrics": row, **description["about"]},
-            )
-        with atomic_write(directory / LOG) as log:
-            log.write_text("".join(json.dumps(each) + "\n" for each in state.rows))
+        for name in (LAST, BEST) if is_best else (LAST,):
+            save_model(state, directory / name, description)
+        write_log(state, directory)
     except (OSError, RuntimeError) as error:
         raise _unwritable(directory, error) from error
+
+
+def save_model(state: TrainState, path: Path, description: Mapping[str, Any]) -> None:
+    """Write the model, which has the weights after the last finished epoch."""
+    row = state.rows[-1]
+    save_checkpoint(
+        state.model,
+        path,
+        ema=state.ema.module.state_dict() if state.ema else None,
+        class_names=description["class_names"],
+        preprocessing=description["preprocessing"],
+        about={"epoch": row["epoch"], "metrics": row, **description["about"]},
+    )
+
+
+def complete_folder(state: TrainState, directory: Path, description: Mapping[str, Any], source: Path) -> None:
+    """Write the models and the log of a resumed run, as far as its folder does not contain them.
+
+    Args:
+        state: the resumed state.
+        directory: the folder of the run.
+        description: as for `save_epoch`.
+        source: folder of the checkpoint that was resumed.
+    """
+    if not state.rows or state.best is None:
+        return
+    for name, row in ((LAST, state.rows[-1]), (BEST, state.best)):
+        held = saved_epoch(directory / name)
+        if _is_one_of(held, [row]) or (held and held["epoch"] > state.rows[-1]["epoch"]):
+            continue  # a later epoch whose end was interrupted will be repeated
+        if row is state.rows[-1] and state.step == 0:
+            save_model(state, directory / name, description)
+        elif _is_one_of(saved_epoch(source / name), [row]):
+            with atomic_write(directory / name) as file:
+                shutil.copyfile(source / name, file)
+        elif name == BEST:
+            logger.warning(
+                f"the weights of the best epoch, {row['epoch'] + 1:.0f}, are not in {source}: {directory / BEST} will "
+                "be the best of the others"
+            )
+            if state.step == 0:
+                save_model(state, directory / name, description)
+    write_log(state, directory)
+
+
+def saved_epoch(path: Path) -> Row | None:
+    """The row of the epoch whose weights a model file of a run contains; None if there is no such file."""
+    try:
+        return (read_header(path, HEADER) or {})["about"]["metrics"] if path.exists() else None
+    except (safetensors.SafetensorError, CheckpointError, KeyError):
+        return None
+
+
+def _is_one_of(row: Row | None, rows: Sequence[Row]) -> TypeGuard[Row]:
+    # Losses may be NaN, which is not equal to itself.
+    keys = ("epoch", "test_acc1")
+    return row is not None and any(all(row.get(key) == each.get(key) for key in keys) for each in rows)
+
+
+def write_log(state: TrainState, directory: Path) -> None:
+    """Write the log of the finished epochs."""
+    with atomic_write(directory / LOG) as log:
+        log.write_text("".join(json.dumps(each) + "\n" for each in state.rows))
 
 
 def read_log(path: Path) -> list[Row]:
@@ -154,8 +253,8 @@ def newest_state(directory: Path) -> dict[str, Any] | None:
 
     Logs a warning for each damaged one. Raises CheckpointError if all are damaged.
     """
-    states = _states(directory)
-    for path in states:
+    found = states(directory)
+    for path in found:
         try:
             entries = read_state(path)
         except CheckpointError as error:
@@ -163,7 +262,7 @@ def newest_state(directory: Path) -> dict[str, Any] | None:
             continue
         logger.info(f"resuming from {path}")
         return entries
-    if states:
+    if found:
         raise CheckpointError(f"all checkpoints in {directory} are damaged; remove them to start from scratch")
     return None
 

@@ -127,10 +127,16 @@ class TrainState:
         # The schedule is replayed, because timm's plateau schedule does not save all of its state.
         for epoch in range(self.epoch + (self.step > 0)):
             self._set_learning_rate(epoch)
-        names = ours["parameter_names"] if ours else _published_parameter_names(self, entries["model"])
+        names = (
+            ours["parameter_names"]
+            if ours
+            else _published_parameter_names(self, entries["model"], entries["optimizer"])
+        )
         _load_optimizer(self, entries["optimizer"], names)
 
 
+_COUNTERS = ("step", "lookahead_step")
+"""What some of timm's optimizers count in their groups, beside the settings."""
 _PROGRESS = ("epoch", "step", "losses", "seconds", "skipped", "skipped_in_row", "rows", "metrics")
 
 
@@ -156,36 +162,45 @@ def _unused_names(model: nn.Module) -> set[str]:
     return {published_key(model, name) for name, _ in model.named_buffers() if name.endswith((".weight", ".bias"))}
 
 
-def _published_parameter_names(state: TrainState, published: Mapping[str, Tensor]) -> list[str]:
+def _published_parameter_names(
+    state: TrainState, published: Mapping[str, Tensor], saved: Mapping[str, Any]
+) -> list[str]:
     """Parameter names in the order of a published optimizer: the same two groups as ours, in published order."""
     names = iter(_parameter_names(state.model, state.optimizer))
     groups = [{next(names) for _ in group["params"]} for group in state.optimizer.param_groups]
-    groups[0] |= _unused_names(state.model)
+    groups[0] |= _unused_names(state.model) & published.keys()
+    if [len(group["params"]) for group in saved["param_groups"]] != [len(group) for group in groups]:
+        raise CheckpointError(
+            "the optimizer of the published program has other groups of parameters: resume with the same model, and "
+            "without --freeze, --layer-decay and --locality-lr-scale"
+        )
     return [name for group in groups for name in published if name in group]
 
 
 def _load_optimizer(state: TrainState, saved: Mapping[str, Any], names: list[str]) -> None:
-    """Load the state dict of an optimizer whose parameters have these `names`, in its order."""
+    """Load the state dict of an optimizer whose parameters have these `names`, in its order.
+
+    The settings remain those of the present optimizer, and so may the groups. From the saved one are what it has
+    computed for each parameter, its counters, its random generator, and the learning rate of a schedule that changes it
+    every step, because it is already that of the last step.
+    """
     own = state.optimizer.state_dict()
     own_order = _parameter_names(state.model, state.optimizer)
-    unused = _unused_names(state.model)
-    counts = [
-        sum(names[number] not in unused for number in group["params"] if number < len(names))
-        for group in saved["param_groups"]
-    ]
-    if set(own_order) != set(names) - unused or counts != [len(group["params"]) for group in own["param_groups"]]:
+    count = sum(len(group["params"]) for group in saved["param_groups"])
+    if set(own_order) != set(names) - _unused_names(state.model) or count != len(names):
         raise CheckpointError(
-            "the checkpoint's optimizer has other parameters or groups: resume with the same model, freeze, "
-            "weight_decay and layer_decay"
+            "the checkpoint's optimizer has other parameters: resume with the same model and the same frozen parameters"
         )
     number_of = {name: number for number, name in enumerate(names)}
+    group_of = {number: group for group in saved["param_groups"] for number in group["params"]}
     moments = {
         number: saved["state"][number_of[name]]
         for number, name in enumerate(own_order)
         if number_of[name] in saved["state"]
     }
-    groups = [
-        ours | theirs | {"params": ours["params"]}
-        for ours, theirs in zip(own["param_groups"], saved["param_groups"], strict=True)
-    ]
-    state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    kept = _COUNTERS if state.scheduler.t_in_epochs else (*_COUNTERS, "lr")
+    groups = []
+    for group in own["param_groups"]:
+        theirs = group_of[number_of[own_order[group["params"][0]]]]
+        groups.append(group | {key: theirs[key] for key in kept if key in theirs})
+    state.optimizer.load_state_dict({**saved, "state": moments, "param_groups": groups})

@@ -14,7 +14,7 @@ import torch
 
 from localvit.checkpoints import versions
 from localvit.train.config import TrainConfig
-from localvit.train.run_folder import BEST
+from localvit.train.run_folder import BEST, saved_epoch
 from localvit.train.state import Row
 from localvit.train.trackers import CURVES
 from localvit.utils.distributed import world_size
@@ -118,7 +118,7 @@ def write_summary(config: TrainConfig, result: RunResult, device: torch.device) 
     ]
     if (config.output_dir / CURVES).exists():
         parts.append(f"![Loss and accuracy by epoch]({CURVES})")
-    parts += ["## Next steps", *_commands(config, finished=result.num_epochs == config.epochs)]
+    parts += ["## Next steps", *_commands(config, result)]
     parts.append("## Settings that differ from the defaults")
     parts.append(_table(("setting", "value", "default"), settings) if settings else "None.")
     parts += ["## Versions", _table(("", ""), list(versions().items()))]
@@ -148,13 +148,18 @@ def _device_text(device: torch.device) -> str:
     return name if world_size() == 1 else f"{world_size()} x {name}"
 
 
-def _commands(config: TrainConfig, *, finished: bool) -> list[str]:
+def _commands(config: TrainConfig, result: RunResult) -> list[str]:
     evaluation = ["localvit", "eval", str(config.output_dir / BEST), "--data-set", config.data_set]
-    introduction = "Evaluate the best epoch:"
+    saved = saved_epoch(config.output_dir / BEST) or result.best
+    if saved["epoch"] == result.best["epoch"]:
+        epoch = "the best epoch"
+    else:
+        epoch = f"epoch {saved['epoch'] + 1:.0f}, the best whose weights are known"
+    introduction = f"Evaluate {epoch}:"
     if config.data_set.upper() == "FOLDER" and config.data_path and not (config.data_path / "val").is_dir():
         introduction = (
-            "Evaluate the best epoch on other images. Most images in this folder were used for training, because it "
-            "has no val/."
+            f"Evaluate {epoch} on other images. Most images in this folder were used for training, because it has no "
+            "val/."
         )
         evaluation += ["--data-path", "OTHER_IMAGES"]
     elif config.data_path:
@@ -162,7 +167,7 @@ def _commands(config: TrainConfig, *, finished: bool) -> list[str]:
     if config.data_set.upper() in ("INAT", "INAT19"):
         evaluation += ["--inat-category", config.inat_category]
     texts = [introduction, _code(evaluation)]
-    if not finished:
+    if result.num_epochs != config.epochs:
         resuming = ["localvit", "train", "--resume", "auto", "--output-dir", str(config.output_dir)]
         texts += ["Resume the run:", _code(resuming)]
     return texts

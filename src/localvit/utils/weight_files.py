@@ -26,8 +26,8 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used. The message names the file, what is wrong with it and what to do."""
 
 
-def read_weight_file(path: str | Path) -> dict[str, Any]:
-    """The dictionary in a `.safetensors` or torch file, on the CPU.
+def read_weight_file(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
+    """The dictionary in a `.safetensors` or torch file, on the CPU. `mmap` reads each tensor only when it is used.
 
     A torch file may contain tensors, plain containers and the `argparse.Namespace` of published checkpoints, but
     nothing that runs code (torch's `weights_only`).
@@ -45,7 +45,7 @@ def read_weight_file(path: str | Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except PermissionError:
         raise
     except pickle.UnpicklingError as error:
