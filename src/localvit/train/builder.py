@@ -112,11 +112,16 @@ def build(config: TrainConfig, *, criterion: Loss | None = None, resume: str | N
 
     Raises:
         DataError: if the data set cannot be trained on.
-        ValueError: for an unknown model, optimizer or device, a batch larger than the data set, or processes with
-            different settings or images.
+        ValueError: for an unknown model, optimizer or device, a batch larger than the data set, class weights for a
+            `criterion` of your own, or processes with different settings or images.
         FileExistsError: if the output folder of a new run contains another run.
         FileNotFoundError, CheckpointError: if a file to resume or fine-tune from cannot be used.
     """
+    if criterion is not None and config.class_weights != "none":
+        raise ValueError(
+            f"class_weights={config.class_weights} has no effect on a criterion of your own: weight the classes in it, "
+            "and leave class_weights at none"
+        )
     settings = {
         f"the setting {name}": value
         for name, value in config.to_dict().items()

@@ -204,7 +204,8 @@ class LossSettings(SettingsGroup):
     label_smoothing: Rate = 0.1
     """Label smoothing: the probability that is spread over all classes."""
     class_weights: Literal["none", "balanced"] = "none"
-    """balanced weights the loss of each class by the inverse of its number of images, with a mean weight of 1."""
+    """balanced weights the loss of each image by the inverse of the number of images of its class, with a mean weight of 1
+    over the classes."""
     distillation: Literal["none", "soft", "hard"] = "none"
     """Distillation through the distillation token (DeiT, arXiv 2012.12877, section 4)."""
     teacher: str = "regnety_160"
