@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -31,7 +30,7 @@ from localvit.train.recipe import describe_errors, read_recipe, read_settings, r
 from localvit.train.run_folder import CONFIG, LAST
 from localvit.train.summary import summary_rows, write_summary
 from localvit.utils.devices import choose_device
-from localvit.utils.distributed import is_main, process_group
+from localvit.utils.distributed import is_main, process_group, read_launch
 from localvit.utils.tables import format_table
 from localvit_cli import UsageError
 from localvit_cli.console import progress
@@ -153,7 +152,8 @@ def run_training(config: TrainConfig, resume: str | None = None, *, is_dry_run: 
     Returns:
         The exit status: 0, or 128 plus the number of the signal that stopped the run.
     """
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+    launch, _ = read_launch()
+    if launch and launch.restarts:
         resume = "auto"
     with process_group(choose_device(config.device)[0]):
         return _dry_run(config, resume) if is_dry_run else _train(config, resume)

@@ -204,8 +204,8 @@ class LossSettings(SettingsGroup):
     label_smoothing: Rate = 0.1
     """Label smoothing: the probability that is spread over all classes."""
     class_weights: Literal["none", "balanced"] = "none"
-    """balanced weights the loss of each image by the inverse of the number of images of its class, with a mean weight of 1
-    over the classes."""
+    """balanced weights each image by the inverse of the number of images in its class; the mean over the classes is
+    1."""
     distillation: Literal["none", "soft", "hard"] = "none"
     """Distillation through the distillation token (DeiT, arXiv 2012.12877, section 4)."""
     teacher: str = "regnety_160"
