@@ -14,7 +14,7 @@ from localvit.data.datasets import open_images
 from localvit.data.images import DataError, Images
 from localvit.data.preprocessing import Preprocessing
 from localvit.data.split import split_images
-from localvit.data.training_batches import AugmentedImages, TrainingBatches
+from localvit.data.training_batches import AugmentedImages, EpochSampler, TrainingBatches
 from localvit.train.config import TrainConfig
 from localvit.utils.distributed import rank, world_size
 
@@ -50,6 +50,12 @@ def open_train_and_val(config: TrainConfig) -> tuple[Images, Images]:
         f"{train_images.root} would be used for both training and evaluation: move the training images to train/ in "
         "this folder, and other images, for evaluation, to val/"
     )
+
+
+def samples_per_epoch(config: TrainConfig, images: Images) -> int:
+    """The number of training images in an epoch of each process, before they are divided into batches."""
+    repeats = REPEATS if config.repeated_aug else 1
+    return len(EpochSampler(len(images), config.seed, repeats=repeats, num_processes=world_size()))
 
 
 def training_batches(

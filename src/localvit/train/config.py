@@ -85,7 +85,8 @@ class OptimizationSettings(SettingsGroup):
     epochs: Count = 300
     """Number of passes over the training images."""
     batch_size: Count = 128
-    """Images per process and forward pass. Images that do not fill a batch are left out of the epoch."""
+    """Images per process and forward pass. Unless it is set, it is reduced for a small data set, so that few images of
+    an epoch are left out because they do not fill a batch."""
     grad_accum: Count = 1
     """Number of batches whose gradients are accumulated for one step."""
     opt: str = "adamw"
@@ -134,9 +135,9 @@ class ScheduleSettings(SettingsGroup):
     warmup_epochs: NonNegative = 5
     """Epochs of linear warm-up."""
     warmup_lr: NonNegative = 1e-6
-    """Learning rate at the start of the warm-up."""
+    """Learning rate at the start of the warm-up. Unless it is set, it is lower for few images per step."""
     min_lr: NonNegative = 1e-5
-    """Lowest learning rate of the schedule."""
+    """Lowest learning rate of the schedule. Unless it is set, it is lower for few images per step."""
     decay_epochs: Positive = 30
     """Epochs between decays, for sched=step."""
     decay_milestones: Annotated[tuple[Count, ...], LENIENT] = (90, 180, 270)
