@@ -1,7 +1,6 @@
 """Messages and progress for the person who runs a command, on standard error."""
 
 import logging
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -57,8 +56,10 @@ def log_to_stderr() -> Iterator[None]:
 
 
 def _is_first_process() -> bool:
-    # As `localvit.utils.distributed` has it, which takes seconds to import: `localvit --help` must not wait for torch.
-    return int(os.environ.get("RANK", "0")) == 0
+    # Imports torch, for which `localvit --help` must not wait. Whatever has something to log has imported it already.
+    from localvit.utils.distributed import is_main
+
+    return is_main()
 
 
 @contextmanager

@@ -128,6 +128,7 @@ def run_evaluation(command: Eval, loaded: LoadedModel, options: InferenceOptions
         if is_main():
             about = _about(command, loaded, options, time.monotonic() - started)
             _print_result(command, loaded, evaluation, images.root, about)
+        evaluation.check_finite()
 
 
 def _about(command: Eval, loaded: LoadedModel, options: InferenceOptions, seconds: float) -> dict[str, Any]:

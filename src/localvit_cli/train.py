@@ -24,6 +24,7 @@ from localvit.train.config import (
     SettingsGroup,
     TrainConfig,
 )
+from localvit.train.derived import scale_recipe_rates
 from localvit.train.dry_run import dry_run
 from localvit.train.loop import Stopped, fit
 from localvit.train.recipe import describe_errors, read_recipe, read_settings, recipe_names
@@ -70,13 +71,21 @@ class Train:
     run_and_output: RunSettings
 
     def to_config(self) -> TrainConfig:
-        """The settings of all groups. Raises UsageError if they are not valid."""
-        groups = (getattr(self, each.name) for each in fields(self))
-        settings = {name: value for group in groups if isinstance(group, SettingsGroup) for name, value in group}
+        """The settings of all groups. Raises UsageError if they are not valid.
+
+        Set are those that the groups say are set, and those of the recipe, except its batch size.
+        """
+        groups = _groups(self).values()
+        settings = {name: value for group in groups for name, value in group}
+        given = {name for group in groups for name in group.model_fields_set}
+        recipe = read_recipe(self.recipe) if self.recipe else {}
+        rates = scale_recipe_rates(recipe, settings)
+        settings |= {name: rate for name, rate in rates.items() if name not in given}
         try:
-            return TrainConfig(**settings)
+            config = TrainConfig(**settings)
         except ValidationError as error:
             raise UsageError(describe_errors(error)) from error
+        return TrainConfig.model_construct(_fields_set=given | (recipe.keys() - {"batch_size"}), **dict(config))
 
     def run(self) -> int:
         """Train, and print the final accuracy and the checkpoint's path. Returns the exit status."""
@@ -97,11 +106,39 @@ def parse(arguments: Sequence[str]) -> Train:
         config=(tyro.conf.OmitArgPrefixes,),
         registry=REGISTRY,
     )
+    command = _with_fields_set(command, _names_of_flags(arguments) | _names_in_file(loaded))
     # Arguments of the model given as flags are added to those of the recipe.
     merged = {"model_args": loaded.model.model_args | command.model.model_args}
     if command.model.localize is not None:
         merged["localize"] = (loaded.model.localize or {}) | command.model.localize
     return replace(command, model=command.model.model_copy(update=merged))
+
+
+def _names_of_flags(arguments: Sequence[str]) -> set[str]:
+    """The names of the settings that flags give."""
+    flags = {each.removeprefix("--").partition("=")[0].replace("-", "_") for each in arguments if each.startswith("--")}
+    return {name for name in TrainConfig.model_fields if name in flags or f"no_{name}" in flags}
+
+
+def _names_in_file(loaded: Train) -> set[str]:
+    """The names of the settings that were loaded, except those that are the recipe's."""
+    recipe = read_recipe(loaded.recipe) if loaded.recipe else {}
+    groups = _groups(loaded).values()
+    return {name for group in groups for name in group.model_fields_set if getattr(group, name) != recipe.get(name)}
+
+
+def _groups(command: Train) -> dict[str, SettingsGroup]:
+    values = {each.name: getattr(command, each.name) for each in fields(command)}
+    return {name: value for name, value in values.items() if isinstance(value, SettingsGroup)}
+
+
+def _with_fields_set(command: Train, names: set[str]) -> Train:
+    """The command whose groups say that only the settings with these names are set. tyro sets all of them."""
+    groups: dict[str, Any] = {
+        name: type(group).model_construct(_fields_set=names & dict(group).keys(), **dict(group))
+        for name, group in _groups(command).items()
+    }
+    return replace(command, **groups)
 
 
 def _defaults(arguments: Sequence[str]) -> Train:

@@ -24,7 +24,8 @@ def test_messages_are_lines_on_standard_error_and_warnings_say_so(capsys):
 
 
 def test_messages_come_from_the_first_process_only(capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}.items():
+        monkeypatch.setenv(name, value)
 
     def log() -> None:
         library.warning("no GPU")

@@ -155,6 +155,7 @@ class TrainingBatches:
             raise ValueError(
                 f"batch_size={batch_size}{times} is more than the {len(self.order)} images to train on"
                 + (" in each process" if num_processes > 1 else "")
+                + ": use a smaller batch, or add images"
             )
         self._batches = _BatchSampler(self.order, batch_size)
         self.loader: DataLoader = DataLoader(

@@ -45,6 +45,11 @@ class Evaluation:
     """Name and reason of each unreadable image that was skipped."""
 
     @property
+    def is_finite_N(self) -> Tensor:
+        """Whether the model's output is finite, bool. Otherwise the image has no top class, and counts as wrong."""
+        return self.top_probabilities_NK[:, 0].isfinite()
+
+    @property
     def acc1(self) -> float:
         """Top-1 accuracy in percent."""
         return self._accuracy(1)
@@ -56,12 +61,22 @@ class Evaluation:
 
     @property
     def loss(self) -> float:
-        """Mean cross-entropy in nats."""
+        """Mean cross-entropy in nats; NaN if an output is not finite."""
         return self.losses_N.mean().item()
 
     def _accuracy(self, k: int) -> float:
-        hits = (self.top_classes_NK[:, :k] == self.labels_N[:, None]).any(1)
+        hits = (self.top_classes_NK[:, :k] == self.labels_N[:, None]).any(1) & self.is_finite_N
         return 100.0 * hits.sum().item() / len(hits)
+
+    def check_finite(self) -> None:
+        """Raise FloatingPointError, with the number of images and some names, if not all outputs are finite."""
+        names = [path for path, is_finite in zip(self.paths, self.is_finite_N.tolist(), strict=True) if not is_finite]
+        if names:
+            examples = f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+            raise FloatingPointError(
+                f"the model's output is not finite on {len(names):,} of {len(self.paths):,} images, which count as "
+                f"wrong: {examples}"
+            )
 
     def line(self) -> str:
         """The metrics in the format of the published program's last line."""
@@ -69,6 +84,8 @@ class Evaluation:
 
     def __str__(self) -> str:
         skipped = f", {len(self.skipped):,} unreadable skipped" if self.skipped else ""
+        nonfinite = int((~self.is_finite_N).sum())
+        skipped += f", {nonfinite:,} without a finite output" if nonfinite else ""
         return (
             f"top-1 accuracy {self.acc1:.2f} %, top-5 accuracy {self.acc5:.2f} %, loss {self.loss:.3f} "
             f"({len(self.paths):,} images{skipped})"
@@ -109,6 +126,7 @@ def evaluate(
         UnreadableImage: An image cannot be decoded, and `skip_unreadable` is False. Raised on every process.
         DataError: The images cannot be used, or have classes that the model lacks.
         ValueError: `limit` is below 1, no image could be evaluated, or the model cannot run (see `Runner.of`).
+        FloatingPointError: The model's output is not finite on any image. If it is on some, the others count as wrong.
         RuntimeError: A worker process died, or another process failed.
     """
     if limit is not None and limit < 1:
@@ -140,12 +158,15 @@ def evaluate(
     failures = [text for _, _, text in parts if text]
     if failures:
         raise RuntimeError(f"another process failed: {failures[0]}")
-    return _combine(
+    evaluation = _combine(
         images,
         {index: row for part, _, _ in parts for index, row in part.items()},
         names or [str(index) for index in range(num_classes)],
         sorted(text for _, part, _ in parts for text in part),
     )
+    if not evaluation.is_finite_N.any():
+        evaluation.check_finite()
+    return evaluation
 
 
 def _combine(

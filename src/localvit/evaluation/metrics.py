@@ -37,12 +37,12 @@ class ClassMetrics:
 
 def correct_images(evaluation: Evaluation) -> Tensor:
     """Whether the top class of each image is the true one, bool (N,)."""
-    return evaluation.top_classes_NK[:, 0] == evaluation.labels_N
+    return (evaluation.top_classes_NK[:, 0] == evaluation.labels_N) & evaluation.is_finite_N
 
 
 def count_mistakes(evaluation: Evaluation) -> Counter[tuple[int, int]]:
-    """The number of images for each pair of true class and wrong prediction."""
-    wrong_N = ~correct_images(evaluation)
+    """The number of images for each pair of true class and wrong prediction, without those that have no prediction."""
+    wrong_N = ~correct_images(evaluation) & evaluation.is_finite_N
     true = evaluation.labels_N[wrong_N].tolist()
     return Counter(zip(true, evaluation.top_classes_NK[wrong_N, 0].tolist(), strict=True))
 
@@ -141,7 +141,8 @@ def real_accuracy(evaluation: Evaluation) -> tuple[float, float, int]:
     text = resources.files("timm.data").joinpath("_info", "imagenet_real_labels.json").read_text()
     labels_of = {f"ILSVRC2012_val_{number:08d}": set(labels) for number, labels in enumerate(json.loads(text), start=1)}
     hits1 = hits5 = count = 0
-    for path, classes in zip(evaluation.paths, evaluation.top_classes_NK.tolist(), strict=True):
+    predictions = evaluation.top_classes_NK.where(evaluation.is_finite_N[:, None], -1).tolist()
+    for path, classes in zip(evaluation.paths, predictions, strict=True):
         stem = PurePosixPath(path).stem
         if stem not in labels_of:
             raise DataError(

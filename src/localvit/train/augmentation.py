@@ -15,7 +15,7 @@ from localvit.data.images import DataError, Images
 from localvit.data.preprocessing import Preprocessing
 from localvit.data.recorded_images import Record, check_recorded, recorded_images
 from localvit.data.split import split_images
-from localvit.data.training_batches import AugmentedImages, TrainingBatches
+from localvit.data.training_batches import AugmentedImages, EpochSampler, TrainingBatches
 from localvit.train.config import TrainConfig
 from localvit.utils.distributed import rank, world_size
 
@@ -63,6 +63,12 @@ def _recorded(config: TrainConfig, train_images: Images, val_images: Images, rec
     num_added = num_images - len(parts[0]) - len(parts[1])
     check_recorded(*parts, record, num_added, str(config.data_path or config.data_set))
     return parts
+
+
+def samples_per_epoch(config: TrainConfig, images: Images) -> int:
+    """The number of training images in an epoch of each process, before they are divided into batches."""
+    repeats = REPEATS if config.repeated_aug else 1
+    return len(EpochSampler(len(images), config.seed, repeats=repeats, num_processes=world_size()))
 
 
 def training_batches(

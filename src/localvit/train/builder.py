@@ -16,8 +16,9 @@ from localvit.data.preprocessing import Preprocessing
 from localvit.data.recorded_images import Record, image_keys
 from localvit.data.training_batches import TrainingBatches
 from localvit.inference.runner import InferenceOptions
-from localvit.train.augmentation import build_mixup, open_train_and_val, training_batches
+from localvit.train.augmentation import build_mixup, open_train_and_val, samples_per_epoch, training_batches
 from localvit.train.config import TrainConfig
+from localvit.train.derived import derive_settings, images_per_step
 from localvit.train.losses import Criterion, DistillationLoss, Loss, cross_entropy, without_distillation
 from localvit.train.model import build_average, build_model, wrap_model
 from localvit.train.optimization import build_optimizer, build_scheduler
@@ -40,7 +41,7 @@ class Training:
     """A run that is ready to train with `localvit.train.fit`. Prints its model, images and steps."""
 
     config: TrainConfig
-    """The settings."""
+    """The settings, with those that were derived."""
     state: TrainState
     """All that changes during training: model, optimizer, progress."""
     wrapped_model: nn.Module
@@ -72,7 +73,7 @@ class Training:
     @property
     def images_per_step(self) -> int:
         """Images per step, over all processes."""
-        return _images_per_step(self.config)
+        return images_per_step(self.config)
 
     @property
     def images_left(self) -> int:
@@ -105,7 +106,8 @@ def build(config: TrainConfig, *, criterion: Loss | None = None, resume: str | N
     """Open the images and build the model, the loss and the optimizer of a run.
 
     Args:
-        config: the settings.
+        config: the settings. Some are derived where they are not set, and then recorded in the run's config (see
+            `localvit.train.derived`).
         criterion: loss of logits (B, M) and targets, such as a module of `torch.nn`; by default cross entropy with the
             configured label smoothing and class weights. Targets are classes (B), or probabilities (B, M) if mixup or
             CutMix is on. A module is moved to the device. With distillation it is the loss of the class token.
@@ -117,12 +119,17 @@ def build(config: TrainConfig, *, criterion: Loss | None = None, resume: str | N
 
     Raises:
         DataError: if the data set cannot be trained on, or has other classes than the run to resume.
-        ValueError: for an unknown model, optimizer or device, a batch larger than the data set, or processes with
-            different settings or images.
+        ValueError: for an unknown model, optimizer or device, a batch larger than the data set, class weights for a
+            `criterion` of your own, or processes with different settings or images.
         FileExistsError: if the output folder contains another run.
         FileNotFoundError, CheckpointError: if a file to resume or fine-tune from cannot be used, or a setting cannot
             change on resume.
     """
+    if criterion is not None and config.class_weights != "none":
+        raise ValueError(
+            f"class_weights={config.class_weights} has no effect on a criterion of your own: weight the classes in it, "
+            "and leave class_weights at none"
+        )
     settings = {
         f"the setting {name}": value
         for name, value in config.to_dict().items()
@@ -151,6 +158,7 @@ def build(config: TrainConfig, *, criterion: Loss | None = None, resume: str | N
             }
         }
     )
+    config = derive_settings(config, samples_per_epoch(config, train_images))
     training = run_on_all_ranks(lambda: _assemble(config, device, train_images, val_images, record, start, criterion))
     if start.entries is not None:
         run_on_all_ranks(lambda: _load_state(training, start))
@@ -193,7 +201,7 @@ def _assemble(
         criterion = _distillation(config, loss, model, preprocessing, num_classes, class_names, device)
     if config.sync_bn and world_size() > 1:
         synchronize_batch_norms(model, device)
-    optimizer = build_optimizer(config, model, _images_per_step(config))
+    optimizer = build_optimizer(config, model, images_per_step(config))
     dtype = _dtype(config, device)
     return Training(
         config=config,
@@ -247,10 +255,6 @@ def _dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     if config.dtype:
         return DTYPES[config.dtype]
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-
-
-def _images_per_step(config: TrainConfig) -> int:
-    return config.batch_size * config.grad_accum * world_size()
 
 
 def _load_state(training: Training, start: Start) -> None:

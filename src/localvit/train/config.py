@@ -85,7 +85,8 @@ class OptimizationSettings(SettingsGroup):
     epochs: Count = 300
     """Number of passes over the training images."""
     batch_size: Count = 128
-    """Images per process and forward pass. Images that do not fill a batch are left out of the epoch."""
+    """Images per process and forward pass. Unless it is set, it is reduced for a small data set, so that few images of
+    an epoch are left out because they do not fill a batch."""
     grad_accum: Count = 1
     """Number of batches whose gradients are accumulated for one step."""
     opt: str = "adamw"
@@ -134,9 +135,9 @@ class ScheduleSettings(SettingsGroup):
     warmup_epochs: NonNegative = 5
     """Epochs of linear warm-up."""
     warmup_lr: NonNegative = 1e-6
-    """Learning rate at the start of the warm-up."""
+    """Learning rate at the start of the warm-up. Unless it is set, it is lower for few images per step."""
     min_lr: NonNegative = 1e-5
-    """Lowest learning rate of the schedule."""
+    """Lowest learning rate of the schedule. Unless it is set, it is lower for few images per step."""
     decay_epochs: Positive = 30
     """Epochs between decays, for sched=step."""
     decay_milestones: Annotated[tuple[Count, ...], LENIENT] = (90, 180, 270)
@@ -204,7 +205,8 @@ class LossSettings(SettingsGroup):
     label_smoothing: Rate = 0.1
     """Label smoothing: the probability that is spread over all classes."""
     class_weights: Literal["none", "balanced"] = "none"
-    """balanced weights the loss of each class by the inverse of its number of images, with a mean weight of 1."""
+    """balanced weights each image by the inverse of the number of images in its class; the mean over the classes is
+    1."""
     distillation: Literal["none", "soft", "hard"] = "none"
     """Distillation through the distillation token (DeiT, arXiv 2012.12877, section 4)."""
     teacher: str = "regnety_160"

@@ -2,11 +2,12 @@
 
 import time
 from datetime import timedelta
+from itertools import chain
 
 from localvit.evaluation.evaluate import evaluate
 from localvit.train.builder import Training
+from localvit.train.derived import scaled_learning_rate
 from localvit.train.loop import peak_memory_mb
-from localvit.train.optimization import scaled_learning_rate
 from localvit.train.run_folder import check_folder
 from localvit.train.step import train_step
 from localvit.utils.distributed import is_main, world_size
@@ -35,7 +36,8 @@ def dry_run(training: Training) -> dict[str, str]:
     if is_main():
         check_folder(config.output_dir, state.to_entries(training.describe()), config.keep)
     state.begin_epoch()
-    batches = training.batches.epoch(state.epoch)
+    # A small data set makes a single step in an epoch.
+    batches = chain(training.batches.epoch(state.epoch), training.batches.epoch(state.epoch + 1))
     for _ in range(NUM_STEPS):
         started = time.monotonic()
         result = train_step(training, batches, stop=False)

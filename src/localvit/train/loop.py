@@ -20,6 +20,7 @@ from localvit.evaluation.evaluate import Evaluation, evaluate
 from localvit.train.builder import Training
 from localvit.train.nonfinite import explain, nonfinite_parameter
 from localvit.train.run_folder import STATE, complete_folder, prepare_folder, save_epoch, save_state, write_config
+from localvit.train.state import Row
 from localvit.train.step import StepResult, train_step
 from localvit.train.summary import RunResult
 from localvit.train.trackers import Trackers
@@ -65,6 +66,8 @@ def fit(training: Training, *, progress: Progress = lambda done, note: None) -> 
 
     Raises:
         FloatingPointError: if a loss or gradient is not finite. That step changed nothing, and a checkpoint is saved.
+            Also if weights or buffers are found not to be finite when an epoch is evaluated, or if no epoch has a
+            finite validation loss.
         Stopped: after a signal; a checkpoint is saved.
         FileExistsError: if another process trains in the output folder, or did since the run was built.
         OSError: if the output folder cannot be written.
@@ -80,6 +83,11 @@ def fit(training: Training, *, progress: Progress = lambda done, note: None) -> 
                 loop.evaluate_epoch()
         finally:
             loop.close()
+    if training.state.rows and training.state.best is None:
+        raise FloatingPointError(
+            f"the validation loss is not finite after any of the {len(training.state.rows)} epochs, so "
+            f"{training.config.output_dir} contains no best epoch: try a lower --lr, or --dtype float32"
+        )
     return RunResult.of(training.state.metrics)
 
 
@@ -189,13 +197,10 @@ class _Loop:
     def evaluate_epoch(self) -> None:
         """Evaluate, log the epoch, and save."""
         state = self.state
-        evaluation = self._evaluate()
         row = {
             "train_lr": state.optimizer.param_groups[0]["lr"],
             "train_loss": fmean(state.losses) if state.losses else math.nan,
-            "test_loss": evaluation.loss,
-            "test_acc1": evaluation.acc1,
-            "test_acc5": evaluation.acc5,
+            **self._evaluate(),
             "epoch": state.epoch,
             "n_parameters": state.num_trained_parameters,
         }
@@ -205,7 +210,10 @@ class _Loop:
             measured["peak_memory_mb"] = peak
         measured["skipped_steps"] = state.skipped
         state.finish_epoch(row, measured)
-        logger.info(f"epoch {state.epoch}: train loss {row['train_loss']:.3f} {evaluation.line()}")
+        logger.info(
+            f"epoch {state.epoch}: train loss {row['train_loss']:.3f} * Acc@1 {row['test_acc1']:.3f} "
+            f"Acc@5 {row['test_acc5']:.3f} loss {row['test_loss']:.3f}"
+        )
         if self.trackers:
             save_epoch(state, self.config.output_dir, self.description)
             self.trackers.log_epoch(state.metrics, self._steps_done())
@@ -245,7 +253,27 @@ class _Loop:
             + ("" if self.config.nonfinite == "skip" else ", or --nonfinite skip")
         )
 
-    def _evaluate(self) -> Evaluation:
+    def _evaluate(self) -> Row:
+        """The numbers of the validation images. Images for which the output is not finite make the loss NaN.
+
+        Raises FloatingPointError if that is because of weights or buffers, which training cannot repair.
+        """
+        evaluation = None
+        try:
+            evaluation = self._evaluation()
+            evaluation.check_finite()
+        except FloatingPointError as error:
+            if name := nonfinite_parameter(self.state.model):
+                raise FloatingPointError(
+                    f"{name} is not finite after epoch {self.state.epoch + 1}: {error}. The run stopped; the newest "
+                    f"checkpoint in {self.config.output_dir} is from before. Try a lower --lr, or --dtype float32"
+                ) from error
+            logger.warning(f"epoch {self.state.epoch + 1} cannot be the best: {error}")
+        if evaluation is None:
+            return {"test_loss": math.nan, "test_acc1": 0.0, "test_acc5": 0.0}
+        return {"test_loss": evaluation.loss, "test_acc1": evaluation.acc1, "test_acc5": evaluation.acc5}
+
+    def _evaluation(self) -> Evaluation:
         training = self.training
         if world_size() > 1:
             distribute_bn(self.state.model, world_size())

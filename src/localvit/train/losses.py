@@ -19,7 +19,7 @@ Criterion = Callable[[Tensor, Any, Tensor], Tensor]
 """What a training step minimizes: a scalar from images (B, C, H, W), the model's outputs for them, and targets."""
 
 
-def cross_entropy(config: TrainConfig, labels: Sequence[int], num_classes: int) -> nn.CrossEntropyLoss:
+def cross_entropy(config: TrainConfig, labels: Sequence[int], num_classes: int) -> nn.Module:
     """The default loss: cross entropy with the configured label smoothing and class weights.
 
     Args:
@@ -27,11 +27,49 @@ def cross_entropy(config: TrainConfig, labels: Sequence[int], num_classes: int) 
         labels: class of each training image, to balance the classes.
         num_classes: M.
     """
-    weight = None
+    label_smoothing = 0.0 if config.mixes else config.label_smoothing
     if config.class_weights == "balanced":
-        inverse = torch.tensor(labels).bincount(minlength=num_classes).clamp(min=1).reciprocal()
-        weight = inverse / inverse.mean()
-    return nn.CrossEntropyLoss(weight=weight, label_smoothing=0.0 if config.mixes else config.label_smoothing)
+        return WeightedCrossEntropy(_balanced_weights(labels, num_classes), label_smoothing=label_smoothing)
+    return nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+
+
+def _balanced_weights(labels: Sequence[int], num_classes: int) -> Tensor:
+    """The inverse number of images of each class (M), scaled to a mean of 1 over the classes that have images."""
+    images_M = torch.tensor(labels).bincount(minlength=num_classes)
+    weight_M = torch.where(images_M > 0, images_M.clamp(min=1).reciprocal(), 0)
+    return weight_M / weight_M[images_M > 0].mean()
+
+
+class WeightedCrossEntropy(nn.Module):
+    """Cross entropy as a weighted mean over images: an image counts as much as its class.
+
+    The weight of `nn.CrossEntropyLoss` multiplies each class's share of a smoothed or mixed target instead, so the
+    minimum is not at the target: with weights of 0.06 and 1.94 and a smoothing of 0.1, it is where an image of the
+    first class is assigned to the second. Here the weights change how much an image counts, not what is right for it.
+
+    Args:
+        weight_M: weight of each class, at least 0.
+        label_smoothing: as for `nn.CrossEntropyLoss`. It does not change an image's weight.
+    """
+
+    weight_M: Tensor
+
+    def __init__(self, weight_M: Tensor, *, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.register_buffer("weight_M", weight_M)
+        self.label_smoothing = label_smoothing
+
+    def forward(self, logits_BM: Tensor, targets: Tensor) -> Tensor:
+        """The loss of a batch: the sum of weight times loss, divided by the sum of the weights.
+
+        Args:
+            logits_BM: logits (B, M).
+            targets: classes (B), or probabilities (B, M). The weight of an image is that of its class, or the mean of
+                the weights under its probabilities.
+        """
+        losses_B = F.cross_entropy(logits_BM, targets, reduction="none", label_smoothing=self.label_smoothing)
+        weights_B = self.weight_M[targets] if targets.ndim == 1 else (targets * self.weight_M).sum(1)
+        return (weights_B * losses_B).sum() / weights_B.sum()
 
 
 def without_distillation(loss: Loss) -> Criterion:

@@ -11,6 +11,7 @@ from torch import nn
 
 from localvit.surgery.localize import locality_modules
 from localvit.train.config import TrainConfig
+from localvit.train.derived import scaled_learning_rate, with_lowest_rates
 
 
 def freeze(model: nn.Module, patterns: tuple[str, ...]) -> None:
@@ -84,16 +85,14 @@ def _create_optimizer(config: TrainConfig, model: nn.Module, images_per_step: in
         raise ValueError(f"opt={config.opt} does not accept the given settings: {error}") from error
 
 
-def scaled_learning_rate(config: TrainConfig, images_per_step: int) -> float:
-    """The peak learning rate. `config.lr` is for 512 images per step (DeiT, arXiv 2012.12877, section 5)."""
-    return config.lr * images_per_step / 512
-
-
 def build_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Scheduler:
     """timm's schedule with a linear warm-up. Apply it with `set_learning_rate`.
 
+    The peak is the optimizer's rate, and `warmup_lr` and `min_lr` are in proportion to it unless they were set.
+
     Raises ValueError for sched=plateau if the version of timm is too old for torch.
     """
+    config = with_lowest_rates(config, optimizer.param_groups[0]["lr"])
     noise: Any = list(config.lr_noise) or None
     # timm's plateau schedule starts with this rate, and would keep it, even without a warm-up.
     warmup_lr = config.warmup_lr if config.warmup_epochs else optimizer.param_groups[0]["lr"]

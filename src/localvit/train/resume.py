@@ -5,7 +5,6 @@ weights.
 """
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,9 @@ from localvit.data.images import DataError
 from localvit.data.recorded_images import Record
 from localvit.models.registry import find_model
 from localvit.train.config import TrainConfig
+from localvit.train.derived import keep_recorded
 from localvit.train.run_folder import contains_run, newest_state, read_state, states
+from localvit.utils.distributed import read_launch
 from localvit.utils.weight_files import CheckpointError, read_weight_file
 
 logger = logging.getLogger(__name__)
@@ -109,14 +110,15 @@ def _run_id(entries: Mapping[str, Any]) -> str | None:
 
 def _is_restarted() -> bool:
     """Whether torchrun has started this process again, after one of its processes died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    launch, _ = read_launch()
+    return launch is not None and launch.restarts > 0
 
 
 def _contains_run_with(config: TrainConfig) -> bool:
     """Whether the output folder contains a run with these settings."""
     found = states(config.output_dir) and newest_state(config.output_dir)
     recorded = found[HEADER]["about"]["config"] if found and HEADER in found else None
-    return recorded is not None and not _changes(config, recorded, except_for=("finetune",))
+    return recorded is not None and not _changes(keep_recorded(config, recorded), recorded, except_for=("finetune",))
 
 
 def recorded_settings(path: Path) -> dict[str, Any]:
@@ -136,6 +138,7 @@ def settings_on_resume(config: TrainConfig, start: Start) -> TrainConfig:
     if start.entries is None:
         return config
     recorded = start.settings
+    config = keep_recorded(config, recorded)
     if config.finetune is None or not start.header:  # the weights are in the checkpoint
         config = config.model_copy(update={"finetune": recorded.get("finetune")})
     for name, (now, before) in _changes(config, recorded).items():

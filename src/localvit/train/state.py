@@ -4,6 +4,7 @@ The state of random generators is not part of it: they are seeded for each image
 (`localvit.data.training_batches`).
 """
 
+import math
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -78,8 +79,9 @@ class TrainState:
 
     @property
     def best(self) -> Row | None:
-        """The row of the first epoch with the highest accuracy."""
-        return max(self.rows, key=lambda row: row["test_acc1"], default=None)
+        """The row of the first epoch with the highest accuracy. An epoch whose loss is NaN is never the best."""
+        finite = [row for row in self.rows if not math.isnan(row.get("test_loss", 0.0))]
+        return max(finite, key=lambda row: row["test_acc1"], default=None)
 
     def to_entries(self, description: Mapping[str, Any]) -> dict[str, Any]:
         """The entries of a training checkpoint: those of the published program, and ours under `localvit`.

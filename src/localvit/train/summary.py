@@ -1,6 +1,7 @@
 """The result of a run, and the report `summary.md` in its folder."""
 
 import json
+import math
 import platform
 import shlex
 from collections.abc import Sequence
@@ -35,7 +36,7 @@ class RunResult:
     num_epochs: int
     """Number of finished epochs."""
     best: Row
-    """Row of the first epoch with the highest Acc@1."""
+    """Row of the first epoch with the highest Acc@1, of those whose loss is not NaN if there are any."""
     last: Row
     """Row of the last epoch."""
     seconds: float | None
@@ -56,7 +57,7 @@ class RunResult:
 
         return cls(
             num_epochs=len(metrics),
-            best=max(metrics, key=lambda row: row["test_acc1"]),
+            best=max(metrics, key=lambda row: (not math.isnan(row["test_loss"]), row["test_acc1"])),
             last=metrics[-1],
             seconds=over_epochs(sum, "seconds"),
             images_per_second=over_epochs(median, "images_per_second"),

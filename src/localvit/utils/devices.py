@@ -1,8 +1,8 @@
 """The device and the dtypes to run with."""
 
-import os
-
 import torch
+
+from localvit.utils.distributed import read_launch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -13,7 +13,7 @@ def choose_device(requested: str | None) -> tuple[torch.device, str | None]:
     Args:
         requested: A name such as "cuda", "cuda:1", "mps" or "cpu". None means CUDA if available, else MPS, else the
             CPU; so does an accelerator that is not available. Under torchrun, "cuda" and None give each process the
-            device of its LOCAL_RANK.
+            device of its rank on the machine.
 
     Returns:
         The device, and a warning if it is not the requested one.
@@ -22,7 +22,8 @@ def choose_device(requested: str | None) -> tuple[torch.device, str | None]:
         ValueError: If torch does not know the name, or the CUDA device does not exist.
     """
     if torch.cuda.is_available():
-        best = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        launch, _ = read_launch()
+        best = torch.device("cuda", launch.local_rank % torch.cuda.device_count() if launch else 0)
     elif torch.backends.mps.is_available():
         best = torch.device("mps")
     else:

@@ -1,16 +1,64 @@
 """Helpers for torch.distributed that also work in a single process."""
 
+import logging
 import os
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """The place of this process among those that a launcher such as torchrun started."""
+
+    rank: int
+    """Rank of the process, from 0."""
+    world_size: int
+    """Number of processes."""
+    local_rank: int
+    """Rank among the processes of this machine."""
+    restarts: int
+    """How often torchrun has restarted the processes."""
+
+
+def read_launch() -> tuple[Launch | None, str | None]:
+    """What the launcher's environment variables say.
+
+    They count only together, and if they agree: a leftover RANK=1 must not turn a single process into the second one of
+    a group, which saves nothing.
+
+    Returns:
+        The launch, or None for a process that was started alone; and why variables that are set do not count, if so.
+    """
+    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    given = {name: os.environ[name] for name in (*needed, "LOCAL_RANK") if os.environ.get(name)}
+    text = ", ".join(f"{name}={value}" for name, value in given.items())
+    if missing := [name for name in needed if name not in given]:
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        is_alone = all(given.get(name, value) == value for name, value in alone.items())
+        return None, None if is_alone else f"{text}, but not {', '.join(missing)}"
+    rank, world_size, port = _number("RANK"), _number("WORLD_SIZE"), _number("MASTER_PORT")
+    local_rank = _number("LOCAL_RANK") if "LOCAL_RANK" in given else rank
+    if rank is None or world_size is None or local_rank is None or port is None or not rank < world_size:
+        return None, f"{text}, which do not fit together"
+    restarts = _number("TORCHELASTIC_RESTART_COUNT") or 0
+    return Launch(rank=rank, world_size=world_size, local_rank=local_rank, restarts=restarts), None
+
+
+def _number(name: str) -> int | None:
+    """The value of an environment variable, if it is a whole number from 0."""
+    text = os.environ.get(name, "")
+    return int(text) if text.isascii() and text.isdigit() else None
 
 
 def rank() -> int:
@@ -25,7 +73,10 @@ def world_size() -> int:
 
 def is_main() -> bool:
     """Whether this is rank 0, which prints and writes files. Also correct before the process group exists."""
-    return int(os.environ.get("RANK", "0")) == 0
+    if dist.is_initialized():
+        return dist.get_rank() == 0
+    launch, _ = read_launch()
+    return launch is None or launch.rank == 0
 
 
 def all_gather(value: T) -> list[T]:
@@ -85,11 +136,18 @@ def check_same_on_all_ranks(values: Mapping[str, Any]) -> None:
 def process_group(device: torch.device) -> Iterator[None]:
     """Join the process group of torchrun, if there is one, and destroy it on exit.
 
+    Logs a warning if environment variables of a launcher are set that do not count (see `read_launch`).
+
     Objects that hold the group, such as DistributedDataParallel, must be deleted before the exit, so create them in a
     function called inside the context. Otherwise Python may destroy the group while it holds the GIL and deadlock with
     a gloo thread that needs the GIL to release its last tensor.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+    launch, ignored = read_launch()
+    if ignored:
+        logger.warning(
+            f"running as a single process: the environment has {ignored}; unset these, or start with torchrun"
+        )
+    if launch is None or launch.world_size == 1 or dist.is_initialized():
         yield
         return
     if device.type == "cuda":
@@ -97,7 +155,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     store, rank_here, processes = next(rendezvous("env://"))
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
         # On one machine torchrun reuses the store after a restart, with the addresses of the dead processes in it.
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        store = dist.PrefixStore(str(launch.restarts), store)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank_here, world_size=processes)
     try:

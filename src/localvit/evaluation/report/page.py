@@ -221,12 +221,13 @@ def _confusion_matrix(
         return None
     shown = _most_confused(mistakes) if is_part else appearing
     rows = [row for row in classes if row.index in shown]
-    rest = [row.images - row.correct - sum(mistakes[row.index, column] for column in shown) for row in rows]
+    others = {predicted for _, predicted in mistakes}.difference(shown)
+    rest = [sum(mistakes[row.index, column] for column in others) for row in rows]
     has_rest = any(rest)
     matrix_rows = []
-    for row, others in zip(rows, rest, strict=True):
+    for row, elsewhere in zip(rows, rest, strict=True):
         counts = [(row.correct if column == row.index else mistakes[row.index, column], column) for column in shown]
-        counts += [(others, -1)] if has_rest else []
+        counts += [(elsewhere, -1)] if has_rest else []
         # The square root makes small shares visible.
         cells = [
             Cell(count=count, correct=column == row.index, shade=math.sqrt(count / row.images))
