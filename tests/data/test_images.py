@@ -1,12 +1,15 @@
 """Unusual image files: each is decoded like PIL does it, or gives a one-line error."""
 
 import io
+import os
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
+from torch.utils.data import DataLoader
 
 from localvit.data.folders import scan_folder
 from localvit.data.images import (
@@ -104,6 +107,84 @@ def test_a_decompression_bomb_is_an_error(tmp_path, monkeypatch):
 def test_a_missing_file_is_an_error(tmp_path):
     with pytest.raises(UnreadableImage, match=r"gone\.png: no such file"):
         load_image(FileImages(tmp_path, [("gone.png", 0)], ["a"]), 0)
+
+
+class DamagedImages(FileImages):
+    """Images whose decoder raises the error of this name."""
+
+    def load(self, index):
+        raise {
+            "RuntimeError": RuntimeError("Failed to decode frame 0: Truncated data"),
+            "MemoryError": MemoryError(),
+            "struct.error": struct.error("unpack requires a buffer of 4 bytes"),
+            "RecursionError": RecursionError("maximum recursion depth exceeded"),
+            "KeyError": KeyError("a tile"),
+            "ZeroDivisionError": ZeroDivisionError("division\nby zero"),
+        }[self.paths[index]]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_any_error_of_a_decoder_is_an_unreadable_image(workers, tmp_path):
+    """Decoders raise arbitrary types for damaged files; each becomes a line that names the file, in any process."""
+    names = ["RuntimeError", "MemoryError", "struct.error", "RecursionError", "KeyError", "ZeroDivisionError"]
+    images = PreparedImages(DamagedImages(tmp_path, [(name, 0) for name in names], ["a"]), lambda image: image)
+    loader = DataLoader(images, batch_size=None, num_workers=workers)
+    for (_, reason), name in zip(loader, names, strict=True):
+        assert reason.startswith(f"{tmp_path / name}: cannot be read as an image ("), reason
+        assert name.removeprefix("struct.") in reason
+        assert "\n" not in reason
+
+
+def test_a_damaged_avif_file_is_an_unreadable_image(tmp_path):
+    """Its decoder raises RuntimeError; PIL recognizes files by content, not by name."""
+    if not features.check("avif"):
+        pytest.skip("this PIL has no AVIF decoder")
+    content = bytearray(png(Image.fromarray(NOISE), format="AVIF"))
+    start = content.index(b"mdat") + 4
+    content[start : start + 40] = bytes(40)
+    (tmp_path / "x.jpg").write_bytes(content)
+    with pytest.raises(RuntimeError):
+        Image.open(tmp_path / "x.jpg").load()
+    with pytest.raises(UnreadableImage, match=r"x\.jpg: cannot be read as an image \(RuntimeError"):
+        load_image(FileImages(tmp_path, [("x.jpg", 0)], ["a"]), 0)
+
+
+def test_an_error_of_the_transform_names_the_image(tmp_path):
+    def transform(image):
+        raise MemoryError
+
+    (tmp_path / "rgb.png").write_bytes(WORKS["rgb.png"])
+    _, reason = PreparedImages(FileImages(tmp_path, [("rgb.png", 0)], ["a"]), transform)[0]
+    assert reason == f"{tmp_path / 'rgb.png'}: cannot be prepared for the model, 37 x 29 pixels (MemoryError)"
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (os.mkfifo, "a named pipe, not a file"),
+        (lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
+        (lambda path: path.mkdir(), "not a regular file"),
+    ],
+    ids=["named pipe", "device", "folder"],
+)
+@pytest.mark.timeout(20)
+def test_what_is_not_a_file_is_not_opened(make, reason, tmp_path):
+    """PIL would wait for a writer to the pipe, and read the device without end."""
+    make(tmp_path / "x.png")
+    for images in (FileImages(tmp_path, [("x.png", 0)], ["a"]), FileImages(tmp_path, [("link.png", 0)], ["a"])):
+        (tmp_path / "link.png").unlink(missing_ok=True)
+        (tmp_path / "link.png").symlink_to("x.png")
+        with pytest.raises(UnreadableImage, match=rf"(x|link)\.png: cannot be read as an image \({reason}\)"):
+            load_image(images, 0)
+
+
+def test_postscript_is_not_run(tmp_path):
+    """PIL would give it to Ghostscript, as a program."""
+    header = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 5 5\n%%EndComments\n{} loop\n%%EOF\n"
+    (tmp_path / "x.png").write_bytes(header)
+    assert Image.open(tmp_path / "x.png").format == "EPS"
+    with pytest.raises(UnreadableImage, match=r"x\.png.*PostScript"):
+        load_image(FileImages(tmp_path, [("x.png", 0)], ["a"]), 0)
 
 
 def write(root: Path, *names: str) -> None:
