@@ -15,6 +15,7 @@ from localvit.data.class_folders import SPLITS, folders_beside_splits, is_valida
 from localvit.data.datasets import open_images
 from localvit.data.images import DataError, Images
 from localvit.data.preprocessing import Preprocessing
+from localvit.data.resized_crop import ResizedCrop
 from localvit.data.split import split_images
 from localvit.data.training_batches import AugmentedImages, TrainingBatches
 from localvit.train.config import TrainConfig
@@ -133,7 +134,7 @@ def augmentation(
     steps = [*geometry.transforms, *color.transforms, *tensor.transforms]
     if max(size) <= SMALL:
         resize = transforms.Resize(min(size), transforms.InterpolationMode.BICUBIC)
-        steps[:1] = [resize, transforms.RandomCrop(size, padding=4, pad_if_needed=True)]
+        steps[:1] = [ResizedCrop(resize, transforms.RandomCrop(size, padding=4, pad_if_needed=True))]
     return transforms.Compose(steps)
 
 
