@@ -75,7 +75,7 @@ def test_errors_come_first_and_set_the_exit_status(root, capsys):
         f"    val/ape/broken_{number}.jpg: an empty file" for number in range(5)
     ]
     assert "    and 2 more; --json lists all of them" in lines
-    assert lines[-1] == "1 error, 1 warning"
+    assert lines[-1] == "7 errors of 1 kind, 1 warning"
     assert max(map(len, lines)) <= 80
 
 
