@@ -67,7 +67,8 @@ _IMAGE_FINDINGS: dict[str, tuple[Severity, str, str]] = {
     "unreadable": (
         "error",
         "unreadable images",
-        "Training stops at the first of them. Download them again, or delete them.",
+        "Training stops at the first of them, unless it is told to --skip-unreadable. Download them again, or delete "
+        "them.",
     ),
     "small": (
         "warning",

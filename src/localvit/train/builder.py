@@ -14,6 +14,7 @@ from localvit.checkpoints import make_header, versions
 from localvit.data.classes import match_classes
 from localvit.data.images import Images
 from localvit.data.preprocessing import Preprocessing
+from localvit.data.readable import leave_out_unreadable
 from localvit.data.training_batches import TrainingBatches
 from localvit.inference.runner import InferenceOptions
 from localvit.train.augmentation import build_mixup, open_train_and_val, training_batches
@@ -136,6 +137,10 @@ def build(config: TrainConfig, *, criterion: Loss | None = None, resume: str | N
         )
     train_images, val_images = run_on_all_ranks(lambda: open_train_and_val(config))
     check_same_on_all_ranks({"the images": {"train": _fingerprint(train_images), "val": _fingerprint(val_images)}})
+    if config.skip_unreadable:
+        train_images, val_images = (
+            leave_out_unreadable(images, config.workers) for images in (train_images, val_images)
+        )
     training = run_on_all_ranks(lambda: _assemble(config, device, train_images, val_images, criterion))
     if entries is not None:
         run_on_all_ranks(lambda: _resume(training, entries))
