@@ -93,7 +93,7 @@ def read_all(name: str, contents: list[bytes], seeds: range, path: Path, parent:
         if isinstance(result, Tensor):
             parent.send(("", False))
         elif result.startswith(f"{path}: ") and "\n" not in result:
-            parent.send((result[result.rfind("(") + 1 :].split(":")[0][:40], False))
+            parent.send((result.split(" (", 1)[1].split(" '")[0].split(":")[0][:40], False))
         else:
             parent.send((f"unclear: {result!r}", True))
     parent.send(None)

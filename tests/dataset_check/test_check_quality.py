@@ -24,6 +24,7 @@ UNREADABLE: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "page.png": (lambda path, root: path.write_text("<!DOCTYPE html><html>404</html>"), "cannot identify"),
     "gone.jpg": (lambda path, root: path.symlink_to("nowhere.jpg"), "no such file"),
     "loop.jpg": (lambda path, root: path.symlink_to("loop.jpg"), "symbolic links"),
+    "pipe.jpg": (lambda path, root: os.mkfifo(path), "a named pipe"),
     "floats.tiff": (lambda path, root: Image.fromarray(np.ones((5, 7), np.float32)).save(path), "32-bit"),
     os.fsdecode(b"caf\xe9.jpg"): (lambda path, root: path.write_bytes(b"\xff\xd8\xff"), "cannot be read"),
 }
