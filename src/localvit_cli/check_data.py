@@ -13,7 +13,7 @@ from typing import Annotated
 
 import tyro
 
-from localvit.dataset_check.findings import Finding
+from localvit.dataset_check.findings import SEVERITIES, Finding, Severity
 from localvit.dataset_check.report import CheckReport, check_folder
 from localvit.utils.tables import format_table, wrap_text
 from localvit_cli import UsageError
@@ -65,16 +65,21 @@ def _text(report: CheckReport) -> str:
         rows = [(finding.severity, f"{len(finding.locations):,}", finding.name) for finding in report.findings]
         parts.append(format_table(rows, headings=("severity", "count", "finding"), right=(1,)))
         parts += map(_details, report.findings)
-    errors, warnings = report.count("error"), report.count("warning")
-    if errors or warnings:
-        parts.append(f"{_plural(errors, 'error')}, {_plural(warnings, 'warning')}")
+        parts.append(", ".join(_total(report, severity) for severity in SEVERITIES))
     else:
         parts.append("no problems found")
     return "\n\n".join(parts)
 
 
+def _total(report: CheckReport, severity: Severity) -> str:
+    """How many places have a problem of a severity, as in the table, and of how many kinds, if that differs."""
+    counts = [len(finding.locations) for finding in report.findings if finding.severity == severity]
+    kinds = f" of {_plural(len(counts), 'kind')}" if len(counts) != sum(counts) else ""
+    return f"{_plural(sum(counts), severity)}{kinds}"
+
+
 def _plural(number: int, word: str) -> str:
-    return f"{number} {word}{'' if number == 1 else 's'}"
+    return f"{number:,} {word}{'' if number == 1 else 's'}"
 
 
 def _class_table(report: CheckReport) -> str:

@@ -63,12 +63,13 @@ FOLDERS: dict[str, tuple[Build, dict[str, list[tuple[str, ...]]], str]] = {
     ),
     "other extensions": (
         lambda root: [
-            save(root / "train/ape/moving.gif", scene(99)),
+            save(root / "train/ape/old.tga", scene(99)),
+            save(root / "train/ape/drawing.gif", scene(98)),
             save(root / "train/ape/deep/no_extension", scene(99), format="PNG"),
             (root / "val/bat/phone.HEIC").write_bytes(b"not for PIL"),
             link(root / "train/ape/loop", "../ape"),
         ],
-        {"other-extensions": [("train/ape/moving.gif",), ("train/ape/deep/no_extension",), ("val/bat/phone.HEIC",)]},
+        {"other-extensions": [("train/ape/old.tga",), ("train/ape/deep/no_extension",), ("val/bat/phone.HEIC",)]},
         "",
     ),
     "no images at all": (
@@ -81,6 +82,27 @@ FOLDERS: dict[str, tuple[Build, dict[str, list[tuple[str, ...]]], str]] = {
             link(root / "train/ape/nowhere", "nothing"),
         ],
         {},
+        "",
+    ),
+    "folders that are not classes": (
+        lambda root: [
+            save(root / "train/runs/train/curves.png", scene(99)),
+            (root / "train/runs/train/last.safetensors").write_bytes(b""),
+            save(root / "train/__MACOSX/ape/1.png", scene(98)),
+            (root / "train/annotations").mkdir(),
+            (root / "train/annotations/1.xml").write_text("<box/>"),
+        ],
+        {"not-classes": [("train/__MACOSX",), ("train/annotations",), ("train/runs",)]},
+        "runs/train/last.safetensors",
+    ),
+    "parents of the class folders": (
+        lambda root: [
+            ((root / split / name).rename(root / split / "x") and (root / split / name).mkdir())
+            or (root / split / "x").rename(root / split / name / "day")
+            for split in ("train", "val")
+            for name in ("ape", "bat")
+        ],
+        {"nested-classes": [("train/ape/day",), ("val/ape/day",)]},
         "",
     ),
     "unknown class": (
@@ -139,6 +161,13 @@ FOLDERS: dict[str, tuple[Build, dict[str, list[tuple[str, ...]]], str]] = {
         "",
     ),
 }
+
+
+def test_train_without_val_or_another_name_for_it_can_be_trained_on(root):
+    """Training then uses part of train/, so this is no error."""
+    (root / "val").rename(root / "test")
+    (finding,) = check_folder(root).findings
+    assert (finding.name, finding.severity) == ("no-val", "warning")
 
 
 ERRORS = {"no-train", "no-val", "no-images", "unknown-classes", "one-class"}

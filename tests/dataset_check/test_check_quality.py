@@ -24,6 +24,7 @@ UNREADABLE: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "page.png": (lambda path, root: path.write_text("<!DOCTYPE html><html>404</html>"), "cannot identify"),
     "gone.jpg": (lambda path, root: path.symlink_to("nowhere.jpg"), "no such file"),
     "loop.jpg": (lambda path, root: path.symlink_to("loop.jpg"), "symbolic links"),
+    "pipe.jpg": (lambda path, root: os.mkfifo(path), "a named pipe"),
     "floats.tiff": (lambda path, root: Image.fromarray(np.ones((5, 7), np.float32)).save(path), "32-bit"),
     os.fsdecode(b"caf\xe9.jpg"): (lambda path, root: path.write_bytes(b"\xff\xd8\xff"), "cannot be read"),
 }
@@ -109,7 +110,7 @@ def test_a_small_image_is_reported_only_among_larger_ones(tmp_path, side, other_
     save(tmp_path / "ape" / "1.png", scene(0, side, side))
     for number, path in enumerate(("ape/2.png", "bat/1.png", "bat/2.png"), start=1):
         save(tmp_path / path, scene(number, other_side, other_side))
-    assert check_folder(tmp_path).findings == []
+    assert "small" not in found(check_folder(tmp_path))
 
 
 def test_decoder_warnings_are_reported_and_not_printed(root, capfd, monkeypatch):
@@ -118,3 +119,12 @@ def test_decoder_warnings_are_reported_and_not_printed(root, capfd, monkeypatch)
     assert found(report) == {"decoder-warnings": [(f"{path}.png",) for path in GOOD]}
     assert "exceeds limit of 3000 pixels" in notes(report)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("side", "reported"), [(32, True), (33, False)])
+def test_images_too_small_for_most_models(root, side, reported):
+    for number, path in enumerate(GOOD):
+        save(root / f"{path}.png", scene(number, side + 1, side))
+    report = check_folder(root)
+    assert found(report) == ({"small-for-most-models": [(".",)]} if reported else {})
+    assert ("224 x 224" in "".join(finding.advice for finding in report.findings)) == reported

@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from data_sets import found, save, scene, several
 from PIL import ImageEnhance
 
 from localvit.dataset_check.report import check_folder
+from waiting_images import waiting_format
 
 
 def test_the_number_of_workers_does_not_change_the_report(root):
@@ -71,27 +72,28 @@ def when_a_worker_waits(act: Callable[[int], None], pipe: Path) -> threading.Thr
 
 
 @pytest.fixture
-def waiting(root) -> Path:
-    """A data set with a named pipe as an image, at which decoding blocks."""
-    os.mkfifo(root / "train" / "ape" / "waits.png")
-    return root
+def pipe(root, tmp_path) -> Iterator[Path]:
+    """A named pipe for which the decoder of one image waits."""
+    with waiting_format(tmp_path / "pipe") as content:
+        (root / "train" / "ape" / "waits.png").write_bytes(content)
+        yield tmp_path / "pipe"
 
 
-def test_a_killed_worker_raises_an_error(waiting):
-    thread = when_a_worker_waits(lambda worker: os.kill(worker, signal.SIGKILL), waiting / "train/ape/waits.png")
+def test_a_killed_worker_raises_an_error(root, pipe):
+    thread = when_a_worker_waits(lambda worker: os.kill(worker, signal.SIGKILL), pipe)
     with pytest.raises(RuntimeError, match="died"):
-        check_folder(waiting, workers=1)
+        check_folder(root, workers=1)
     thread.join()
 
 
-def test_an_interrupt_stops_the_workers_without_output(waiting, capfd):
+def test_an_interrupt_stops_the_workers_without_output(root, pipe, capfd):
     def interrupt(worker: int) -> None:
         os.kill(worker, signal.SIGINT)  # a terminal sends Ctrl-C to all processes
         os.kill(os.getpid(), signal.SIGINT)
 
-    thread = when_a_worker_waits(interrupt, waiting / "train/ape/waits.png")
+    thread = when_a_worker_waits(interrupt, pipe)
     with pytest.raises(KeyboardInterrupt):
-        check_folder(waiting, workers=1)
+        check_folder(root, workers=1)
     thread.join()
     assert multiprocessing.active_children() == []
     assert capfd.readouterr() == ("", "")

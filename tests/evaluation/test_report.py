@@ -317,6 +317,16 @@ def test_thumbnails_can_be_decoded(mode, tmp_path):
         assert np.abs(np.asarray(image).mean((0, 1)) - (200, 30, 60)).max() < (30 if mode == "P" else 4)
 
 
+def test_a_thumbnail_of_16_bits_shows_what_the_model_saw(tmp_path):
+    """The upper 8 bits; PIL's own conversion to RGB would make all of these values white."""
+    levels = np.repeat(np.linspace(1000, 60000, 64).astype(np.uint16)[None], 32, 0)
+    Image.fromarray(levels).save(tmp_path / "x.png")
+    _, _, page = report(evaluation_of([[5.0, 0]], [1], paths=["x.png"]), tmp_path / "out", dataset_root=tmp_path)
+    source = page.values("img", "src")[0].removeprefix("data:image/jpeg;base64,")
+    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(source))).convert("L")).astype(float)
+    assert np.abs(shown - levels / 256).max() < 4  # a JPEG of smooth gray levels is off by a few steps
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -10,7 +10,7 @@ from torch import nn
 
 from localvit.checkpoints import read_checkpoint
 from localvit.data.datasets import open_images
-from localvit.data.images import UnreadableImage
+from localvit.data.images import DataError, UnreadableImage
 from localvit.evaluation.evaluate import evaluate
 from localvit.inference.runner import InferenceOptions, load_model
 from localvit.train.builder import build
@@ -141,5 +141,35 @@ def test_an_unreadable_image_stops_the_run_and_is_named(tmp_path, tiny_digits, w
     shutil.copytree(tiny_digits, root)
     bad = min((root / "train" / "1").iterdir())
     bad.write_bytes(b"no image")
-    with pytest.raises(UnreadableImage, match=bad.name):
+    with pytest.raises(UnreadableImage, match=rf"{bad.name}.*--skip-unreadable"):
         fit(build(tiny_config(root, tmp_path / "run", batch_size=38, workers=workers)))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_images_are_left_out_as_if_they_did_not_exist(tmp_path, tiny_digits, workers, caplog):
+    """The same weights, to the last bit, as those of a run on a folder without the files."""
+    damaged, cleaned = tmp_path / "damaged", tmp_path / "cleaned"
+    for root in (damaged, cleaned):
+        shutil.copytree(tiny_digits, root)
+        for split in ("train", "val"):
+            bad = min((root / split / "1").iterdir())
+            bad.write_bytes(b"no image") if root == damaged else bad.unlink()
+    weights = []
+    for root in (damaged, cleaned):
+        skip = root == damaged
+        training = build(tiny_config(root, tmp_path / f"run_{skip}", epochs=1, workers=workers, skip_unreadable=skip))
+        fit(training)
+        weights.append(training.state.model.state_dict())
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+    left_out = [record.message for record in caplog.records if record.message.startswith("left out")]
+    assert len(left_out) == 2
+    assert all("cannot be read as an image" in message for message in left_out)
+
+
+def test_a_data_set_without_readable_images_is_refused(tmp_path, tiny_digits):
+    root = tmp_path / "digits"
+    shutil.copytree(tiny_digits, root)
+    for path in (root / "train").rglob("*.png"):
+        path.write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"none of the .* images can be read"):
+        build(tiny_config(root, tmp_path / "run", workers=0, skip_unreadable=True))

@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset
 
 from localvit.data.digits import write_digits
 from localvit.data.folders import scan_folder
-from localvit.data.images import DataError, DatasetImages, Images
+from localvit.data.images import DataError, DatasetImages, Images, to_rgb
 from localvit.data.inaturalist import inaturalist
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def open_images(data_set: str, data_path: Path | None, *, split: str = "val", in
     name = data_set.upper()
     if name == "DIGITS":
         folder = write_digits(data_path or default_digits_folder())
-        return _open_folder(folder / split)
+        return _open_folder(folder / split, is_split=True)
     if "/" not in data_set and name not in NAMES:
         close = difflib.get_close_matches(name, NAMES, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
@@ -61,9 +61,10 @@ def open_images(data_set: str, data_path: Path | None, *, split: str = "val", in
     if name == "IMNET":
         if not (data_path / split).is_dir():
             raise DataError(f"{data_path} has no {split}/ folder; use --data-set FOLDER for a folder of class folders")
-        return _open_folder(data_path / split)
+        return _open_folder(data_path / split, is_split=True)
     if name in ("IMNET-A", "IMNET-R", "FOLDER"):
-        return _open_folder(data_path / split if (data_path / split).is_dir() else data_path)
+        is_split = (data_path / split).is_dir()
+        return _open_folder(data_path / split if is_split else data_path, is_split=is_split)
     if name in ("CIFAR", "CIFAR10"):
         return _open_cifar(name, data_path, split)
     if name in ("INAT", "INAT19"):
@@ -71,8 +72,8 @@ def open_images(data_set: str, data_path: Path | None, *, split: str = "val", in
     return _open_timm(data_set, data_path, split)
 
 
-def _open_folder(folder: Path) -> Images:
-    images, warnings = scan_folder(folder)
+def _open_folder(folder: Path, *, is_split: bool) -> Images:
+    images, warnings = scan_folder(folder, is_split=is_split)
     for warning in warnings:
         logger.warning(warning)
     return images
@@ -130,7 +131,7 @@ def _stream_to_memory(dataset: IterableDataset, title: str) -> Images:
     files, labels = [], []
     for image, label in dataset:
         packed = io.BytesIO()
-        image.convert("RGB").save(packed, format="PNG", compress_level=1)
+        to_rgb(image).save(packed, format="PNG", compress_level=1)
         files.append(packed.getvalue())
         labels.append(int(label))
     if not files:

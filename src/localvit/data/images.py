@@ -1,5 +1,6 @@
 """Indexed images from files and data sets, and how an image is decoded."""
 
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ class DataError(ValueError):
 
 
 class UnreadableImage(ValueError):
-    """An image that cannot be decoded. The message names the file and the decoder's reason."""
+    """An image that cannot be decoded or transformed. The message names the file and the reason."""
 
 
 class ImageSequence(ABC):
@@ -102,8 +103,24 @@ class DatasetImages(Images):
 
 def open_image(path: str | Path) -> Image.Image:
     """Decode an image file to RGB; of an animation, its first frame. Raises the decoder's exceptions."""
-    with Image.open(path) as image:
+    with open_file(path) as image:
         return to_rgb(image)
+
+
+def open_file(path: str | Path) -> Image.Image:
+    """Open an image file to read its header; its pixels are decoded when they are used.
+
+    Raises the decoder's exceptions, and ValueError for what is not a regular file, which PIL could wait for without
+    end, and for PostScript, which PIL has another program run.
+    """
+    mode = Path(path).stat().st_mode
+    if not stat.S_ISREG(mode):
+        raise ValueError("a named pipe, not a file" if stat.S_ISFIFO(mode) else "not a regular file")
+    image = Image.open(path)
+    if image.format == "EPS":
+        image.close()
+        raise ValueError("PostScript, which is a program; convert it to pixels")
+    return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -119,16 +136,24 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def load_image(images: ImageSequence, index: int) -> Image.Image:
-    """Decode one image to RGB. Raises UnreadableImage, with the image's name, if PIL cannot decode it."""
+    """Decode one image to RGB. Raises UnreadableImage, with the image's name, if that fails for any reason."""
     try:
         return images.load(index)
     except UnreadableImage:
         raise
     except FileNotFoundError as error:
         raise UnreadableImage(f"{_location(images, index)}: no such file") from error
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UnreadableImage(f"{_location(images, index)}: cannot be read as an image ({reason})") from error
+    except Exception as error:  # decoders raise any type for a damaged file: RuntimeError, struct.error, MemoryError
+        raise UnreadableImage(f"{_location(images, index)}: cannot be read as an image ({_reason(error)})") from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error's message, with the type of an error that is not for a person."""
+    lines = str(error).strip().splitlines()
+    kind = type(error).__name__
+    if not lines:
+        return kind
+    return lines[0] if isinstance(error, OSError | ValueError | SyntaxError) else f"{kind}: {lines[0]}"
 
 
 def _location(images: ImageSequence, index: int) -> str:
@@ -137,7 +162,7 @@ def _location(images: ImageSequence, index: int) -> str:
 
 
 class PreparedImages(Dataset):
-    """Images transformed for a model. Item i is (i, tensor (C, H, W)), or (i, reason) if the image is unreadable."""
+    """Images transformed for a model. Item i is (i, tensor (C, H, W)), or (i, reason) if the image cannot be used."""
 
     def __init__(self, images: ImageSequence, transform: Callable[[Image.Image], Tensor]) -> None:
         self.images = images
@@ -149,6 +174,11 @@ class PreparedImages(Dataset):
     def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
         # The reason instead of an exception, because one raised in a worker process arrives as a traceback.
         try:
-            return index, self.transform(load_image(self.images, index))
+            image = load_image(self.images, index)
         except UnreadableImage as error:
             return index, str(error)
+        try:
+            return index, self.transform(image)
+        except Exception as error:  # such as MemoryError, or a size that an operation cannot have
+            name, size = _location(self.images, index), f"{image.width} x {image.height} pixels"
+            return index, f"{name}: cannot be prepared for the model, {size} ({_reason(error)})"

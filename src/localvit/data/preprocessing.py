@@ -8,6 +8,9 @@ from PIL import Image
 from timm.data import create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
+from torchvision import transforms
+
+from localvit.data.resized_crop import ResizedCrop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +67,7 @@ class Preprocessing:
 
     def transform(self) -> Callable[[Image.Image], Tensor]:
         """timm's evaluation transform: from a PIL image to a normalized float32 tensor (3, H, W)."""
-        return create_transform(
+        steps = create_transform(
             (3, *self.input_size),
             is_training=False,
             use_prefetcher=False,
@@ -73,7 +76,10 @@ class Preprocessing:
             interpolation=self.interpolation,
             mean=self.mean,
             std=self.std,
-        )
+        ).transforms
+        if isinstance(steps[1], transforms.CenterCrop):
+            steps[:2] = [ResizedCrop(*steps[:2])]
+        return transforms.Compose(steps)
 
     def __str__(self) -> str:
         height, width = self.input_size

@@ -217,5 +217,5 @@ def _collate(items: Sequence[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor]
 
 def _checked(batch: tuple[Tensor, Tensor] | str) -> tuple[Tensor, Tensor]:
     if isinstance(batch, str):
-        raise UnreadableImage(batch)
+        raise UnreadableImage(f"{batch}; --skip-unreadable leaves such images out")
     return batch

@@ -15,7 +15,7 @@ from PIL import Image
 from PIL.ExifTags import Base
 from torch.utils.data import DataLoader, Dataset
 
-from localvit.data.images import FileImages, UnreadableImage, load_image, to_rgb
+from localvit.data.images import FileImages, UnreadableImage, load_image, open_file, to_rgb
 from localvit.data.workers import init_worker, iterate_batches
 from localvit.dataset_check.near_duplicates import THUMBNAIL_SIDE, perceptual_hash
 
@@ -76,8 +76,13 @@ def pixel_digests(images: FileImages, indices: Sequence[int], workers: int) -> l
         UnreadableImage: An image can no longer be read.
         RuntimeError: A worker process died.
     """
-    batches = _batches(_PixelDigests(images), indices, list, workers, lambda done: None)
-    return [digest for batch in batches for digest in batch]
+    digests = []
+    for batch in _batches(_PixelDigests(images), indices, list, workers, lambda done: None):
+        for digest in batch:
+            if isinstance(digest, str):
+                raise UnreadableImage(digest)
+            digests.append(digest)
+    return digests
 
 
 class _FilesWithMetadata(FileImages):
@@ -88,10 +93,10 @@ class _FilesWithMetadata(FileImages):
 
     def load(self, index: int) -> Image.Image:
         assert self.root is not None
-        with Image.open(self.root / self.paths[index]) as opened:
+        with open_file(self.root / self.paths[index]) as opened:
             image = to_rgb(opened)
             self.rotated = _orientation(opened) in range(2, 9)
-            self.ignored = ", ".join(_ignored_contents(opened))
+            self.ignored = _ignored_contents(opened)
         return image
 
 
@@ -102,16 +107,19 @@ def _orientation(opened: Image.Image) -> int | None:
         return None
 
 
-def _ignored_contents(opened: Image.Image) -> list[str]:
+def _ignored_contents(opened: Image.Image) -> str:
     ignored = []
-    if opened.has_transparency_data and opened.convert("RGBA").getchannel("A").getextrema()[0] != 255:
-        ignored.append("transparency")
-    # Phones save a photograph and its preview as MPO.
-    if getattr(opened, "is_animated", False) and opened.format != "MPO":
-        ignored.append("all frames but the first")
+    try:
+        if opened.has_transparency_data and opened.convert("RGBA").getchannel("A").getextrema()[0] != 255:
+            ignored.append("transparency")
+        # Phones save a photograph and its preview as MPO.
+        if getattr(opened, "is_animated", False) and opened.format != "MPO":
+            ignored.append("all frames but the first")
+    except Exception:  # damage after the first frame, which training does not read
+        ignored.append("damaged contents after the first frame")
     if opened.mode.startswith("I;16"):
         ignored.append("the lower 8 of 16 bits")
-    return ignored
+    return ", ".join(ignored)
 
 
 class _InspectedImages(Dataset):
@@ -128,7 +136,7 @@ class _InspectedImages(Dataset):
                 image = load_image(self.images, index)
             except UnreadableImage as error:
                 path = self.images.root / self.images.paths[index]  # type: ignore[operator]
-                empty = path.exists() and path.stat().st_size == 0
+                empty = path.is_file() and path.stat().st_size == 0
                 reason = "an empty file" if empty else str(error).removeprefix(f"{path}: ")
                 return reason, np.zeros(4, np.uint64), 0.0
         thumbnail = _thumbnail(image)
@@ -157,11 +165,16 @@ def _collate(
 
 
 class _PixelDigests(Dataset):
+    """For each image, the digest of its size and pixels, or the reason it is unreadable."""
+
     def __init__(self, images: FileImages) -> None:
         self.images = images
 
-    def __getitem__(self, index: int) -> bytes:
-        image = load_image(self.images, index)
+    def __getitem__(self, index: int) -> bytes | str:
+        try:
+            image = load_image(self.images, index)
+        except UnreadableImage as error:  # raised by the parent, because from a worker it arrives as a traceback
+            return str(error)
         return hashlib.sha256(str(image.size).encode() + image.tobytes()).digest()
 
 

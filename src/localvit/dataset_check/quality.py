@@ -10,6 +10,8 @@ from localvit.dataset_check.near_duplicates import FLAT
 
 SMALL_SIDE = 32
 """An image with a shorter side below this many pixels is small, if the median is more than twice as long."""
+INPUT_SIDE = 224
+"""Input size of most models, in pixels."""
 LARGE_PIXELS = 4096 * 4096
 """Number of pixels above which decoding an image takes longer than training on it."""
 ELONGATED = 4
@@ -32,6 +34,9 @@ def image_findings(paths: Sequence[str], inspection: Inspection) -> list[Finding
             continue
         for name, note in _problems(facts, contrast, median_side):
             locations[name].append(Location((path,), note))
+    if sizes and median_side <= SMALL_SIDE:
+        note = f"the median of the shorter sides is {median_side:g} pixels"
+        locations["small-for-most-models"].append(Location((".",), note))
     return [
         finding
         for name, (severity, title, advice) in _IMAGE_FINDINGS.items()
@@ -62,13 +67,21 @@ _IMAGE_FINDINGS: dict[str, tuple[Severity, str, str]] = {
     "unreadable": (
         "error",
         "unreadable images",
-        "Training stops at the first of them. Download them again, or delete them.",
+        "Training stops at the first of them, unless it is told to --skip-unreadable. Download them again, or delete "
+        "them.",
     ),
     "small": (
         "warning",
         "images much smaller than the others",
         "They are blurred when enlarged to the model's input size. Often they are thumbnails or icons that were "
         "included by mistake. Look at them.",
+    ),
+    "small-for-most-models": (
+        "warning",
+        f"data sets of images of at most {SMALL_SIDE} pixels",
+        f"A model with an input of {INPUT_SIDE} x {INPUT_SIDE} pixels, as most have, sees them enlarged "
+        f"{INPUT_SIDE // SMALL_SIDE} times or more, which costs time and shows nothing new. Use a model for small "
+        "images, such as localvit_nano_patch4_32, or --input-size.",
     ),
     "large": (
         "warning",

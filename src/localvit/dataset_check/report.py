@@ -40,7 +40,10 @@ class CheckReport:
         return sum(finding.severity == severity for finding in self.findings)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain values, for JSON. Paths are relative to the checked folder."""
+        """The report as plain values, for JSON. Paths are relative to the checked folder.
+
+        `errors` and `warnings` are numbers of findings; each finding has the `count` of its locations.
+        """
         return {
             "folder": str(self.root),
             "images": {split: sum(classes.values()) for split, classes in self.counts.items()},

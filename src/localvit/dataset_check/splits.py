@@ -1,20 +1,14 @@
 """The folder layout of a data set: its splits, and the files and folders that are not read."""
 
-import mimetypes
-import os
-import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
-from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
-from localvit.data.folders import scan_folder
+from localvit.data.class_folders import SPLITS, ScannedFolder, folders_beside_splits, is_validation_name, read_folder
+from localvit.data.image_files import image_extensions, looks_like_image, walk_visible
 from localvit.data.images import DataError, FileImages
-from localvit.dataset_check.findings import Finding, Location, finding_at
+from localvit.dataset_check.findings import Finding, Location, Severity, finding_at
 
-SPLITS = ("train", "val", "test")
 UNSPLIT = "all"
 """Name of the only split of a folder that contains class folders directly."""
 
@@ -49,14 +43,15 @@ def open_splits(root: Path) -> tuple[dict[str, FileImages], list[Finding]]:
         raise DataError(f"{root} is a file, not a folder of images" if root.exists() else f"no folder {root}")
     named = {name: root / name for name in SPLITS if (root / name).is_dir()}
     folders = named if {"train", "val"} & set(named) else {UNSPLIT: root}
-    splits: dict[str, FileImages] = {}
+    scans: dict[str, ScannedFolder] = {}
     findings = [] if UNSPLIT in folders else _split_findings(root, folders)
     for name, folder in folders.items():
         try:
-            splits[name], _ = scan_folder(folder)
+            scans[name] = read_folder(folder, is_split=name != UNSPLIT)
         except (DataError, OSError) as error:
             findings += _unusable_split(name, error)
-    return splits, findings + _skipped_findings(root, folders)
+    findings += _doubtful_classes(scans) + _skipped_findings(root, folders, scans)
+    return {name: scanned.images for name, scanned in scans.items()}, findings
 
 
 def _unusable_split(split: str, error: Exception) -> list[Finding]:
@@ -68,21 +63,48 @@ def _unusable_split(split: str, error: Exception) -> list[Finding]:
     return finding_at("error", "no-images", title, "Training cannot start.", locations)
 
 
+def _doubtful_classes(scans: Mapping[str, ScannedFolder]) -> list[Finding]:
+    """Find folders that are not read as classes, and class folders that may be the parents of the true ones."""
+    not_classes, nested = [], []
+    for split, scanned in scans.items():
+        for name, why in scanned.not_classes.items():
+            not_classes.append(Location((join_split(split, name),), f"it {why}"))
+        if scanned.nested and len(set(scanned.images.labels)) > 1:
+            nested.append(Location((join_split(split, scanned.nested),)))
+    return [
+        *finding_at(
+            "warning",
+            "not-classes",
+            "folders that are not read as classes",
+            "Training does not read them either. Move them elsewhere.",
+            not_classes,
+        ),
+        *finding_at(
+            "warning",
+            "nested-classes",
+            "splits with all images in subfolders of the class folders",
+            "If these subfolders are the classes, check and train on the folder that contains them.",
+            nested,
+        ),
+    ]
+
+
 def _split_findings(root: Path, folders: Mapping[str, Path]) -> list[Finding]:
     """Find missing splits, and folders beside the splits."""
     findings = []
     if "train" not in folders:
         advice = f"There is nothing to train on. To check val only, give the folder {root / 'val'}."
         findings += finding_at("error", "no-train", "no train/ folder", advice, [Location((".",))])
+    others = folders_beside_splits(root)
     if "val" not in folders:
+        other_names = [name for name in others if is_validation_name(name)]
         advice = (
-            f"There is nothing to evaluate on. Create a val/ folder, or train on {root / 'train'}: if a folder "
-            "contains the class folders directly, part of each class is used for validation."
+            f"Training cannot start, because {other_names[0]}/ would not be read. Rename it to val."
+            if other_names
+            else "Training uses part of each class in train/ for validation. Create val/ to choose the images."
         )
-        findings += finding_at("error", "no-val", "no val/ folder", advice, [Location((".",))])
-    others = sorted(
-        entry.name for entry in root.iterdir() if entry.is_dir() and entry.name[0] != "." and entry.name not in folders
-    )
+        severity: Severity = "error" if other_names else "warning"
+        findings += finding_at(severity, "no-val", "no val/ folder", advice, [Location((".",))])
     advice = f"Only {', '.join(SPLITS)} are read. Rename the folder if it is meant to be one of them."
     locations = [Location((name,)) for name in others]
     return findings + finding_at("warning", "beside-splits", "folders beside the splits", advice, locations)
@@ -103,20 +125,20 @@ _SKIPPED = {
     ),
     "other-extensions": (
         "files that seem to be images, skipped because of their extension",
-        f"Only {', '.join(IMG_EXTENSIONS)} are read. Convert the files, or rename those with a wrong extension.",
+        f"Only {', '.join(image_extensions())} are read. Convert the files, or rename those with a wrong extension.",
     ),
 }
 
 
-def _skipped_findings(root: Path, folders: Mapping[str, Path]) -> list[Finding]:
-    """Find what `scan_folder` skips although it may have been meant to be used."""
+def _skipped_findings(root: Path, folders: Mapping[str, Path], scans: Mapping[str, ScannedFolder]) -> list[Finding]:
+    """Find what `read_folder` skips although it may have been meant to be used."""
     paths: dict[str, list[Path]] = defaultdict(list)
     if UNSPLIT not in folders:
         paths["outside-classes"] += [
             path for path in sorted(root.iterdir()) if path.is_file() and _has_image_extension(path.name)
         ]
-    for folder in folders.values():
-        for name, path in _skipped(folder):
+    for split, folder in folders.items():
+        for name, path in _skipped(folder, scans[split].not_classes if split in scans else ()):
             paths[name].append(path)
     findings = []
     for name, (title, advice) in _SKIPPED.items():
@@ -125,40 +147,24 @@ def _skipped_findings(root: Path, folders: Mapping[str, Path]) -> list[Finding]:
     return findings
 
 
-def _skipped(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Files and folders of a split that are not read, each with the name of its finding."""
-    visited = set()
-    for directory, subdirectories, files in os.walk(folder, followlinks=True):
-        if (target := Path(directory).resolve()) in visited:  # a link to a parent folder would loop forever
-            subdirectories.clear()
-            continue
-        visited.add(target)
-        yield from (("hidden-folders", Path(directory, name)) for name in sorted(subdirectories) if name[0] == ".")
-        subdirectories[:] = sorted(name for name in subdirectories if name[0] != ".")
+def _skipped(folder: Path, not_classes: Collection[str]) -> Iterator[tuple[str, Path]]:
+    """Files and folders of a split that are not read, each with the name of its finding, except in `not_classes`."""
+    for directory, files in walk_visible(folder, without=not_classes):
+        yield from (("hidden-folders", path) for path in _hidden_folders(Path(directory)))
         in_class = Path(directory) != folder
-        for name in sorted(files):
+        for name in files:
             path = Path(directory, name)
             if name.startswith("._"):  # macOS stores file attributes there, with the same extension
                 continue
             if _has_image_extension(name) and (name[0] == "." or not in_class):
                 yield "hidden-files" if name[0] == "." else "outside-classes", path
-            elif in_class and name[0] != "." and not _has_image_extension(name) and _may_be_image(path):
+            elif in_class and name[0] != "." and not _has_image_extension(name) and looks_like_image(path):
                 yield "other-extensions", path
 
 
+def _hidden_folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.name[0] == "." and path.is_dir())
+
+
 def _has_image_extension(name: str) -> bool:
-    return name.lower().endswith(IMG_EXTENSIONS)
-
-
-def _may_be_image(path: Path) -> bool:
-    """Whether a file seems to be an image, by its extension or, for PIL, by its first bytes."""
-    kind, _ = mimetypes.guess_type(path.name)
-    if kind is not None and kind.startswith("image/"):
-        return True
-    if not path.is_file():  # a broken link, or a pipe, which would block
-        return False
-    try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path) as opened:
-            return Image.MIME.get(opened.format or "", "").startswith("image/")
-    except Exception:  # PIL raises many types for arbitrary bytes
-        return False
+    return name.lower().endswith(image_extensions())

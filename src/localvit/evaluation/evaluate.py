@@ -174,7 +174,8 @@ def _combine(
 ) -> Evaluation:
     """The rows of all processes, in the data set's order."""
     if not rows:
-        raise ValueError(f"no image could be evaluated ({len(skipped)} unreadable)")
+        example = f", such as {skipped[0]}" if skipped else ""
+        raise ValueError(f"no image could be evaluated ({len(skipped)} unreadable{example})")
     order = sorted(rows)
     columns = [torch.stack(column) for column in zip(*(rows[index] for index in order), strict=True)]
     return Evaluation(

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -10,10 +11,12 @@ from timm.data import Mixup, auto_augment, create_transform
 from torch import Tensor
 from torchvision import transforms
 
+from localvit.data.class_folders import SPLITS, folders_beside_splits, is_validation_name
 from localvit.data.datasets import open_images
 from localvit.data.images import DataError, Images
 from localvit.data.preprocessing import Preprocessing
 from localvit.data.recorded_images import Record, check_recorded, recorded_images
+from localvit.data.resized_crop import ResizedCrop
 from localvit.data.split import split_images
 from localvit.data.training_batches import AugmentedImages, EpochSampler, TrainingBatches
 from localvit.train.config import TrainConfig
@@ -30,14 +33,17 @@ SMALL = 32
 def open_train_and_val(config: TrainConfig, record: Record | None = None) -> tuple[Images, Images]:
     """The training images and the validation images.
 
-    A FOLDER without train/ and val/ is split with the seed. All other data sets contain both. With the `record` of a
+    A FOLDER without val/ is split with the seed. All other data sets contain both. With the `record` of a
     run that is resumed, only its images are used, and remain in the same split. Raises DataError.
     """
+    if config.data_set.upper() == "FOLDER" and config.data_path and (config.data_path / "train").is_dir():
+        _report_unread_folders(config.data_path)
 
     def images_of(split: str) -> Images:
         return open_images(config.data_set, config.data_path, split=split, inat_category=config.inat_category)
 
     train_images = images_of("train")
+    _check_several_classes(train_images, config)
     if config.data_set.upper() == "FOLDER" and config.data_path and not (config.data_path / "val").is_dir():
         if record:
             return _recorded(config, train_images, train_images, record)
@@ -69,6 +75,33 @@ def samples_per_epoch(config: TrainConfig, images: Images) -> int:
     """The number of training images in an epoch of each process, before they are divided into batches."""
     repeats = REPEATS if config.repeated_aug else 1
     return len(EpochSampler(len(images), config.seed, repeats=repeats, num_processes=world_size()))
+
+
+def _report_unread_folders(root: Path) -> None:
+    """Log the folders beside train/ that are not read. Raises DataError for another name of val/."""
+    unread = folders_beside_splits(root)
+    if not (root / "val").is_dir():
+        for name in filter(is_validation_name, unread):
+            raise DataError(f"{root / name} would not be read: rename it to val, or move it elsewhere")
+    if unread:
+        logger.warning(
+            f"{root} contains folders beside {', '.join(SPLITS)}, which are not read: {', '.join(unread[:5])}"
+            f"{', ...' if len(unread) > 5 else ''}"
+        )
+
+
+def _check_several_classes(images: Images, config: TrainConfig) -> None:
+    """Raise DataError if all images are of one class."""
+    labels = set(images.labels)
+    if len(labels) != 1:
+        return
+    (label,) = labels
+    name = images.class_names[label] if images.class_names else str(label)
+    advice = f": if {images.root / name} contains the class folders, give it as --data-path" if images.root else ""
+    raise DataError(
+        f"all images of {config.data_path or config.data_set} are of one class, {name}, so a model is always right"
+        f"{advice or '; add images of other classes'}"
+    )
 
 
 def training_batches(
@@ -120,7 +153,7 @@ def augmentation(
     steps = [*geometry.transforms, *color.transforms, *tensor.transforms]
     if max(size) <= SMALL:
         resize = transforms.Resize(min(size), transforms.InterpolationMode.BICUBIC)
-        steps[:1] = [resize, transforms.RandomCrop(size, padding=4, pad_if_needed=True)]
+        steps[:1] = [ResizedCrop(resize, transforms.RandomCrop(size, padding=4, pad_if_needed=True))]
     return transforms.Compose(steps)
 
 

@@ -13,6 +13,7 @@ from localvit.checkpoints import make_header, versions
 from localvit.data.classes import match_classes
 from localvit.data.images import Images
 from localvit.data.preprocessing import Preprocessing
+from localvit.data.readable import leave_out_unreadable
 from localvit.data.recorded_images import Record, image_keys
 from localvit.data.training_batches import TrainingBatches
 from localvit.inference.runner import InferenceOptions
@@ -158,6 +159,10 @@ def build(config: TrainConfig, *, criterion: Loss | None = None, resume: str | N
             }
         }
     )
+    if config.skip_unreadable:
+        train_images, val_images = (
+            leave_out_unreadable(images, config.workers) for images in (train_images, val_images)
+        )
     config = derive_settings(config, samples_per_epoch(config, train_images))
     training = run_on_all_ranks(lambda: _assemble(config, device, train_images, val_images, record, start, criterion))
     if start.entries is not None:

@@ -49,6 +49,9 @@ class DataSettings(SettingsGroup):
     """Level of the taxonomy used as the label in INAT and INAT19."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
     """Fraction of each class to evaluate on when FOLDER has no val/; the seed determines the split."""
+    skip_unreadable: bool = False
+    """Read all images once before training, and leave out and list the unreadable ones, instead of stopping at the
+    first."""
 
 
 class ModelSettings(SettingsGroup):

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from PIL import Image
 from torch import Tensor
 
+from localvit.data.images import open_image
 from localvit.evaluation.evaluate import Evaluation
 from localvit.evaluation.metrics import Bin, ClassMetrics, correct_images, count_mistakes, rank_pairs
 
@@ -185,8 +185,7 @@ def _thumbnail(path: str, dataset_root: Path | None) -> str:
         return "no thumbnail: the data set is not a folder"
     jpeg = io.BytesIO()
     try:
-        with Image.open(dataset_root / path) as file:
-            image = file.convert("RGB")
+        image = open_image(dataset_root / path)
         image.thumbnail((THUMBNAIL, THUMBNAIL))
         image.save(jpeg, "JPEG", quality=85)
     except FileNotFoundError:
