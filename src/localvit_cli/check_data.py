@@ -18,7 +18,7 @@ from localvit.dataset_check.report import CheckReport, check_folder
 from localvit.utils.tables import format_table, wrap_text
 from localvit_cli import UsageError
 from localvit_cli.console import progress
-from localvit_cli.prediction_formats import printable
+from localvit_cli.streams import printable
 
 logger = logging.getLogger(__name__)
 

@@ -11,6 +11,8 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from localvit_cli.streams import printable_lines
+
 _LOGGERS = ("localvit", "localvit_cli")
 _SECONDS_BETWEEN_LINES = 10
 
@@ -34,7 +36,7 @@ class _Handler(logging.Handler):
             return
         try:
             level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-            print(f"{level}{self.format(record)}", file=sys.stderr, flush=True)
+            print(printable_lines(f"{level}{self.format(record)}"), file=sys.stderr, flush=True)
         except Exception:
             self.handleError(record)
 

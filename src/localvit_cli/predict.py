@@ -1,6 +1,5 @@
 """`localvit predict`: the classes of images."""
 
-import io
 import logging
 import sys
 from collections.abc import Iterator
@@ -18,7 +17,8 @@ from localvit.utils.files import atomic_write
 from localvit_cli import UsageError
 from localvit_cli.console import progress
 from localvit_cli.eval import InferenceFlags, image_size
-from localvit_cli.prediction_formats import WRITERS, printable
+from localvit_cli.prediction_formats import WRITERS
+from localvit_cli.streams import printable
 from localvit_cli.tyro_rules import optional
 
 logger = logging.getLogger(__name__)
@@ -82,8 +82,6 @@ class Predict:
 def _open_output(output: Path | None) -> Iterator[TextIO]:
     """Standard output, or a file that is written atomically. Names that are not valid UTF-8 are written escaped."""
     if output is None:
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="backslashreplace")
         yield sys.stdout
         sys.stdout.flush()
         return
