@@ -71,6 +71,8 @@ class LoadedModel:
     """How its images are prepared."""
     description: str
     """What was loaded from where."""
+    about: dict[str, Any] = field(default_factory=dict)
+    """What else its checkpoint says: versions, the settings and metrics of its run."""
 
     def __str__(self) -> str:
         return f"{self.description}; {self.preprocessing}"
@@ -134,6 +136,7 @@ def load_model(
         class_names=model_class_names(model, loaded.class_names if loaded else None),
         preprocessing=preprocessing,
         description=f"{name}, {weights} weights of {loaded.path}" if loaded else f"{name}, released weights",
+        about=loaded.about if loaded else {},
     )
 
 

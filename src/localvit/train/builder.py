@@ -12,6 +12,7 @@ from torch import nn
 
 from localvit.checkpoints import make_header, versions
 from localvit.data.classes import match_classes
+from localvit.data.held_out import describe_held_out
 from localvit.data.images import Images
 from localvit.data.preprocessing import Preprocessing
 from localvit.data.training_batches import TrainingBatches
@@ -79,6 +80,7 @@ class Training:
     def describe(self) -> dict[str, Any]:
         """The description that checkpoints hold: the model, its classes and preprocessing, and the settings."""
         about = {"config": self.config.to_dict(), "images_per_step": self.images_per_step}
+        about |= describe_held_out(self.batches.images.images, self.val_images)
         return make_header(self.state.model, self.class_names, self.preprocessing.to_dict(), about)
 
     def __repr__(self) -> str:
