@@ -80,10 +80,7 @@ def draw_comparison(runs: Mapping[str, Sequence[Sequence[Row]]], image: Path) ->
     Raises:
         ValueError: if there is no run, or there are more names than line styles.
     """
-    if not runs:
-        raise ValueError("there is no finished epoch to plot")
-    if len(runs) > len(_STYLES):
-        raise ValueError(f"one plot shows at most {len(_STYLES)} lines, not {len(runs)}; name fewer runs")
+    check_number_of_lines(len(runs))
     ends = {name: [rows[-1]["test_acc1"] for rows in logs] for name, logs in runs.items()}
     ranked = sorted(runs, key=lambda name: -sum(ends[name]) / len(ends[name]))
     labels = {name: f"{name}: {_range(ends[name])}" for name in runs}
@@ -116,6 +113,14 @@ def draw_comparison(runs: Mapping[str, Sequence[Sequence[Row]]], image: Path) ->
         loc="outside lower center", ncols=ncols, frameon=False, fontsize=9, handlelength=3, title="Acc@1 (%) at the end"
     )
     return _save(figure, image)
+
+
+def check_number_of_lines(number: int) -> None:
+    """Raise ValueError if `draw_comparison` cannot show so many lines."""
+    if not number:
+        raise ValueError("there is no finished epoch to plot")
+    if number > len(_STYLES):
+        raise ValueError(f"one plot shows at most {len(_STYLES)} lines, not {number}; name fewer runs")
 
 
 def _range(values: Sequence[float]) -> str:
