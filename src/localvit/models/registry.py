@@ -54,6 +54,8 @@ class ModelInfo:
     """What the paper calls it; None for a model of this package only."""
     parameters: int
     """Number of parameters, frozen ones included."""
+    multiply_adds: int | None = None
+    """Number of multiply-adds for one image of `input_size`, counted by `localvit.inference.cost`; None if unknown."""
     file: str | None = None
     """The released file with the weights, if there is one. No checksum was published."""
     acc1: float | None = None

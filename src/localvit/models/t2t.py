@@ -235,6 +235,7 @@ register_model(
         family=LocalT2T,
         args=_SEVEN,
         parameters=4_385_386,
+        multiply_adds=1_153_637_376,
     )
 )
 register_model(
@@ -245,5 +246,6 @@ register_model(
         family=LocalT2T,
         args=_SEVEN | {"local_blocks": ()},
         parameters=4_310_222,
+        multiply_adds=1_146_863_616,
     )
 )
