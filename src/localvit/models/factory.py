@@ -2,13 +2,14 @@
 
 import difflib
 from collections.abc import Mapping
+from http.client import HTTPException
 from typing import Any
 
 import timm
 from timm.models import PretrainedCfg
 from torch import nn
 
-from localvit.models.registry import build, find_model, list_models
+from localvit.models.registry import DownloadError, build, find_model, list_models
 from localvit.surgery.localize import localize_with_options
 
 NOT_ARCHITECTURE = frozenset(
@@ -57,7 +58,7 @@ def create_model(
         tag = name.partition(".")[2]
         model = build(info, pretrained, **{"pretrained_cfg": tag or None} | kwargs)
     elif timm.is_model(name):
-        model = timm.create_model(name, pretrained=pretrained, **kwargs)
+        model = _create_with_timm(name, pretrained, kwargs)
     else:
         known = dict.fromkeys((*list_models(), *timm.list_models()))
         similar = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
@@ -68,3 +69,15 @@ def create_model(
         "args": {key: value for key, value in kwargs.items() if key not in NOT_ARCHITECTURE},
     }
     return model if localize is None else localize_with_options(model, localize, inplace=True)
+
+
+def _create_with_timm(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    """timm's model. Raises DownloadError, instead of the errors of several libraries, without a network."""
+    try:
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
+    except (OSError, HTTPException) as error:
+        cfg = timm.get_pretrained_cfg(name)
+        if not pretrained or cfg is None or kwargs.keys() & {"pretrained_cfg", "pretrained_cfg_overlay"}:
+            raise
+        url = f"https://huggingface.co/{cfg.hf_hub_id}" if cfg.hf_hub_id else str(cfg.url)
+        raise DownloadError(name, url, error) from error
