@@ -17,7 +17,11 @@ from localvit_cli import main
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems accept no such names")
 
 LATIN_1 = os.fsdecode(b"caf\xe9")
-CLASSES = [LATIN_1, "[red]x[/red]\x1b[31m\r", "中\nb"]
+SETTINGS = [
+    *("--model", "localvit_nano_patch4_32", "--model-args", "depth=1", "--data-set", "FOLDER", "--epochs", "1"),
+    *("--batch-size", "4", "--no-repeated-aug", "--warmup-epochs", "0", "--workers", "0", "--device", "cpu"),
+]
+CLASSES = [LATIN_1, "[red]x\x1b[31m\r", "中\nb"]
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +34,8 @@ def folder(tmp_path_factory) -> Path:
         for number in range(5):
             pixels = rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(root / "images" / name / f"{number}{LATIN_1}\x07.png")
-    flags = "--model localvit_nano_patch4_32 --model-args depth=1 --data-set FOLDER --epochs 1 --batch-size 4"
-    flags += " --no-repeated-aug --warmup-epochs 0 --workers 0 --device cpu --tensorboard"
     paths = ["--data-path", str(root / "images"), "--output-dir", str(root / "run")]
-    assert main(["train", *flags.split(), *paths]) == 0
+    assert main(["train", *SETTINGS, *paths]) == 0
     return root
 
 
@@ -44,12 +46,17 @@ def clean(text: str) -> bool:
 def test_training_writes_all_its_files(folder):
     names = {path.name for path in (folder / "run").iterdir()}
     assert {"best.safetensors", "last.safetensors", "checkpoint.pth", "config.yaml", "log.txt"} <= names
-    assert {"summary.md", "metrics.csv", "curves.png", "tensorboard"} <= names
-    assert any((folder / "run" / "tensorboard").iterdir())
+    assert {"summary.md", "metrics.csv", "curves.png"} <= names
     assert read_settings(folder / "run" / "config.yaml")["output_dir"] == str(folder / "run")
     assert read_checkpoint(folder / "run" / "best.safetensors").class_names == sorted(CLASSES)
     assert "caf\\udce9" in (folder / "run" / "summary.md").read_text(encoding="utf-8")
     assert main(["train", "--resume", "auto", "--output-dir", str(folder / "run"), "--epochs", "1"]) == 0
+
+
+def test_tensorboard_refuses_before_training_what_it_cannot_write(folder, capsys):
+    paths = ["--data-path", str(folder / "images"), "--output-dir", str(folder / "board")]
+    assert main(["train", *SETTINGS, *paths, "--tensorboard"]) == 1
+    assert "because that path is not valid UTF-8: choose another --output-dir" in capsys.readouterr().err
 
 
 def test_evaluation(folder, capsys):
