@@ -133,6 +133,7 @@ def render_page(
         weakest=weakest,
         # Of many classes with one image each, the first 20 that are wrong, or pairs that occur once, say nothing.
         all_zero=len(classes) > len(weakest) and all(row.images == 1 and not row.correct for row in weakest),
+        num_zero=sum(not row.correct for row in classes),
         num_pairs=len(pairs),
         pairs=_confused_pairs(evaluation.class_names, classes, mistakes)[:MAX_ROWS],
         only_single_pairs=len(pairs) > MAX_ROWS and mistakes[pairs[0]] == 1,
