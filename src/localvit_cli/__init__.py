@@ -6,7 +6,6 @@ It is a package of its own, so that `localvit --help` does not import torch, as 
 import argparse
 import difflib
 import importlib
-import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -16,6 +15,7 @@ import tyro
 
 from localvit_cli.allocator import keep_freed_memory
 from localvit_cli.console import log_to_stderr
+from localvit_cli.streams import OutputClosed, flushed_output, printable_lines, standard_streams
 
 COMMANDS = {
     "train": "Train a model from a recipe, a settings file and flags.",
@@ -47,9 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
-    name = _command_name(arguments)
 
     def parse_and_run() -> int | None:
+        name = _command_name(arguments)
         module = importlib.import_module(f"localvit_cli.{name.replace('-', '_')}")
         if name == "train":  # its defaults depend on the recipe among its arguments
             return module.parse(arguments[1:]).run()
@@ -88,19 +88,18 @@ def _command_name(arguments: Sequence[str]) -> str:
 def run(command: Callable[[], int | None], *, debug: bool) -> int:
     """Call `command`, print the error it may raise as one line, and return the exit status (see `main`)."""
     keep_freed_memory()
-    try:
-        with log_to_stderr():
-            return command() or 0
-    except KeyboardInterrupt:
-        print("localvit: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # The reader of the pipe stopped early, as `head` does. Python would fail again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except Exception as error:
-        if debug:
-            raise
-        message = str(error) or type(error).__name__
-        print(f"localvit: error: {message}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+    with standard_streams():
+        try:
+            with log_to_stderr(), flushed_output():
+                return command() or 0
+        except KeyboardInterrupt:
+            print("localvit: interrupted", file=sys.stderr)
+            return 130
+        except OutputClosed:
+            return 0
+        except Exception as error:
+            if debug:
+                raise
+            message = str(error) or type(error).__name__
+            print(printable_lines(f"localvit: error: {message}"), file=sys.stderr)
+            return 2 if isinstance(error, UsageError) else 1

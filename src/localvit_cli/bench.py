@@ -14,6 +14,7 @@ from localvit.bench.prepare import BenchOptions, prepare
 from localvit.bench.result import NOISE_LIMIT, BenchResult
 from localvit.bench.tables import as_text, as_values
 from localvit.utils.devices import DTYPES, choose_device
+from localvit.utils.files import check_writable
 from localvit_cli import UsageError
 from localvit_cli.console import progress
 from localvit_cli.eval import image_size
@@ -69,12 +70,14 @@ class Bench:
         draw = _drawing_function(self.plot) if self.plot else None  # errors must come before minutes of measuring
         measured = self._measure(options, size)
         self._check_noise(measured)
-        print(json.dumps(as_values(measured), indent=2) if self.json else as_text(measured), flush=True)
-        if draw and self.plot:
-            left_out = draw(measured, self.plot)
-            logger.info(f"plot: {self.plot}")
-            if left_out:
-                logger.info(f"not in the plot, as no accuracy is published: {', '.join(left_out)}")
+        try:
+            print(json.dumps(as_values(measured), indent=2) if self.json else as_text(measured), flush=True)
+        finally:  # the plot is drawn even if nobody reads the tables
+            if draw and self.plot:
+                left_out = draw(measured, self.plot)
+                logger.info(f"plot: {self.plot}")
+                if left_out:
+                    logger.info(f"not in the plot, as no accuracy is published: {', '.join(left_out)}")
 
     def _options(self) -> BenchOptions:
         try:
@@ -123,4 +126,5 @@ def _drawing_function(image: Path) -> Callable[[BenchResult, Path], list[str]]:
 
     if image.suffix.lower() not in FORMATS:
         raise UsageError(f"--plot {image} must end in {', '.join(FORMATS)}")
+    check_writable(image)
     return draw_speeds

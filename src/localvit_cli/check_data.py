@@ -3,7 +3,6 @@
 import io
 import json
 import logging
-import os
 import shutil
 import sys
 import textwrap
@@ -15,10 +14,11 @@ import tyro
 
 from localvit.dataset_check.findings import SEVERITIES, Finding, Severity
 from localvit.dataset_check.report import CheckReport, check_folder
+from localvit.utils.devices import cpu_cores
 from localvit.utils.tables import format_table, wrap_text
 from localvit_cli import UsageError
 from localvit_cli.console import progress
-from localvit_cli.prediction_formats import printable
+from localvit_cli.streams import printable
 
 logger = logging.getLogger(__name__)
 
@@ -43,18 +43,13 @@ class CheckData:
         """Check the folder and print the report."""
         if self.workers is not None and self.workers < 0:
             raise UsageError(f"--workers {self.workers} must not be negative")
-        workers = _cpu_cores() if self.workers is None else self.workers
+        workers = cpu_cores() if self.workers is None else self.workers
         logger.info(f"checking {self.folder}")
         report = check_folder(self.folder, workers=workers, progress=progress)
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")
         print(json.dumps(report.to_dict(), indent=2) if self.json else _text(report), flush=True)
         return 1 if report.count("error") else 0
-
-
-def _cpu_cores() -> int:
-    """Number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _text(report: CheckReport) -> str:

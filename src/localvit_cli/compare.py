@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -21,8 +21,10 @@ from localvit.train.compare import (
     shared_name,
 )
 from localvit.train.summary import setting_text
+from localvit.utils.files import check_writable
 from localvit.utils.tables import format_table
 from localvit_cli import UsageError
+from localvit_cli.streams import printable_lines
 from localvit_cli.tyro_rules import optional
 
 logger = logging.getLogger(__name__)
@@ -48,19 +50,26 @@ class Compare:
         if not self.runs:
             raise UsageError("no run given; give the folders of one or more runs, such as runs/*/")
         runs = read_runs(self.runs)
-        if self.plot:
-            _plot(runs, self.plot)
-        print(_as_json(runs, groups(runs)) if self.json else _as_text(runs, groups(runs)), flush=True)
+        draw = _drawing_function(runs, self.plot) if self.plot else None
+        try:
+            text = _as_json(runs, groups(runs)) if self.json else printable_lines(_as_text(runs, groups(runs)))
+            print(text, flush=True)
+        finally:  # the plot is drawn even if nobody reads the tables
+            if draw:
+                draw()
+                logger.info(f"plot: {self.plot}")
 
 
-def _plot(runs: list[Run], image: Path) -> None:
-    from localvit.train.curves import FORMATS, draw_comparison  # needs matplotlib, an extra
+def _drawing_function(runs: list[Run], image: Path) -> Callable[[], Path]:
+    """What draws the plot. Raises the errors that can be known before."""
+    from localvit.train.curves import FORMATS, check_number_of_lines, draw_comparison  # needs matplotlib, an extra
 
     if image.suffix.lower() not in FORMATS:
         raise UsageError(f"--plot {image} must end in {', '.join(FORMATS)}")
     grouped = group_by_settings([run for run in runs if run.rows])
-    draw_comparison({shared_name(same, runs): [run.rows for run in same] for same in grouped}, image)
-    logger.info(f"plot: {image}")
+    check_number_of_lines(len(grouped))
+    check_writable(image)
+    return lambda: draw_comparison({shared_name(same, runs): [run.rows for run in same] for same in grouped}, image)
 
 
 def _as_json(runs: list[Run], groups: list[Group]) -> str:

@@ -10,6 +10,8 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from localvit_cli.streams import printable_lines
+
 _LOGGERS = ("localvit", "localvit_cli")
 _SECONDS_BETWEEN_LINES = 10
 
@@ -33,7 +35,7 @@ class _Handler(logging.Handler):
             return
         try:
             level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-            print(f"{level}{self.format(record)}", file=sys.stderr, flush=True)
+            print(printable_lines(f"{level}{self.format(record)}"), file=sys.stderr, flush=True)
         except Exception:
             self.handleError(record)
 
@@ -63,13 +65,14 @@ def _is_first_process() -> bool:
 
 
 @contextmanager
-def progress(title: str, total: int, unit: str = "images") -> Iterator[Advance]:
+def progress(title: str, total: int, unit: str = "images", *, processes: int = 1) -> Iterator[Advance]:
     """Show progress: a bar with rate and time left on a terminal, otherwise a line every 10 seconds.
 
     Args:
         title: What is being done, such as "train".
-        total: Number of items to do.
+        total: Number of items to do, by all processes.
         unit: What the items are.
+        processes: Number of processes that share the items, if each counts its own.
 
     Yields a function to call with the number of items finished since the last call.
     """
@@ -77,9 +80,21 @@ def progress(title: str, total: int, unit: str = "images") -> Iterator[Advance]:
         yield lambda done, note="": None
     elif sys.stderr.isatty():
         with _bar(title, total, unit) as advance:
-            yield advance
+            yield _for_all(advance, total, processes)
     else:
-        yield _lines(title, total, unit)
+        yield _for_all(_lines(title, total, unit), total, processes)
+
+
+def _for_all(advance: Advance, total: int, processes: int) -> Advance:
+    """Count each item of this process for all of them: every process has the same number, up to one."""
+    finished = 0
+
+    def advance_all(done: int, note: str = "") -> None:
+        nonlocal finished
+        before, finished = finished, min(finished + done * processes, total)
+        advance(finished - before, note)
+
+    return advance_all
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from localvit.train.run_folder import CONFIG, LAST, contains_run, remove_run
 from localvit.train.trackers import CURVES
 from localvit_cli.eval import Eval
 from localvit_cli.predict import Predict
+from localvit_cli.streams import printable
 from localvit_cli.train import run_training
 from localvit_cli.tyro_rules import optional
 
@@ -34,7 +35,7 @@ class Demo:
     """Seed of the run."""
 
     def run(self) -> None:
-        """Run the demo. Raises RuntimeError if the accuracy is lower than expected."""
+        """Run the demo. Raises RuntimeError if the accuracy is lower than expected, and SystemExit as `run_demo`."""
         # The number of threads affects rounding. With one, a seed gives the same result on any number of cores.
         torch.set_num_threads(1)
         data_path = self.data_path or default_digits_folder()
@@ -47,21 +48,24 @@ class Demo:
 def run_demo(config: TrainConfig) -> float:
     """Train on digits, evaluate the last checkpoint, predict with it, and print where the files are. Returns Acc@1.
 
-    Raises FileExistsError if the output folder contains a run that is not an earlier demo.
+    Raises FileExistsError if the output folder contains a run that is not an earlier demo, and SystemExit, with the
+    status of the training, if a signal stopped it.
     """
     assert config.data_path is not None
     if contains_run(config.output_dir) and not _is_demo(config):
         raise FileExistsError(f"{config.output_dir} contains another run than a demo: choose another --output-dir")
     remove_run(config.output_dir)
-    run_training(config)
+    if status := run_training(config):
+        raise SystemExit(status)
 
     checkpoint, report = config.output_dir / LAST, config.output_dir / "report"
     Eval(model=str(checkpoint), data_set="DIGITS", data_path=config.data_path, report=report).run()
     classes = range(NUM_PREDICTIONS)
     images = [str(min((config.data_path / "val" / str(digit)).iterdir())) for digit in classes]
     Predict(model=str(checkpoint), paths=tuple(images), topk=2).run()
-    curves = config.output_dir / CURVES
-    print(f"checkpoint: {checkpoint}\ncurves:     {curves}\nreport:     {report / 'report.html'}", flush=True)
+    files = {"checkpoint": checkpoint, "curves": config.output_dir / CURVES, "report": report / "report.html"}
+    lines = [printable(f"{name + ':':11} {path}") for name, path in files.items() if path.exists()]
+    print("\n".join(lines), flush=True)
     return json.loads((report / "results.json").read_text())["acc1"]
 
 

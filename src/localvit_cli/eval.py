@@ -10,15 +10,18 @@ import tyro
 
 from localvit.checkpoints import versions
 from localvit.data.classes import IMAGENET_SUBSETS, readable_class_names, subset_classes
-from localvit.data.datasets import open_images
+from localvit.data.images import Images
 from localvit.evaluation.evaluate import Evaluation, evaluate
-from localvit.evaluation.metrics import real_accuracy
-from localvit.evaluation.report.files import write_report
+from localvit.evaluation.metrics import real_accuracy, reassessed_labels
+from localvit.evaluation.report.files import FILES, write_report
+from localvit.evaluation.unseen_images import open_unseen_images
 from localvit.inference.runner import InferenceOptions, LoadedModel, load_model
 from localvit.utils.devices import DTYPES, choose_device
-from localvit.utils.distributed import is_main, process_group, rank, world_size
+from localvit.utils.distributed import is_main, process_group, run_on_all_ranks, world_size
+from localvit.utils.files import check_writable
 from localvit_cli import UsageError
 from localvit_cli.console import progress
+from localvit_cli.streams import printable
 from localvit_cli.tyro_rules import optional
 
 logger = logging.getLogger(__name__)
@@ -73,9 +76,9 @@ class Eval:
     """A checkpoint file, or a model's name (downloads its released weights, unless --checkpoint is given)."""
     data_path: Annotated[Path | None, optional("DIR")] = None
     """Folder of the data set; required, except for DIGITS."""
-    data_set: Annotated[str, tyro.conf.arg(metavar="NAME")] = "IMNET"
+    data_set: Annotated[str | None, optional("NAME", "that of the checkpoint's run, else IMNET")] = None
     """IMNET, IMNET-A, IMNET-R, CIFAR (100), CIFAR10, INAT, INAT19, FOLDER, DIGITS, or a timm name such as hfds/NAME."""
-    inat_category: Annotated[str, tyro.conf.arg(metavar="LEVEL")] = "name"
+    inat_category: Annotated[str | None, optional("LEVEL", "that of the checkpoint's run, else name")] = None
     """Level of the taxonomy that provides the labels of INAT and INAT19."""
     checkpoint: Annotated[Path | None, optional("FILE")] = None
     """Weights for the named model."""
@@ -84,6 +87,8 @@ class Eval:
     input_size: Annotated[tuple[int, ...], optional("PIXELS...", "the model's own")] = ()
     """Side of the input, or its height and width, in pixels."""
     running: Annotated[InferenceFlags, tyro.conf.arg(name="")] = InferenceFlags()
+    include_trained: bool = False
+    """Evaluate also on the images of the folder that the model was trained on; by default they are left out."""
     limit: Annotated[int | None, optional("N")] = None
     """Evaluate only the first N images."""
     skip_unreadable: bool = False
@@ -111,11 +116,19 @@ def run_evaluation(command: Eval, loaded: LoadedModel, options: InferenceOptions
     """Evaluate a loaded model with the settings of `command`, print the result and write the report."""
     with process_group(options.device):
         logger.info(f"model: {loaded}")
-        images = open_images(command.data_set, command.data_path, inat_category=command.inat_category)
-        data_set = command.data_set.upper()
+        command = _with_data_set_of_run(command, loaded.about)
+        images, num_trained_on = open_unseen_images(
+            str(command.data_set),
+            command.data_path,
+            loaded.about,
+            inat_category=str(command.inat_category),
+            include_trained=command.include_trained,
+        )
         total = len(images) if command.limit is None else min(command.limit, len(images))
+        run_on_all_ranks(lambda: _check_outputs(command, loaded, images, total))
+        data_set = str(command.data_set).upper()
         started = time.monotonic()
-        with progress("eval", len(range(rank(), total, world_size()))) as advance:
+        with progress("eval", total, processes=world_size()) as advance:
             evaluation = evaluate(
                 loaded,
                 images,
@@ -126,9 +139,41 @@ def run_evaluation(command: Eval, loaded: LoadedModel, options: InferenceOptions
                 progress=advance,
             )
         if is_main():
+            evaluation = replace(evaluation, num_trained_on=num_trained_on)
             about = _about(command, loaded, options, time.monotonic() - started)
-            _print_result(command, loaded, evaluation, images.root, about)
+            try:
+                _print_result(command, evaluation, about)
+            finally:  # the report is written even if nobody reads the result
+                _write_report(command, loaded, evaluation, images.root, about)
         evaluation.check_finite()
+
+
+def _with_data_set_of_run(command: Eval, about: dict[str, Any]) -> Eval:
+    """The command with the data set that the model was trained on, unless another one is given.
+
+    Where it is must be given: a checkpoint does not decide which folder is read. Raises UsageError if it is not.
+    """
+    config = about.get("config")
+    config = config if isinstance(config, dict) else {}
+    trained_on = str(config.get("data_set") or "IMNET")
+    if command.data_set is None and "/" in trained_on:
+        raise UsageError(f"the model was trained on {trained_on}: give the data set to evaluate on with --data-set")
+    is_digits = trained_on.upper() == "DIGITS"
+    # In a folder that is given, no digits are written.
+    data_set = command.data_set or ("FOLDER" if is_digits and command.data_path else trained_on)
+    if command.data_set is None and command.data_path is None and config.get("data_path") and not is_digits:
+        raise UsageError(f"give the folder with --data-path; the model was trained on {config['data_path']}")
+    level = command.inat_category or str(config.get("inat_category") or "name")
+    return replace(command, data_set=data_set, inat_category=level)
+
+
+def _check_outputs(command: Eval, loaded: LoadedModel, images: Images, total: int) -> None:
+    """Raise now what would otherwise be raised after the evaluation."""
+    if command.real_labels:
+        reassessed_labels([images.name(index) for index in range(total)], loaded.class_names)
+    if command.report is not None and is_main():
+        for name in FILES:
+            check_writable(command.report / name)
 
 
 def _about(command: Eval, loaded: LoadedModel, options: InferenceOptions, seconds: float) -> dict[str, Any]:
@@ -145,20 +190,27 @@ def _about(command: Eval, loaded: LoadedModel, options: InferenceOptions, second
     }
 
 
-def _print_result(
-    command: Eval, loaded: LoadedModel, evaluation: Evaluation, root: Path | None, about: dict[str, Any]
-) -> None:
+def _print_result(command: Eval, evaluation: Evaluation, about: dict[str, Any]) -> None:
     for reason in evaluation.skipped:
-        logger.warning(f"skipped {reason}")
+        logger.warning(f"skipped {printable(reason)}")
     if command.real_labels:
         real1, real5, count = real_accuracy(evaluation)
         about["real"] = {"acc1": real1, "acc5": real5, "count": count}
         print(f"ReaL Acc@1 {real1:.3f} Acc@5 {real5:.3f} ({count:,} images)")
-    if command.report is not None:
-        names = readable_class_names(loaded.class_names, len(evaluation.class_names))
-        paths = write_report(replace(evaluation, class_names=names), command.report, dataset_root=root, about=about)
-        logger.info(f"report: {', '.join(str(path) for path in paths)}")
     if evaluation.skipped:
         count = len(evaluation.paths) + len(evaluation.skipped)
         print(f"skipped {len(evaluation.skipped):,} unreadable of {count:,} images")
+    if evaluation.num_trained_on:
+        about["trained_on_images"] = evaluation.num_trained_on
+        print(f"the model was trained on {evaluation.num_trained_on:,} of the {len(evaluation.paths):,} images")
     print(evaluation.line(), flush=True)
+
+
+def _write_report(
+    command: Eval, loaded: LoadedModel, evaluation: Evaluation, root: Path | None, about: dict[str, Any]
+) -> None:
+    if command.report is None:
+        return
+    names = readable_class_names(loaded.class_names, len(evaluation.class_names))
+    paths = write_report(replace(evaluation, class_names=names), command.report, dataset_root=root, about=about)
+    logger.info(f"report: {', '.join(str(path) for path in paths)}")

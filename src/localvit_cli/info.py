@@ -17,6 +17,7 @@ from localvit.models.factory import create_model
 from localvit.models.registry import find_model
 from localvit.utils.tables import format_table
 from localvit_cli import UsageError
+from localvit_cli.streams import printable, printable_lines
 from localvit_cli.tyro_rules import named_values
 
 _SHOWN_CLASSES = 5
@@ -48,7 +49,7 @@ class Info:
             }
         # Metrics in a checkpoint may be NaN, which JSON does not have.
         facts = json.loads(json.dumps(facts), parse_constant=lambda constant: None)
-        print(json.dumps(facts, indent=2) if self.json else _text(facts))
+        print(json.dumps(facts, indent=2) if self.json else printable_lines(_text(facts)))
         return 1 if facts["file"] and facts["file"]["problem"] else 0
 
 
@@ -125,6 +126,7 @@ def _text(facts: dict[str, Any]) -> str:
 
 def _file_text(file: dict[str, Any]) -> str:
     names = file["class_names"]
+    shown = ", ".join(map(printable, (names or [])[:_SHOWN_CLASSES]))
     more = ", ..." if names and len(names) > _SHOWN_CLASSES else ""
     about = dict(file["about"])
     writers = [f"{library} {about.pop(library)}" for library in versions() if library in about]
@@ -141,7 +143,7 @@ def _file_text(file: dict[str, Any]) -> str:
         ("made for", file["name"] or "-"),
         ("arguments", _lines(file["args"])),
         ("weights", f"{' and '.join(file['weights'])}, {file['tensors']} tensors each"),
-        ("classes", f"{len(names):,}: {', '.join(names[:_SHOWN_CLASSES])}{more}" if names else "without names"),
+        ("classes", f"{len(names):,}: {shown}{more}" if names else "without names"),
         ("preprocessing", _lines(file["preprocessing"] or {})),
         ("written by", ", ".join(writers) or "-"),
         *((name.replace("_", " "), _lines(value)) for name, value in about.items()),

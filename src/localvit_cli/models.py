@@ -4,8 +4,6 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from localvit.inference.cost import count_multiply_adds, count_parameters
-from localvit.models.factory import create_model
 from localvit.models.registry import ModelInfo, registered_models
 from localvit.utils.tables import format_table, wrap_text
 
@@ -25,19 +23,18 @@ class Models:
     """Print JSON instead of a table."""
 
     def run(self) -> None:
-        """Count the parameters and multiply-adds of every model, and print the list."""
+        """Print the list."""
         models = [_facts(info) for info in registered_models()]
         print(json.dumps(models, indent=2) if self.json else _text(models))
 
 
 def _facts(info: ModelInfo) -> dict[str, Any]:
-    model: Any = create_model(info.name, device="meta")
     return {
         "name": info.name,
         "friendly_name": info.alias,
         "paper_name": info.paper_name,
-        "parameters": count_parameters(model),
-        "multiply_adds": count_multiply_adds(model, info.input_size),
+        "parameters": info.parameters,
+        "multiply_adds": info.multiply_adds,
         "input_size": list(info.input_size),
         "acc1": info.acc1,
         "acc5": info.acc5,
@@ -53,7 +50,7 @@ def _text(models: list[dict[str, Any]]) -> str:
             model["friendly_name"] or model["name"],
             model["paper_name"] or "-",
             f"{model['parameters'] / 1e6:.2f}",
-            f"{model['multiply_adds'] / 1e9:.3f}",
+            f"{model['multiply_adds'] / 1e9:.3f}" if model["multiply_adds"] else "-",
             _side(*model["input_size"][1:]),
             f"{model['acc1']:.3f}" if model["acc1"] else "-",
             f"{model['acc5']:.3f}" if model["acc5"] else "-",

@@ -1,6 +1,5 @@
 """`localvit predict`: the classes of images."""
 
-import io
 import logging
 import sys
 from collections.abc import Iterator
@@ -14,11 +13,12 @@ import tyro
 from localvit.data.folders import PathImages
 from localvit.evaluation.predict import Prediction, predict
 from localvit.inference.runner import load_model
-from localvit.utils.files import atomic_write
+from localvit.utils.files import atomic_write, check_writable
 from localvit_cli import UsageError
 from localvit_cli.console import progress
 from localvit_cli.eval import InferenceFlags, image_size
-from localvit_cli.prediction_formats import WRITERS, printable
+from localvit_cli.prediction_formats import WRITERS
+from localvit_cli.streams import printable
 from localvit_cli.tyro_rules import optional
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,10 @@ class Predict:
         if not self.paths:
             raise UsageError("no images given; add files, folders or patterns after the model")
         size = image_size(self.input_size)
+        if self.output is not None:
+            if self.output.exists() and not self.output.is_file():
+                raise ValueError(f"--output {self.output} is not a regular file; give another path, or omit --output")
+            check_writable(self.output)
         images = PathImages(self.paths)
         loaded = load_model(self.model, checkpoint=self.checkpoint, weights=self.weights, input_size=size)
         options = self.running.options()
@@ -82,13 +86,9 @@ class Predict:
 def _open_output(output: Path | None) -> Iterator[TextIO]:
     """Standard output, or a file that is written atomically. Names that are not valid UTF-8 are written escaped."""
     if output is None:
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="backslashreplace")
         yield sys.stdout
         sys.stdout.flush()
         return
-    if output.exists() and not output.is_file():
-        raise ValueError(f"--output {output} is not a regular file; give another path, or omit --output")
     with (
         atomic_write(output) as unfinished,
         unfinished.open("w", encoding="utf-8", errors="backslashreplace", newline="") as stream,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TextIO
 
 from localvit.evaluation.predict import Prediction
+from localvit_cli.streams import printable
 
 
 def _rounded(probability: float) -> float:
@@ -66,13 +67,6 @@ def write_table(predictions: Iterable[Prediction], stream: TextIO) -> None:
         if prediction.error:
             stream.write(f"{'error':>11}  {printable(prediction.error)}\n")
         stream.flush()
-
-
-def printable(text: str) -> str:
-    """`text` with control characters and invalid UTF-8 escaped, so that it cannot affect a terminal."""
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
-    )
 
 
 WRITERS: dict[str, Callable[[Iterable[Prediction], TextIO], None]] = {

@@ -22,6 +22,7 @@ from localvit.inference.runner import load_model
 from localvit.train.config import TrainConfig
 from localvit.train.recipe import describe_errors
 from localvit.train.run_folder import states
+from localvit.utils.devices import cpu_cores
 from localvit_cli import UsageError, run
 from localvit_cli.eval import Eval, InferenceFlags, run_evaluation
 from localvit_cli.train import run_training
@@ -129,13 +130,19 @@ class _ProgramFlags(BaseModel):
         if self.resume and (self.resume != "auto" or states(to_config(self).output_dir)):
             flags["finetune"] = ""  # the checkpoint has the weights
         downloaded = {name: _download(flags[name]) for name in ("finetune", "teacher_path")}
-        return run_training(to_config(self.model_copy(update=downloaded)), resume=_download(self.resume) or None)
+        changed = {**downloaded, "num_workers": self._workers()}
+        return run_training(to_config(self.model_copy(update=changed)), resume=_download(self.resume) or None)
+
+    def _workers(self) -> int:
+        """The number of workers. The published default is limited to the cores that there are; more only wait."""
+        workers = self.model_dump()["num_workers"]
+        return min(workers, cpu_cores()) if workers == DEFAULTS["num_workers"] else workers
 
     def _evaluate(self) -> int:
         if not self.resume:
             raise UsageError("--eval needs --resume FILE, the checkpoint to evaluate")
         flags = self.model_dump()
-        device, batch_size, workers = flags["device"], flags["batch_size"], flags["num_workers"]
+        device, batch_size, workers = flags["device"], flags["batch_size"], self._workers()
         evaluation = Eval(
             model=flags["model"],
             checkpoint=Path(str(_download(self.resume))),

@@ -36,6 +36,7 @@ from localvit.utils.distributed import is_main, process_group
 from localvit.utils.tables import format_table
 from localvit_cli import UsageError
 from localvit_cli.console import progress
+from localvit_cli.streams import printable
 from localvit_cli.tyro_rules import REGISTRY, optional
 
 logger = logging.getLogger(__name__)
@@ -224,6 +225,8 @@ def _train(config: TrainConfig, resume: str | None) -> int:
     if is_main():
         config, device = training.config, training.options.device
         logger.info(format_table(summary_rows(config, result, device)))
-        logger.info(f"report: {write_summary(config, result, device)}")
-        print(f"Acc@1 {result.last['test_acc1']:.3f} {config.output_dir / LAST}", flush=True)
+        try:
+            print(printable(f"Acc@1 {result.last['test_acc1']:.3f} {config.output_dir / LAST}"), flush=True)
+        finally:  # the report is written even if nobody reads the result
+            logger.info(f"report: {write_summary(config, result, device)}")
     return 0

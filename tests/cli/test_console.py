@@ -84,3 +84,16 @@ def test_progress_in_a_pipe_is_plain_lines(capsys):
     run(work, debug=False)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("bench size 2: 3 of 3 rounds, ")
+
+
+def test_progress_counts_the_images_of_all_processes(capsys):
+    """201 images on two processes: the first has 101 of them."""
+
+    def work() -> None:
+        with progress("eval", 201, processes=2) as advance:
+            for done in (64, 37):
+                advance(done)
+
+    run(work, debug=False)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("eval: 201 of 201 images, ")

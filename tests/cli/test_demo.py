@@ -1,7 +1,11 @@
 """The demo, shortened to a quarter of the digits and three epochs. `make demo` runs it in full."""
 
 import json
+import os
+import signal
+from contextlib import contextmanager
 
+import pytest
 from PIL import Image
 from tiny import write_some_digits
 
@@ -32,3 +36,26 @@ def test_the_demo_trains_and_writes_the_files_that_it_names(tmp_path, capsys):
     with Image.open(run / "curves.png") as image:
         image.verify()
     assert "images" in printed.err  # progress lines
+
+
+def test_an_interrupted_demo_stops(tmp_path, capsys, monkeypatch):
+    """After the training is stopped, nothing is evaluated and no file is named."""
+    digits = write_some_digits(tmp_path, classes=10, train=4, val=2)
+    shortened = {"data_path": digits, "output_dir": tmp_path / "run", "epochs": 3, "batch_size": 8, "workers": 0}
+    monkeypatch.setattr("localvit_cli.train.progress", _interrupting_progress)
+    with pytest.raises(SystemExit) as stop:
+        run_demo(TrainConfig(**(read_recipe("digits") | shortened | {"device": "cpu"})))
+    assert stop.value.code == 128 + signal.SIGINT
+    assert capsys.readouterr().out == ""
+
+
+@contextmanager
+def _interrupting_progress(*_: object):
+    """Ctrl-C after the first step."""
+    interruptions = iter([signal.SIGINT])
+
+    def advance(done: int, note: str = "") -> None:
+        for number in interruptions:
+            os.kill(os.getpid(), number)
+
+    yield advance

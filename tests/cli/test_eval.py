@@ -187,3 +187,36 @@ def test_a_terminal_shows_a_progress_bar(workplace):
     assert out.startswith("* Acc@1")
     assert "\x1b[" in shown
     assert "3/3" in shown
+
+
+def test_outputs_are_checked_before_the_evaluation(workplace, capsys, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "report" / "report.html").mkdir(parents=True)
+    for report in ("file", "file/report", "report", f"{'x' * 300}"):
+        status, out, err = evaluate(workplace, capsys, *GOOD, "--report", str(tmp_path / report))
+        assert (status, out) == (1, "")
+        assert "cannot be written" in err
+        assert "images" not in err.replace("choose another path", "")  # no progress line: nothing was evaluated
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_real_labels_need_the_classes_of_imagenet(workplace, capsys, tmp_path):
+    """The labels are indices of ImageNet's 1,000 classes, which a model of two classes cannot predict."""
+    (tmp_path / "ape").mkdir()
+    (tmp_path / "bat").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "ape" / "ILSVRC2012_val_00000001.png")
+    arguments = ["@/good.safetensors", "--data-set", "FOLDER", "--data-path", str(tmp_path), "--real-labels"]
+    status, out, err = evaluate(workplace, capsys, *arguments)
+    assert (status, out) == (1, "")
+    assert "needs a model of the 1,000 classes of ImageNet-1k" in err
+
+
+def test_the_result_is_printed_before_the_report_is_written(workplace, capsys, tmp_path, monkeypatch):
+    def fill_the_disk(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("localvit_cli.eval.write_report", fill_the_disk)
+    status, out, err = evaluate(workplace, capsys, *GOOD, "--report", str(tmp_path / "report"))
+    assert status == 1
+    assert out.startswith("* Acc@1 ")
+    assert "No space left" in err

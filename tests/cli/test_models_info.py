@@ -100,6 +100,20 @@ def test_parameter_counts_are_the_published_ones(listed):
     assert by_name["localvit_nano_patch4_32"]["paper_name"] is None
 
 
+def test_stated_counts_are_those_of_the_models(listed):
+    """The list states them, because building every model takes seconds; each would otherwise be wrong in silence."""
+    for model in listed:
+        made = create_model(model["name"], device="meta")
+        assert model["parameters"] == count_parameters(made)
+        assert model["multiply_adds"] == count_multiply_adds(made, tuple(model["input_size"])), model["name"]
+
+
+def test_the_list_builds_no_model(monkeypatch, capsys):
+    monkeypatch.setattr(torch.nn.Module, "__init__", lambda *_: pytest.fail("a model is built"))
+    Models(json=True).run()
+    assert len(json.loads(capsys.readouterr().out)) == len(registered_models())
+
+
 def test_the_list_has_every_name_and_published_number(listed):
     names = {name for model in listed for name in (model["name"], model["friendly_name"]) if name}
     assert names == set(list_models())

@@ -284,3 +284,13 @@ def test_the_rank_flag_is_used_without_the_environment_variable(environment, ran
         monkeypatch.delenv("LOCAL_RANK")
     assert main(["--local-rank=1", "--eval"]) == 2
     assert os.environ["LOCAL_RANK"] == rank
+
+
+def test_the_default_number_of_workers_is_limited_to_the_cores(monkeypatch):
+    """The published 10 workers on 2 cores open with a warning of torch, and are no faster."""
+    monkeypatch.setattr("localvit_cli.published.cpu_cores", lambda: 3)
+    asked = {}
+    monkeypatch.setattr("localvit_cli.published.run_training", lambda config, resume: asked.update(config=config) or 0)
+    for flags, workers in (([], 3), (["--num_workers", "10"], 3), (["--num_workers", "7"], 7)):
+        assert main(flags) == 0
+        assert asked["config"].workers == workers

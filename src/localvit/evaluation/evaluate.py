@@ -7,7 +7,7 @@ Shapes: N images, B batch size, M classes of the model, K top classes kept (5, o
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from localvit.data.classes import match_classes
-from localvit.data.datasets import open_images
 from localvit.data.images import Images, UnreadableImage
 from localvit.data.preprocessing import Preprocessing
-from localvit.inference.runner import InferenceOptions, ModelSource, Runner
+from localvit.evaluation.unseen_images import open_unseen_images
+from localvit.inference.runner import InferenceOptions, LoadedModel, ModelSource, Runner, load_model
 from localvit.utils.distributed import all_gather, rank, world_size
 
 
@@ -43,6 +43,8 @@ class Evaluation:
     """Name of each class of the model."""
     skipped: list[str] = field(default_factory=list)
     """Name and reason of each unreadable image that was skipped."""
+    num_trained_on: int = 0
+    """How many of the images the model was trained on, as far as its checkpoint tells."""
 
     @property
     def is_finite_N(self) -> Tensor:
@@ -86,9 +88,10 @@ class Evaluation:
         skipped = f", {len(self.skipped):,} unreadable skipped" if self.skipped else ""
         nonfinite = int((~self.is_finite_N).sum())
         skipped += f", {nonfinite:,} without a finite output" if nonfinite else ""
+        trained_on = f", of which the model was trained on {self.num_trained_on:,}" if self.num_trained_on else ""
         return (
             f"top-1 accuracy {self.acc1:.2f} %, top-5 accuracy {self.acc5:.2f} %, loss {self.loss:.3f} "
-            f"({len(self.paths):,} images{skipped})"
+            f"({len(self.paths):,} images{trained_on}{skipped})"
         )
 
 
@@ -102,6 +105,7 @@ def evaluate(
     valid_classes: Sequence[int] | None = None,
     limit: int | None = None,
     skip_unreadable: bool = False,
+    include_trained: bool = False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
     """Evaluate a model on labeled images, each exactly once.
@@ -112,7 +116,8 @@ def evaluate(
         model: A checkpoint file, a model's name (with its released weights), a `LoadedModel`, or a module in evaluation
             mode. A module runs as it is, on the device it is on; `fuse` and `compile` of the options do not apply.
         images: A folder with one subfolder per class (or with val/ containing them), or any `Images`; see
-            `localvit.data.datasets.open_images` for data sets by name.
+            `localvit.data.datasets.open_images` for data sets by name. Of the folder that a checkpoint's model was
+            trained on, only the images that were kept out of training are used.
         preprocessing: By default the one stored in the checkpoint, or the model's `pretrained_cfg`.
         options: Batch size, device, precision; by default the best available device, or the module's.
         class_names: Names of the model's classes, by which labels are matched. By default those stored in the
@@ -120,6 +125,7 @@ def evaluate(
         valid_classes: Indices of the only classes to predict (the 200-class subsets of ImageNet).
         limit: Evaluate only the first `limit` images.
         skip_unreadable: Skip unreadable images and list them in the result, instead of raising an error.
+        include_trained: Evaluate on the images of such a folder that the model was trained on as well.
         progress: Called with the number of images that this process has finished since the last call.
 
     Raises:
@@ -131,8 +137,12 @@ def evaluate(
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} must be at least 1")
+    if isinstance(model, str | Path):
+        model = load_model(model)
+    num_trained_on = 0
     if not isinstance(images, Images):
-        images = open_images("FOLDER", Path(images))
+        about = model.about if isinstance(model, LoadedModel) else {}
+        images, num_trained_on = open_unseen_images("FOLDER", Path(images), about, include_trained=include_trained)
     runner = Runner.of(model, preprocessing, options, class_names)
     names = runner.class_names
     num_classes = len(names) if names is not None else cast(int, runner.model.num_classes)
@@ -158,15 +168,15 @@ def evaluate(
     failures = [text for _, _, text in parts if text]
     if failures:
         raise RuntimeError(f"another process failed: {failures[0]}")
-    evaluation = _combine(
+    result = _combine(
         images,
         {index: row for part, _, _ in parts for index, row in part.items()},
         names or [str(index) for index in range(num_classes)],
         sorted(text for _, part, _ in parts for text in part),
     )
-    if not evaluation.is_finite_N.any():
-        evaluation.check_finite()
-    return evaluation
+    if not result.is_finite_N.any():
+        result.check_finite()
+    return replace(result, num_trained_on=num_trained_on)
 
 
 def _combine(

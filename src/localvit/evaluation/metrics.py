@@ -5,6 +5,7 @@ Shapes: N images, C classes, M bins.
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import PurePosixPath
@@ -12,6 +13,7 @@ from pathlib import PurePosixPath
 import torch
 from torch import Tensor
 
+from localvit.data.classes import imagenet_synsets
 from localvit.data.images import DataError
 from localvit.evaluation.evaluate import Evaluation
 
@@ -126,33 +128,51 @@ def expected_calibration_error(bins: list[Bin]) -> float:
     return sum(gaps) / count if count else float("nan")
 
 
-def real_accuracy(evaluation: Evaluation) -> tuple[float, float, int]:
-    """Accuracy on ImageNet-ReaL, the reassessed labels of ImageNet-1k val (Beyer et al., arXiv 2006.07159).
+def reassessed_labels(names: Sequence[str], class_names: Sequence[str] | None) -> list[set[int]]:
+    """The labels of each image in ImageNet-ReaL, the reassessed labels of ImageNet-1k val (arXiv 2006.07159).
 
-    An image counts if the reassessment kept at least one label for it. The labels are those bundled with timm, looked
-    up by the file name of the validation image.
+    The labels are those bundled with timm, looked up by the file name of the validation image. An image for which the
+    reassessment kept no label has none.
+
+    Args:
+        names: Paths of the images.
+        class_names: Names of the model's classes.
+
+    Raises:
+        DataError: A file is not named like an ImageNet validation image, the classes are not those of ImageNet-1k, or
+            no image has a label.
+    """
+    text = resources.files("timm.data").joinpath("_info", "imagenet_real_labels.json").read_text()
+    labels_of = {f"ILSVRC2012_val_{number:08d}": set(labels) for number, labels in enumerate(json.loads(text), start=1)}
+    stems = [PurePosixPath(name).stem for name in names]
+    for name, stem in zip(names, stems, strict=True):
+        if stem not in labels_of:
+            raise DataError(
+                f"{name}: --real-labels needs ImageNet's original file names, such as ILSVRC2012_val_00000001.JPEG"
+            )
+    if class_names is None or list(class_names) != imagenet_synsets():
+        raise DataError("--real-labels needs a model of the 1,000 classes of ImageNet-1k, in their order")
+    labels = [labels_of[stem] for stem in stems]
+    if not any(labels):
+        raise DataError("none of these images has a reassessed label")
+    return labels
+
+
+def real_accuracy(evaluation: Evaluation) -> tuple[float, float, int]:
+    """Accuracy on the labels of `reassessed_labels`. An image counts if it has one.
 
     Returns:
         Top-1 accuracy and top-5 accuracy in percent, and the number of images that count.
 
     Raises:
-        DataError: A file is not named like an ImageNet validation image, or no image counts.
+        DataError: As `reassessed_labels`.
     """
-    text = resources.files("timm.data").joinpath("_info", "imagenet_real_labels.json").read_text()
-    labels_of = {f"ILSVRC2012_val_{number:08d}": set(labels) for number, labels in enumerate(json.loads(text), start=1)}
     hits1 = hits5 = count = 0
+    labels_of_images = reassessed_labels(evaluation.paths, evaluation.class_names)
     predictions = evaluation.top_classes_NK.where(evaluation.is_finite_N[:, None], -1).tolist()
-    for path, classes in zip(evaluation.paths, predictions, strict=True):
-        stem = PurePosixPath(path).stem
-        if stem not in labels_of:
-            raise DataError(
-                f"{path}: --real-labels needs ImageNet's original file names, such as ILSVRC2012_val_00000001.JPEG"
-            )
-        labels = labels_of[stem]
+    for labels, classes in zip(labels_of_images, predictions, strict=True):
         if labels:
             count += 1
             hits1 += classes[0] in labels
             hits5 += not labels.isdisjoint(classes[:5])
-    if not count:
-        raise DataError("none of these images has a reassessed label")
     return 100 * hits1 / count, 100 * hits5 / count, count

@@ -20,6 +20,7 @@ from localvit.data.preprocessing import Preprocessing
 from localvit.data.workers import init_worker, iterate_batches
 from localvit.inference.fusion import fuse
 from localvit.models.factory import create_model
+from localvit.models.registry import DownloadError
 from localvit.utils.devices import choose_device
 
 CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
@@ -71,6 +72,8 @@ class LoadedModel:
     """How its images are prepared."""
     description: str
     """What was loaded from where."""
+    about: dict[str, Any] = field(default_factory=dict)
+    """What else its checkpoint says: versions, the settings and metrics of its run."""
 
     def __str__(self) -> str:
         return f"{self.description}; {self.preprocessing}"
@@ -109,7 +112,7 @@ def load_model(
         FileNotFoundError: No such checkpoint file.
         CheckpointError: The file is damaged or unsafe, or does not fit the model; see `load_checkpoint`.
         ValueError: The name is unknown.
-        RuntimeError: The released weights cannot be downloaded.
+        DownloadError: The released weights cannot be downloaded.
     """
     source = str(source)
     size: dict[str, Any] = {"img_size": input_size} if input_size else {}
@@ -120,7 +123,10 @@ def load_model(
     elif is_checkpoint_path(source):
         model, loaded = model_from_checkpoint(source, weights, **size)
     else:
-        model = create_model(source, pretrained=True, **size)
+        try:
+            model = create_model(source, pretrained=True, **size)
+        except DownloadError as error:
+            raise error.with_advice("give the file with --checkpoint FILE") from error
     name = model.made_from["name"]
     if loaded is not None and loaded.preprocessing is not None:
         preprocessing = Preprocessing.from_dict(
@@ -134,6 +140,7 @@ def load_model(
         class_names=model_class_names(model, loaded.class_names if loaded else None),
         preprocessing=preprocessing,
         description=f"{name}, {weights} weights of {loaded.path}" if loaded else f"{name}, released weights",
+        about=loaded.about if loaded else {},
     )
 
 

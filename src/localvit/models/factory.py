@@ -2,13 +2,14 @@
 
 import difflib
 from collections.abc import Mapping
+from http.client import HTTPException
 from typing import Any
 
 import timm
 from timm.models import PretrainedCfg
 from torch import nn
 
-from localvit.models.registry import build, find_model, list_models
+from localvit.models.registry import DownloadError, build, find_model, list_models
 from localvit.surgery.localize import localize_with_options
 from localvit.utils.plain_values import plain
 
@@ -63,7 +64,7 @@ def create_model(
         if checkpoint_path:
             timm.models.load_checkpoint(model, checkpoint_path)
     elif timm.is_model(name):
-        model = timm.create_model(name, pretrained=pretrained, **kwargs)
+        model = _create_with_timm(name, pretrained, kwargs)
     else:
         known = dict.fromkeys((*list_models(), *timm.list_models()))
         similar = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
@@ -73,3 +74,15 @@ def create_model(
     model._model_args = getattr(model, "_model_args", {}) | arguments  # as timm.create_model does, for its save_for_hf
     model.made_from = {"name": name, "args": arguments}
     return model if localize is None else localize_with_options(model, plain(localize), inplace=True)
+
+
+def _create_with_timm(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    """timm's model. Raises DownloadError, instead of the errors of several libraries, without a network."""
+    try:
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
+    except (OSError, HTTPException) as error:
+        cfg = timm.get_pretrained_cfg(name)
+        if not pretrained or cfg is None or kwargs.keys() & {"pretrained_cfg", "pretrained_cfg_overlay"}:
+            raise
+        url = f"https://huggingface.co/{cfg.hf_hub_id}" if cfg.hf_hub_id else str(cfg.url)
+        raise DownloadError(name, url, error) from error

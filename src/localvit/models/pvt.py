@@ -285,6 +285,7 @@ register_model(
         paper_name="LocalViT-PVT",
         family=LocalPVT,
         parameters=13_456_152,
+        multiply_adds=1_978_493_952,
         file="localvit_pvt.pth",
         acc1=78.144,
         acc5=94.238,
@@ -298,5 +299,6 @@ register_model(
         family=LocalPVT,
         args={"local_blocks": ()},
         parameters=13_229_288,
+        multiply_adds=1_932_911_616,
     )
 )

@@ -54,6 +54,8 @@ class ModelInfo:
     """What the paper calls it; None for a model of this package only."""
     parameters: int
     """Number of parameters."""
+    multiply_adds: int | None = None
+    """Number of multiply-adds for one image of `input_size`, counted by `localvit.inference.cost`; None if unknown."""
     file: str | None = None
     """The released file with the weights, if there is one. No checksum was published."""
     acc1: float | None = None
@@ -108,6 +110,23 @@ class ModelInfo:
             origin_url="https://github.com/ofsoundof/LocalViT",
             **fields,
         )
+
+
+class DownloadError(RuntimeError):
+    """Released weights cannot be downloaded. The message names the file and says how to use a copy of it."""
+
+    def __init__(self, name: str, url: str, cause: Exception, advice: str = "") -> None:
+        self.name, self.url, self.cause = name, url, cause
+        reason = (str(cause).splitlines() or [type(cause).__name__])[0]
+        file = url.rsplit("/", 1)[-1]
+        advice = advice or f'pass pretrained_cfg_overlay={{"file": "{file}"}} with pretrained=True'
+        super().__init__(
+            f"could not download the weights of {name} ({reason}): download {url} in another way and {advice}"
+        )
+
+    def with_advice(self, advice: str) -> "DownloadError":
+        """The same error with what to do with the file, such as "give it with --checkpoint FILE"."""
+        return DownloadError(self.name, self.url, self.cause, advice)
 
 
 _MODELS: dict[str, ModelInfo] = {}
@@ -187,11 +206,7 @@ def build(
                 **dict(info.args) | kwargs,
             )
     except (URLError, HTTPException, TimeoutError, ConnectionError) as error:
-        url = str(overlay.get("url") or info.url)
-        raise RuntimeError(
-            f"could not download the weights of {info.name} ({error}): download {url} in another way and pass "
-            f'pretrained_cfg_overlay={{"file": "{url.rsplit("/", 1)[-1]}"}} with pretrained=True'
-        ) from error
+        raise DownloadError(info.name, str(overlay.get("url") or info.url), error) from error
 
 
 def find_model(name: str) -> ModelInfo | None:

@@ -128,6 +128,7 @@ register_model(
         family=LocalSwin,
         args={"patch_size": 4, "window_size": 7, "embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)},
         parameters=29_079_010,
+        multiply_adds=4_542_612_480,
         file="localvit_swin.pth",
         acc1=81.86,
         acc5=95.72,

@@ -259,6 +259,7 @@ register_model(
         family=LocalT2T,
         args=_SEVEN,
         parameters=4_330_602,
+        multiply_adds=1_153_637_376,
     )
 )
 register_model(
@@ -269,5 +270,6 @@ register_model(
         family=LocalT2T,
         args=_SEVEN | {"local_blocks": ()},
         parameters=4_255_694,
+        multiply_adds=1_146_863_616,
     )
 )

@@ -167,6 +167,7 @@ register_model(
         family=LocalTNT,
         args=_TINY,
         parameters=6_261_064,
+        multiply_adds=1_416_513_792,
         file="localvit_tnt.pth",
         acc1=75.896,
         acc5=92.898,
@@ -188,6 +189,7 @@ register_model(
             "num_heads_outer": 6,
         },
         parameters=24_137_848,
+        multiply_adds=5_235_380_736,
     )
 )
 register_model(
@@ -198,5 +200,6 @@ register_model(
         family=LocalTNT,
         args=_TINY | {"local_blocks": ()},
         parameters=6_069_784,
+        multiply_adds=1_403_721_984,
     )
 )

@@ -92,6 +92,7 @@ register_model(
         family=LocalViT,
         args=_TINY | {"reduction": 192},
         parameters=5_908_696,
+        multiply_adds=1_266_475_008,
         file="localvit_t.pth",
         acc1=74.838,
         acc5=92.610,
@@ -106,6 +107,7 @@ register_model(
         family=LocalViT,
         args=_TINY | {"reduction": 4},
         parameters=9_376_168,
+        multiply_adds=1_269_940_224,
         file="localvit_t_se4.pth",
         acc1=75.738,
         acc5=93.048,
@@ -119,6 +121,7 @@ register_model(
         family=LocalViT,
         args=_TINY | {"mlp_ratio": 6.0, "act": "relu6"},
         parameters=7_655_080,
+        multiply_adds=1_621_346_304,
     )
 )
 register_model(
@@ -129,6 +132,7 @@ register_model(
         family=LocalViT,
         args={"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 8, "reduction": 384},
         parameters=22_433_176,
+        multiply_adds=4_617_388_032,
         file="localvit_s.pth",
         acc1=80.780,
         acc5=95.376,
@@ -141,6 +145,7 @@ register_model(
         family=LocalViT,
         args={"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3, "reduction": 96},
         parameters=731_074,
+        multiply_adds=49_197_120,
         input_size=(3, 32, 32),
         num_classes=10,
         crop_pct=1.0,

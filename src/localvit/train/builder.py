@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from localvit.checkpoints import make_header, versions
 from localvit.data.classes import match_classes
+from localvit.data.held_out import describe_held_out
 from localvit.data.images import Images
 from localvit.data.preprocessing import Preprocessing
 from localvit.data.readable import leave_out_unreadable
@@ -85,6 +86,7 @@ class Training:
     def describe(self) -> dict[str, Any]:
         """The description that checkpoints hold: the model, its classes and preprocessing, and the settings."""
         about = {"config": self.config.to_dict(), "images_per_step": self.images_per_step}
+        about |= describe_held_out(self.batches.images.images, self.val_images)
         header = make_header(self.state.model, self.class_names, self.preprocessing.to_dict(), about)
         return header | {"images": dict(self.record), "run_id": self.ownership.run_id}
 

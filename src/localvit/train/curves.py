@@ -65,7 +65,7 @@ def draw_curves(log: Path, image: Path, title: str = "") -> Path:
     for axes in (loss, accuracy):
         _style(axes)
     if title:
-        figure.suptitle(title, fontsize=11)
+        figure.suptitle(literal_text(title), fontsize=11)
     return _save(figure, image)
 
 
@@ -80,13 +80,10 @@ def draw_comparison(runs: Mapping[str, Sequence[Sequence[Row]]], image: Path) ->
     Raises:
         ValueError: if there is no run, or there are more names than line styles.
     """
-    if not runs:
-        raise ValueError("there is no finished epoch to plot")
-    if len(runs) > len(_STYLES):
-        raise ValueError(f"one plot shows at most {len(_STYLES)} lines, not {len(runs)}; name fewer runs")
+    check_number_of_lines(len(runs))
     ends = {name: [rows[-1]["test_acc1"] for rows in logs] for name, logs in runs.items()}
     ranked = sorted(runs, key=lambda name: -sum(ends[name]) / len(ends[name]))
-    labels = {name: f"{name}: {_range(ends[name])}" for name in runs}
+    labels = {name: literal_text(f"{name}: {_range(ends[name])}") for name in runs}
 
     ncols = max(1, min(len(runs), 110 // (max(map(len, labels.values())) + 8)))
     height = 4 + 0.22 * math.ceil(len(runs) / ncols)
@@ -116,6 +113,24 @@ def draw_comparison(runs: Mapping[str, Sequence[Sequence[Row]]], image: Path) ->
         loc="outside lower center", ncols=ncols, frameon=False, fontsize=9, handlelength=3, title="Acc@1 (%) at the end"
     )
     return _save(figure, image)
+
+
+def literal_text(text: str) -> str:
+    """`text` for matplotlib to draw as it is: no mathematics between dollar signs, no label hidden by an underscore,
+    and control characters and invalid UTF-8 escaped."""
+    escaped = (
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )
+    literal = "".join(escaped).replace("$", r"\$")
+    return f" {literal}" if literal.startswith("_") else literal
+
+
+def check_number_of_lines(number: int) -> None:
+    """Raise ValueError if `draw_comparison` cannot show so many lines."""
+    if not number:
+        raise ValueError("there is no finished epoch to plot")
+    if number > len(_STYLES):
+        raise ValueError(f"one plot shows at most {len(_STYLES)} lines, not {number}; name fewer runs")
 
 
 def _range(values: Sequence[float]) -> str:

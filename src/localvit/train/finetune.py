@@ -25,7 +25,7 @@ from localvit.inference.runner import is_checkpoint_path, load_model
 from localvit.models.factory import create_model, is_model, pretrained_cfg
 from localvit.models.family import Family
 from localvit.models.positions import positions_like
-from localvit.models.registry import find_model
+from localvit.models.registry import DownloadError, find_model
 from localvit.surgery.localize import locality_modules, localize_with_options
 from localvit.surgery.projection import CHILD
 from localvit.utils.weight_files import CheckpointError
@@ -112,7 +112,10 @@ def _load_source(source: str, model: Any) -> tuple[Any, list[str] | None, Prepro
     """
     if not is_checkpoint_path(source) and "/" not in source:  # names of models contain no slash
         check_released(source)
-        ready = load_model(source)
+        try:
+            ready = load_model(source)
+        except DownloadError as error:
+            raise error.with_advice("give the file with --finetune FILE") from error
         return ready.model, ready.class_names, ready.preprocessing
     checkpoint = read_checkpoint(source)
     if "localvit" in checkpoint.about:  # written by localvit, so it contains the arguments of its model

@@ -124,7 +124,8 @@ def write_summary(config: TrainConfig, result: RunResult, device: torch.device) 
     parts.append(_table(("setting", "value", "default"), settings) if settings else "None.")
     parts += ["## Versions", _table(("", ""), list(versions().items()))]
     with atomic_write(config.output_dir / SUMMARY) as file:
-        file.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+        # Paths that are not valid UTF-8 contain lone surrogates, which UTF-8 cannot encode.
+        file.write_text("\n\n".join(parts) + "\n", encoding="utf-8", errors="backslashreplace")
     return config.output_dir / SUMMARY
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from localvit.data.preprocessing import Preprocessing
 from localvit.inference.runner import is_checkpoint_path, load_model
+from localvit.models.registry import DownloadError
 from localvit.train.finetune import check_released
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,10 @@ def build_teacher(
     """
     if checkpoint is None and not is_checkpoint_path(teacher):
         check_released(teacher)
-    ready = load_model(teacher, checkpoint=checkpoint)
+    try:
+        ready = load_model(teacher, checkpoint=checkpoint)
+    except DownloadError as error:
+        raise error.with_advice("give the file with --teacher-checkpoint FILE") from error
     class_order = _class_order(ready.model, teacher, ready.class_names, num_classes, class_names)
     model = ready.model.to(device)
     own, student = ready.preprocessing, preprocessing

@@ -47,6 +47,7 @@ class Trackers:
         Raises:
             ImportError: if a configured tracker is not installed.
             OSError: if the folder cannot be written.
+            ValueError: if TensorBoard cannot write to a folder of that name.
         """
         config.output_dir.mkdir(parents=True, exist_ok=True)
         self._trackers: dict[str, Tracker] = {METRICS: _MetricsFile(config.output_dir / METRICS)}
@@ -130,7 +131,13 @@ class _TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ImportError('--tensorboard needs TensorBoard: pip install "localvit[tensorboard]"') from error
-        self.writer = SummaryWriter(directory, purge_step=from_step + 1)
+        try:
+            self.writer = SummaryWriter(directory, purge_step=from_step + 1)
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"--tensorboard cannot write to {directory}, because that path is not valid UTF-8: choose another "
+                "--output-dir"
+            ) from error
 
     def log_step(self, step: int, values: Values) -> None:
         for name, value in values.items():

@@ -1,5 +1,7 @@
 """The device and the dtypes to run with."""
 
+import os
+
 import torch
 
 from localvit.utils.distributed import read_launch
@@ -45,3 +47,8 @@ def choose_device(requested: str | None) -> tuple[torch.device, str | None]:
     if device.type in ("cuda", "mps") and device.type != best.type:
         return best, f"no {device.type.upper()} device on this machine; running on {best.type}"
     return device, None
+
+
+def cpu_cores() -> int:
+    """Number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -25,3 +25,19 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Raise OSError if `atomic_write(path)` would fail, so that a command can stop before hours of work.
+
+    A missing folder is created.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error.strerror or error}): choose another path") from error

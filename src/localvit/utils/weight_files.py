@@ -3,10 +3,12 @@
 import argparse
 import json
 import math
+import os
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,8 @@ def read_weight_file(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
+            with _path_for_safetensors(path) as readable:
+                return safetensors.torch.load_file(readable)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except PermissionError:
@@ -68,7 +71,7 @@ def read_header(path: str | Path, key: str) -> dict[str, Any] | None:
 
     Raises CheckpointError if it is not JSON or not an object.
     """
-    with safetensors.safe_open(path, framework="pt") as file:
+    with _path_for_safetensors(Path(path)) as readable, safetensors.safe_open(readable, framework="pt") as file:
         text = (file.metadata() or {}).get(key)
     if text is None:
         return None
@@ -81,6 +84,18 @@ def read_header(path: str | Path, key: str) -> dict[str, Any] | None:
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} has a damaged header: {key!r} is a {type(header).__name__}, not an object")
     return header
+
+
+@contextmanager
+def _path_for_safetensors(path: Path) -> Iterator[Path]:
+    """A path of the same file that safetensors reads; it refuses those that are not valid UTF-8."""
+    try:
+        os.fsencode(path).decode()
+    except UnicodeDecodeError:
+        with path.open("rb") as file:
+            yield Path(f"/dev/fd/{file.fileno()}")
+    else:
+        yield path
 
 
 def check_plain_arguments(path: str | Path, arguments: Mapping[str, Any]) -> None:

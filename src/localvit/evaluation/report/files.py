@@ -18,6 +18,9 @@ from localvit.evaluation.metrics import (
 from localvit.evaluation.report.page import render_page
 from localvit.utils.files import atomic_write
 
+FILES = ("results.json", "per_class.csv", "report.html")
+"""The names of the files."""
+
 
 def write_report(
     evaluation: Evaluation, directory: Path, *, dataset_root: Path | None, about: dict[str, Any]
@@ -56,16 +59,16 @@ def write_report(
     non_finite = [path for path, is_finite in zip(evaluation.paths, finite, strict=True) if not is_finite]
     classes = per_class(evaluation)
 
-    contents = {
-        "results.json": json.dumps(_results(evaluation, ece, non_finite, about), indent=2, allow_nan=False) + "\n",
-        "per_class.csv": _per_class_csv(evaluation.class_names, classes),
-        "report.html": render_page(evaluation, classes, bins, ece, non_finite, dataset_root, about),
-    }
-    for name, text in contents.items():
+    contents = (
+        json.dumps(_results(evaluation, ece, non_finite, about), indent=2, allow_nan=False) + "\n",
+        _per_class_csv(evaluation.class_names, classes),
+        render_page(evaluation, classes, bins, ece, non_finite, dataset_root, about),
+    )
+    for name, text in zip(FILES, contents, strict=True):
         with atomic_write(directory / name) as file:
             # A file name that is not valid UTF-8 contains lone surrogates, which UTF-8 cannot encode.
             file.write_bytes(text.encode(errors="backslashreplace"))
-    return [directory / name for name in contents]
+    return [directory / name for name in FILES]
 
 
 def _results(evaluation: Evaluation, ece: float, non_finite: list[str], about: dict[str, Any]) -> dict[str, Any]:
@@ -100,7 +103,7 @@ def _plain(value: Any) -> Any:
 
 def _per_class_csv(class_names: list[str], classes: list[ClassMetrics]) -> str:
     text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
+    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)  # else a bare \r is not quoted
     writer.writerow(("class", "name", "images", "correct", "accuracy", "mean_confidence", "most_common_wrong"))
     for row in classes:
         confidence = f"{row.mean_confidence:.6f}" if math.isfinite(row.mean_confidence) else ""

@@ -22,7 +22,7 @@ PART_MATRIX = 16
 MAX_ROWS = 20
 """Rows of a table and names in a list."""
 MAX_IMAGES = 12
-"""Images of each kind of mistake."""
+"""Images with the highest loss, and with the highest confidence, in the list of mistakes."""
 THUMBNAIL = 96
 """Longest side of a thumbnail in pixels."""
 
@@ -115,7 +115,7 @@ def render_page(
     environment.filters |= {"percent": percent, "decimal": decimal, "plural": plural}
     mistakes = count_mistakes(evaluation)
     pairs = rank_pairs(mistakes)
-    confidences_N = evaluation.top_probabilities_NK[:, 0]
+    weakest = sorted(classes, key=lambda row: (row.accuracy, -row.images, row.index))[:MAX_ROWS]
     return environment.get_template("report.html.jinja").render(
         title=f"Evaluation of {about['model']}" if about.get("model") else "Evaluation",
         evaluation=evaluation,
@@ -129,11 +129,14 @@ def render_page(
         filled_bins=[bin for bin in bins if bin.count],
         non_finite=non_finite,
         num_wrong=mistakes.total(),
-        worst_mistakes=_top_mistakes(evaluation, evaluation.losses_N, dataset_root),
-        confident_mistakes=_top_mistakes(evaluation, confidences_N, dataset_root),
-        weakest=sorted(classes, key=lambda row: (row.accuracy, -row.images, row.index))[:MAX_ROWS],
+        mistakes=_worst_mistakes(evaluation, dataset_root),
+        weakest=weakest,
+        # Of many classes with one image each, the first 20 that are wrong, or pairs that occur once, say nothing.
+        all_zero=len(classes) > len(weakest) and all(row.images == 1 and not row.correct for row in weakest),
+        num_zero=sum(not row.correct for row in classes),
         num_pairs=len(pairs),
         pairs=_confused_pairs(evaluation.class_names, classes, mistakes)[:MAX_ROWS],
+        only_single_pairs=len(pairs) > MAX_ROWS and mistakes[pairs[0]] == 1,
         matrix=_confusion_matrix(evaluation.class_names, classes, mistakes),
         about=_flatten(about),
     )
@@ -161,10 +164,12 @@ def plural(number: int, one: str, many: str | None = None) -> str:
     return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
-def _top_mistakes(evaluation: Evaluation, score_N: Tensor, dataset_root: Path | None) -> list[Mistake]:
-    """The misclassified images with the highest scores. Images whose score is NaN have no rank and are left out."""
-    ranked_N = score_N.where(~correct_images(evaluation), -math.inf)
-    order_N = ranked_N.argsort(descending=True, stable=True)
+def _worst_mistakes(evaluation: Evaluation, dataset_root: Path | None) -> list[Mistake]:
+    """The misclassified images with the highest losses, then those with the highest confidence that are not yet there.
+
+    Images of which both are NaN have no rank and are left out.
+    """
+    ranked = [*_ranked(evaluation, evaluation.losses_N), *_ranked(evaluation, evaluation.top_probabilities_NK[:, 0])]
     names = evaluation.class_names
     return [
         Mistake(
@@ -175,8 +180,15 @@ def _top_mistakes(evaluation: Evaluation, score_N: Tensor, dataset_root: Path | 
             confidence=evaluation.top_probabilities_NK[index, 0].item(),
             image=_thumbnail(evaluation.paths[index], dataset_root),
         )
-        for index in order_N[ranked_N[order_N] > -math.inf][:MAX_IMAGES].tolist()
+        for index in dict.fromkeys(ranked)
     ]
+
+
+def _ranked(evaluation: Evaluation, score_N: Tensor) -> list[int]:
+    """The misclassified images with the highest scores that are not NaN."""
+    ranked_N = score_N.where(~correct_images(evaluation), -math.inf)
+    order_N = ranked_N.argsort(descending=True, stable=True)
+    return order_N[ranked_N[order_N] > -math.inf][:MAX_IMAGES].tolist()
 
 
 def _thumbnail(path: str, dataset_root: Path | None) -> str:
@@ -213,10 +225,11 @@ def _confused_pairs(
 def _confusion_matrix(
     names: list[str], classes: list[ClassMetrics], mistakes: Counter[tuple[int, int]]
 ) -> ConfusionMatrix | None:
-    """The matrix of all classes that appear; of many, of the most confused ones, or None if there are no mistakes."""
+    """The matrix of all classes that appear; of many, of the most confused ones, or None if no
+    two classes are confused twice."""
     appearing = sorted({row.index for row in classes} | {predicted for _, predicted in mistakes})
     is_part = len(appearing) > FULL_MATRIX
-    if is_part and not mistakes:
+    if is_part and max(mistakes.values(), default=0) <= 1:
         return None
     shown = _most_confused(mistakes) if is_part else appearing
     rows = [row for row in classes if row.index in shown]
