@@ -1,11 +1,17 @@
 """Which images of a folder a run kept out of training: recorded in its checkpoints, and found again in the folder."""
 
+from base64 import b64decode, b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from localvit.data.images import Images
+from localvit.data.recorded_images import image_keys
 from localvit.data.split import ImageSubset, split_images
 
 HELD_OUT = "held_out"
@@ -33,15 +39,15 @@ def describe_held_out(train_images: Images, val_images: Images) -> dict[str, Any
     root = train_images.root
     if root is None:
         return {}
-    names = [val_images.name(index) for index in range(len(val_images))] if val_images.root == root else []
-    sizes = {name: (root / name).stat().st_size for name in names}
-    return {HELD_OUT: {"folder": str(root.resolve()), "bytes": sizes, "trained_on": len(train_images)}}
+    keys = image_keys(val_images, with_sizes=True).numpy().tobytes() if val_images.root == root else b""
+    record = {"folder": str(root.resolve()), "images": b64encode(keys).decode(), "trained_on": len(train_images)}
+    return {HELD_OUT: record}
 
 
 def find_held_out(images: Images, about: Mapping[str, Any]) -> HeldOut | None:
     """Which of these images a run kept out of training; None if the run did not train on their folder.
 
-    The folder is that of the run if it is at the same place, or contains every held-out image with its size. Runs
+    The folder is that of the run if it is at the same place, or contains every held-out image, of the same size. Runs
     without a record are recognized by the place, and their split is computed again.
 
     Args:
@@ -51,10 +57,11 @@ def find_held_out(images: Images, about: Mapping[str, Any]) -> HeldOut | None:
     if images.root is None:
         return None
     record = about.get(HELD_OUT)
-    if not isinstance(record, Mapping) or not isinstance(record.get("bytes"), Mapping):
+    if not isinstance(record, Mapping) or (keys := _decoded(record.get("images"))) is None:
         return _split_again(images, images.root, about.get("config"))
-    indices = [index for index in range(len(images)) if images.name(index) in record["bytes"]]
-    if not _is_at(images.root, record.get("folder")) and not _have_sizes(images, indices, record["bytes"]):
+    indices = torch.isin(image_keys(images, with_sizes=True), keys).nonzero().flatten().tolist()
+    has_all = 0 < len(keys) == len(indices)
+    if not has_all and not _is_at(images.root, record.get("folder")):
         return None
     others = len(images) - len(indices)
     trained_on = record.get("trained_on")
@@ -77,9 +84,10 @@ def _is_at(folder: Path, recorded: object) -> bool:
     return isinstance(recorded, str) and folder.resolve() == Path(recorded).resolve()
 
 
-def _have_sizes(images: Images, indices: list[int], sizes: Mapping[str, Any]) -> bool:
-    """Whether the images at `indices` are all of the recorded ones, with the same sizes in bytes."""
-    if images.root is None or not sizes or len(indices) != len(sizes):
-        return False
-    names = [images.name(index) for index in indices]
-    return all((images.root / name).stat().st_size == sizes[name] for name in names)
+def _decoded(text: object) -> Tensor | None:
+    """The keys of the held-out images; None if the record has none."""
+    try:
+        data = b64decode(text, validate=True) if isinstance(text, str) else b"damaged"
+    except ValueError:
+        return None
+    return None if len(data) % 8 else torch.from_numpy(np.frombuffer(data, dtype="<i8").astype(np.int64))

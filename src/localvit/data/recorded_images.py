@@ -17,14 +17,19 @@ Record = Mapping[str, Tensor]
 """The keys of the images of "train" and "val", int64."""
 
 
-def image_keys(images: Images) -> Tensor:
-    """A 64-bit hash of the class name and the name of each image: int64 of shape (N,)."""
-    names = images.class_names
-    texts = (
-        f"{names[label] if names else label}\0{images.name(index)}".encode(errors="surrogateescape")
-        for index, label in enumerate(images.labels)
-    )
-    digests = b"".join(hashlib.blake2b(text, digest_size=8).digest() for text in texts)
+def image_keys(images: Images, *, with_sizes: bool = False) -> Tensor:
+    """A 64-bit hash of the class name and the name of each image: int64 of shape (N,).
+
+    `with_sizes` includes the sizes of the files, so that images of another folder with equal names differ.
+    """
+    names, root = images.class_names, images.root if with_sizes else None
+    digests = bytearray()
+    for index, label in enumerate(images.labels):
+        parts: list[object] = [names[label] if names else label, images.name(index)]
+        if root is not None:
+            parts.append((root / images.name(index)).stat().st_size)
+        text = "\0".join(map(str, parts)).encode(errors="surrogateescape")
+        digests += hashlib.blake2b(text, digest_size=8).digest()
     return torch.from_numpy(np.frombuffer(digests, dtype="<i8").astype(np.int64))
 
 

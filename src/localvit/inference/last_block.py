@@ -11,29 +11,26 @@ Shapes: B batch, N tokens, P prefix tokens, C channels, M attention heads, D cha
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch.nn.functional as F
 from timm.layers import Attention, DropPath
 from timm.models import pvt_v2, tnt
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block, LayerScale, VisionTransformer
+from timm.models.vision_transformer import LayerScale, VisionTransformer
 from torch import Tensor, nn
-from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.module_tracker import ModuleTracker
 
+from localvit.inference.override import override_forward
+from localvit.inference.prefix_tokens import BLOCKS, prefix_tokens
 from localvit.inference.token_wise import is_token_wise, is_token_wise_class
 from localvit.models.pvt import LocalPVT
-from localvit.models.pvt_stage import Block as PyramidBlock
 from localvit.models.pvt_stage import Stage
 from localvit.models.tnt import LocalTNT
 from localvit.ops import FusedConvolutions
 from localvit.ops.stages import has_global_hooks, has_hooks, is_untouched
-from localvit.surgery.override import override_forward
 from localvit.surgery.projection import LocalizedProjection, localized_projections
 from localvit.tokens.mlp import FusedMlp
 from localvit.tokens.per_call import PerCall
@@ -71,8 +68,8 @@ def _forward_of_last_block(block: Any, calls: PerCall, *args: Any, **kwargs: Any
         return type(block).forward(block, *args, **kwargs)
     if isinstance(block, tnt.Block):
         pixels, x_BNC = tnt.Block.forward(_InnerPart(block), *args)  # type: ignore[arg-type]
-        return pixels, _prefix_tokens(block, x_BNC, calls.value)
-    return _prefix_tokens(block, args[0], calls.value)
+        return pixels, prefix_tokens(block, x_BNC, calls.value)
+    return prefix_tokens(block, args[0], calls.value)
 
 
 def _forward_of_projection(projection: Any, calls: PerCall, hidden: Tensor) -> Tensor:
@@ -102,94 +99,6 @@ def _unchanged(x: Tensor) -> Tensor:
 def _zero(x: Tensor) -> Tensor:
     return x.new_zeros(())
 
-
-def _prefix_tokens(block: Any, x_BNC: Tensor, num_prefix_tokens: int) -> Tensor:
-    """The block's prefix tokens (B, P, C)."""
-    parts = BLOCKS[type(block)]
-    norm1, attn, norm2 = (getattr(block, name) for name in (parts.norm1, parts.attn, parts.norm2))
-    added_BPC = parts.attend(attn, norm1(x_BNC), num_prefix_tokens)
-    x_BPC = x_BNC[:, :num_prefix_tokens] + _through(block, parts.after_attn, added_BPC)
-    if isinstance(block.mlp, FusedMlp):  # The paper's module adds zero to prefix tokens.
-        return x_BPC
-    return x_BPC + _through(block, parts.after_mlp, block.mlp(norm2(x_BPC)))
-
-
-def _through(block: nn.Module, names: tuple[str, ...], x_BPC: Tensor) -> Tensor:
-    for name in names:
-        x_BPC = getattr(block, name)(x_BPC)
-    return x_BPC
-
-
-def _attend(attn: Any, y_BNC: Tensor, num_prefix_tokens: int) -> Tensor:
-    """The output of timm's `Attention` for the prefix tokens."""
-    y_BPC = y_BNC[:, :num_prefix_tokens]
-    dim = attn.num_heads * attn.head_dim
-    weight, bias = attn.qkv.weight, attn.qkv.bias
-    query = F.linear(y_BPC, weight[:dim], None if bias is None else bias[:dim])
-    key, value = F.linear(y_BNC, weight[dim:], None if bias is None else bias[dim:]).chunk(2, dim=-1)
-    query_BMPD, key_BMND, value_BMND = _split_heads(attn.num_heads, query, key, value)
-    out_BMPD = F.scaled_dot_product_attention(attn.q_norm(query_BMPD), attn.k_norm(key_BMND), value_BMND)
-    out_BPC = attn.norm(out_BMPD.transpose(1, 2).flatten(2))
-    if getattr(attn, "gate", None) is not None:
-        out_BPC = out_BPC * attn.gate(y_BPC).sigmoid()
-    return attn.proj_drop(attn.proj(out_BPC))
-
-
-def _attend_in_pyramid(attn: Any, y_BNC: Tensor, num_prefix_tokens: int) -> Tensor:
-    """The output of PVT's attention, without spatial reduction, for the prefix tokens."""
-    query, (key, value) = attn.q(y_BNC[:, :num_prefix_tokens]), attn.kv(y_BNC).chunk(2, dim=-1)
-    query_BMPD, key_BMND, value_BMND = _split_heads(attn.num_heads, query, key, value)
-    out_BMPD = F.scaled_dot_product_attention(query_BMPD, key_BMND, value_BMND)
-    return attn.proj_drop(attn.proj(out_BMPD.transpose(1, 2).flatten(2)))
-
-
-def _split_heads(num_heads: int, *parts_BNC: Tensor) -> list[Tensor]:
-    return [part_BNC.unflatten(2, (num_heads, -1)).transpose(1, 2) for part_BNC in parts_BNC]
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockParts:
-    """The parts of a class of pre-norm blocks that the prefix tokens pass through."""
-
-    attention: type[nn.Module]
-    """The exact class of its attention."""
-    attend: Callable[[Any, Tensor, int], Tensor]
-    """Returns that attention's output for the prefix tokens, given all tokens."""
-    norm1: str
-    attn: str
-    norm2: str
-    """Attribute names of the attention and of the norms before attention and feed-forward."""
-    after_attn: tuple[str, ...]
-    after_mlp: tuple[str, ...]
-    """Names of the modules that their outputs pass before they are added."""
-
-
-_NAMES: Any = {"norm1": "norm1", "attn": "attn", "norm2": "norm2"}
-_OUTER_NAMES: Any = {"norm1": "norm_out", "attn": "attn_out", "norm2": "norm_mlp"}
-BLOCKS: dict[type[nn.Module], BlockParts] = {
-    Block: BlockParts(
-        **_NAMES,
-        attention=Attention,
-        attend=_attend,
-        after_attn=("ls1", "drop_path1"),
-        after_mlp=("ls2", "drop_path2"),
-    ),
-    PyramidBlock: BlockParts(
-        **_NAMES,
-        attention=pvt_v2.Attention,
-        attend=_attend_in_pyramid,
-        after_attn=("drop_path1",),
-        after_mlp=("drop_path2",),
-    ),
-    tnt.Block: BlockParts(
-        **_OUTER_NAMES,
-        attention=Attention,  # `localvit.inference.fusion` has put it there.
-        attend=_attend,
-        after_attn=("drop_path",),
-        after_mlp=("drop_path",),
-    ),
-}
-"""Exact classes of last blocks that are shortened."""
 
 METHODS = ("forward", "forward_features", "forward_head", "pool", "_outer_tokens", "_run_stages")
 """The methods that a model calls from its images to its logits."""
@@ -289,7 +198,7 @@ def _is_plain_attention(attn: Any) -> bool:
         return False
     if type(_child(attn, "attn_drop")) not in (nn.Dropout, nn.Identity) or attn.scale != attn.head_dim**-0.5:
         return False
-    if not isinstance(attn, Attention) or isinstance(attn.qkv.weight, FunctionalTensor):  # torch.export's weights
+    if not isinstance(attn, Attention):
         return True
     return not is_traceable_wrapper_subclass(attn.qkv.weight)
 

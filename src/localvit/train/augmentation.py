@@ -43,7 +43,8 @@ def open_train_and_val(config: TrainConfig, record: Record | None = None) -> tup
         return open_images(config.data_set, config.data_path, split=split, inat_category=config.inat_category)
 
     train_images = images_of("train")
-    _check_several_classes(train_images, config)
+    if record is None:
+        _check_several_classes(train_images, config)
     if config.data_set.upper() == "FOLDER" and config.data_path and not (config.data_path / "val").is_dir():
         if record:
             return _recorded(config, train_images, train_images, record)

@@ -18,11 +18,6 @@ def override_forward(module: nn.Module, forward: Callable[..., Any], *bound: Any
     module._replicate_for_data_parallel = partial(_replicate, module, forward, *bound)  # type: ignore[method-assign]
 
 
-def restore_forward(module: nn.Module) -> None:
-    """Undo `override_forward`."""
-    del module.forward, module._replicate_for_data_parallel
-
-
 def _replicate(module: nn.Module, forward: Callable[..., Any], *bound: Any) -> nn.Module:
     replica = type(module)._replicate_for_data_parallel(module)
     override_forward(replica, forward, *bound)
