@@ -17,3 +17,13 @@ atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_err
 def few_threads():
     """Two cores serve several test processes."""
     torch.set_num_threads(1)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Escape what is no Unicode in captured output (names of files are not): pytest-xdist could not send it."""
+    report = yield
+    report.sections = [
+        (title, text.encode(errors="backslashreplace").decode(errors="replace")) for title, text in report.sections
+    ]
+    return report
