@@ -163,8 +163,16 @@ def test_locality_of_a_wrapped_model(wrap, tmp_path):
     base = localvit.delocalize(localized(), discard=True)
     localvit.load_locality(torch.compile(base), path)
     assert torch.equal(base(IMAGE), localized()(IMAGE))
+
+
+def test_locality_of_a_fused_model(tmp_path):
+    """Fusing leaves adapters as they are, and folds the paper's module."""
+    path = localvit.save_locality(localvit.fuse(localized()), tmp_path / "locality.safetensors")
+    base = localvit.load_locality(localvit.delocalize(localized(), discard=True), path)
+    assert torch.equal(base(IMAGE), localized()(IMAGE))
+    replaced = localvit.localize(localvit.delocalize(base, discard=True), localvit.Replace())
     with pytest.raises(ValueError, match="before fuse"):
-        localvit.save_locality(localvit.fuse(localized()), tmp_path / "b.safetensors")
+        localvit.save_locality(localvit.fuse(replaced.eval()), tmp_path / "b.safetensors")
 
 
 class Activation(str, enum.Enum):  # noqa: UP042, torch has many of this kind

@@ -8,6 +8,7 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from localvit.surgery.localize import Localized, locality_modules, localize_with_options
+from localvit.tokens.mlp import FusedMlp
 from localvit.utils.distributed import is_main
 from localvit.utils.files import atomic_write
 from localvit.utils.plain_values import plain
@@ -38,14 +39,16 @@ def save_locality(model: nn.Module, path: str | Path) -> Path:
         The path.
 
     Raises:
-        ValueError: for a model that was not localized, or that was fused.
+        ValueError: for a model that was not localized, or whose modules of the paper were folded by `fuse`.
     """
     path, model = Path(path), unwrap(model)
     localized = getattr(model, "localized", None)
     if not isinstance(localized, Localized):
         raise ValueError(f"{type(model).__name__} was not localized by localvit.localize: there is no locality to save")
-    if any(type(module).__module__.startswith("localvit.inference.") for module in model.modules()):
-        raise ValueError("this model was fused, which changes its modules: save the locality of the model before fuse")
+    if any(isinstance(module, FusedMlp) for module in model.modules()):
+        raise ValueError(
+            "this model was fused, which folds the paper's modules: save the locality of the model before fuse"
+        )
     state_dict = locality_state(model)
     tensors = plain_weights(state_dict)
     if is_sharded(state_dict) and not is_main():
