@@ -95,7 +95,9 @@ def test_parameter_counts_are_the_published_ones(listed):
     golden = sorted(path.stem for path in (GOLDEN / "models").glob("*.json"))
     assert sorted(by_name) == sorted([*golden, "localvit_nano_patch4_32"])
     for name in golden:
-        assert by_name[name]["parameters"] == golden_model(name)["parameters"]
+        published = golden_model(name)
+        if not any(kind == "frozen parameter" for _, _, kind in published["state_dict"]):  # T2T's: see test_registry
+            assert by_name[name]["parameters"] == published["parameters"]
     assert by_name["localvit_nano_patch4_32"]["input_size"] == [3, 32, 32]
     assert by_name["localvit_nano_patch4_32"]["paper_name"] is None
 
