@@ -1,6 +1,7 @@
 """Without a network, a command that needs released weights says which flag takes a copy of the file."""
 
 import socket
+import urllib.request
 
 import huggingface_hub.constants
 import pytest
@@ -20,6 +21,7 @@ def offline(monkeypatch, tmp_path):
         closed.bind(("127.0.0.1", 0))
         for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
             monkeypatch.setenv(name, f"http://127.0.0.1:{closed.getsockname()[1]}")
+        monkeypatch.setattr(urllib.request, "_opener", None)  # It is made once, with the proxies of that moment.
         monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))

@@ -23,7 +23,7 @@ from localvit.data.preprocessing import Preprocessing
 from localvit.evaluation.predict import Prediction, predict
 from localvit.inference.runner import InferenceOptions
 from localvit_cli import main
-from localvit_cli.predict import _open_output
+from localvit_cli.predict import Predict, _open_output
 from localvit_cli.prediction_formats import WRITERS
 
 NAMES = ["ant", 'a "big" crow, black', "bée\nor wasp"]
@@ -396,8 +396,11 @@ def test_output_is_written_atomically(tmp_path):
         interrupted()
     assert output.read_text() == "older"
     assert list(tmp_path.iterdir()) == [output]
-    with pytest.raises(ValueError, match="not a regular file"), _open_output(tmp_path):
-        pass
+
+
+def test_an_output_that_is_a_folder_is_refused_before_the_work(tmp_path):
+    with pytest.raises(ValueError, match="not a regular file"):
+        Predict(model="missing.safetensors", paths=("image.png",), output=tmp_path).run()
 
 
 def test_a_json_array_is_closed_after_an_exception():

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import timm
 import torch
-from checks import randomized
+from checks import hidden_maps, randomized
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn.utils import prune
@@ -281,12 +281,13 @@ def test_tokens_that_do_not_fill_the_grid_are_refused():
         localvit.localize(small_vit(patch_drop_rate=0.4), inplace=True)
 
 
-def test_a_replaced_patch_embedding_raises():
-    model = localvit.localize(small_vit())
+def test_a_replaced_patch_embedding_is_followed():
+    model, host = localvit.localize(small_vit()), small_vit()
     model(image())
-    model.set_input_size((40, 24), patch_size=8)  # as many patches, 5 x 3 of them, from a new convolution
-    with pytest.raises(ValueError, match="no patch grid is recorded for 15 image tokens"):
-        model(image(1, 40, 24))
+    for each in (model, host):
+        each.set_input_size((40, 24), patch_size=8)  # as many patches, 5 x 3 of them, from a new convolution
+    assert torch.equal(model(image(1, 40, 24)), host(image(1, 40, 24)))
+    assert [map_BEHW.shape[2:] for map_BEHW in hidden_maps(model, image(1, 40, 24))] == DEPTH * [(5, 3)]
 
 
 def test_a_block_copied_by_itself_raises():

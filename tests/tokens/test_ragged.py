@@ -28,6 +28,7 @@ import localvit
 from localvit import Adapter, Replace
 from localvit.surgery.adapter import LocalityAdapter
 from localvit.surgery.localize import localize_with_options
+from localvit.surgery.projection import LocalizedProjection
 from localvit.surgery.sites import Site, find_sites
 from localvit.tokens.ragged import Placement, RaggedGrid, RaggedTokens, placement_of_coordinates, placement_of_shapes
 
@@ -67,10 +68,10 @@ def test_the_adapter_convolves_each_map(options, prefix):
     """Output and gradients against one image at a time. Padding is noise and passes unchanged."""
     coord_BN2, valid_BN = coordinates(SHAPES, padding=2, order_seed=5)
     layout = ragged_layout(placement_of_coordinates(coord_BN2, valid_BN), prefix)
-    adapter = LocalityAdapter(CHANNELS, layout, Adapter(**options)).double()
+    adapter = LocalityAdapter(CHANNELS, Adapter(**options)).double()
     nn.init.normal_(adapter.conv.weight, generator=torch.Generator().manual_seed(1))
     x_BNC = noise(len(SHAPES), prefix + valid_BN.shape[1], CHANNELS).requires_grad_()
-    out_BNC = adapter(x_BNC)
+    out_BNC = LocalizedProjection(nn.Identity(), adapter, layout)(x_BNC)
 
     expected_BNC = x_BNC.clone()
     for sample, (height, width) in enumerate(SHAPES):

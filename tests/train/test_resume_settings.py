@@ -77,6 +77,7 @@ OTHER = {
     "how the same images are found": ("data_set", "data_path"),
     "the same numbers, computed in another way": ("workers", "device", "compile", "channels_last", "ema_on_cpu"),
     "the same numbers in one process, up to rounding": ("grad_checkpointing", "sync_bn"),
+    "not a setting of the images that can be read": ("skip_unreadable",),
     "files and when the run ends": ("output_dir", "checkpoint_steps", "keep", "tensorboard", "wandb"),
     "read in each epoch by the loop": ("early_stopping", "nonfinite"),
     "needs a longer run: test_a_plateau_schedule": ("patience_epochs",),

@@ -210,7 +210,9 @@ def test_lost_weights_of_the_best_epoch_are_reported(finished, tiny_digits, tmp_
 
 def test_a_restarted_process_resumes_its_own_run_only(finished, tiny_digits, tmp_path, monkeypatch):
     """torchrun starts the same command again, also after an error about the folder of another run."""
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    launch = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in (launch | {"TORCHELASTIC_RESTART_COUNT": "1"}).items():
+        monkeypatch.setenv(name, value)
     assert build(tiny_config(tiny_digits, finished, **SETTINGS)).state.epoch == 2
     with pytest.raises(FileExistsError, match="contains another run"):
         build(tiny_config(tiny_digits, finished, **SETTINGS, lr=0.3))

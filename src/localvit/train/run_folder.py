@@ -22,7 +22,7 @@ import torch
 
 from localvit.checkpoints import HEADER, save_checkpoint, versions
 from localvit.train.config import TrainConfig
-from localvit.train.state import Row, TrainState
+from localvit.train.state import Row, TrainState, may_be_best
 from localvit.utils.files import atomic_write
 from localvit.utils.weight_files import CheckpointError, read_header, read_weight_file
 
@@ -148,7 +148,9 @@ def save_epoch(state: TrainState, directory: Path, description: Mapping[str, Any
     """
     row, held = state.rows[-1], saved_epoch(directory / BEST)
     # The best epoch may be from before a resume into a new folder, and its weights lost.
-    is_best = state.best is row or not _is_one_of(held, state.rows) or row["test_acc1"] > held["test_acc1"]
+    is_best = may_be_best(row) and (
+        state.best is row or not _is_one_of(held, state.rows) or row["test_acc1"] > held["test_acc1"]
+    )
     try:
         for name in (LAST, BEST) if is_best else (LAST,):
             save_model(state, directory / name, description)
@@ -195,7 +197,7 @@ def complete_folder(state: TrainState, directory: Path, description: Mapping[str
                 f"the weights of the best epoch, {row['epoch'] + 1:.0f}, are not in {source}: {directory / BEST} will "
                 "be the best of the others"
             )
-            if state.step == 0:
+            if state.step == 0 and may_be_best(state.rows[-1]):
                 save_model(state, directory / name, description)
     write_log(state, directory)
 

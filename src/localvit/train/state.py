@@ -23,6 +23,11 @@ from localvit.utils.weight_files import CheckpointError
 Row = dict[str, float]
 
 
+def may_be_best(row: Row) -> bool:
+    """Whether an epoch has a finite loss. A model whose output is not finite is never the best."""
+    return not math.isnan(row.get("test_loss", 0.0))
+
+
 @dataclass(kw_only=True)
 class TrainState:
     """All that changes during training."""
@@ -80,8 +85,7 @@ class TrainState:
     @property
     def best(self) -> Row | None:
         """The row of the first epoch with the highest accuracy. An epoch whose loss is NaN is never the best."""
-        finite = [row for row in self.rows if not math.isnan(row.get("test_loss", 0.0))]
-        return max(finite, key=lambda row: row["test_acc1"], default=None)
+        return max(filter(may_be_best, self.rows), key=lambda row: row["test_acc1"], default=None)
 
     def to_entries(self, description: Mapping[str, Any]) -> dict[str, Any]:
         """The entries of a training checkpoint: those of the published program, and ours under `localvit`.

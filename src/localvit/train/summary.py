@@ -1,7 +1,6 @@
 """The result of a run, and the report `summary.md` in its folder."""
 
 import json
-import math
 import platform
 import shlex
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ import torch
 from localvit.checkpoints import versions
 from localvit.train.config import TrainConfig
 from localvit.train.run_folder import BEST, saved_epoch
-from localvit.train.state import Row
+from localvit.train.state import Row, may_be_best
 from localvit.train.trackers import CURVES
 from localvit.utils.distributed import world_size
 from localvit.utils.files import atomic_write
@@ -57,7 +56,7 @@ class RunResult:
 
         return cls(
             num_epochs=len(metrics),
-            best=max(metrics, key=lambda row: (not math.isnan(row["test_loss"]), row["test_acc1"])),
+            best=max(metrics, key=lambda row: (may_be_best(row), row["test_acc1"])),
             last=metrics[-1],
             seconds=over_epochs(sum, "seconds"),
             images_per_second=over_epochs(median, "images_per_second"),
