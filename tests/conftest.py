@@ -21,7 +21,7 @@ def few_threads():
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """Escape what is no Unicode in captured output (names of files are not): pytest-xdist could not send it."""
+    """Escape what is not Unicode in captured output, such as names of files: pytest-xdist could not send it."""
     report = yield
     report.sections = [
         (title, text.encode(errors="backslashreplace").decode(errors="replace")) for title, text in report.sections

@@ -164,7 +164,7 @@ FOLDERS: dict[str, tuple[Build, dict[str, list[tuple[str, ...]]], str]] = {
 
 
 def test_train_without_val_or_another_name_for_it_can_be_trained_on(root):
-    """Training then uses part of train/, so this is no error."""
+    """Training then uses part of train/, so this is not an error."""
     (root / "val").rename(root / "test")
     (finding,) = check_folder(root).findings
     assert (finding.name, finding.severity) == ("no-val", "warning")

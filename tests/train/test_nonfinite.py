@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from tiny import STILL, tiny_config
+from tiny import STILL, same, tiny_config
 
 from localvit.train.builder import build
 from localvit.train.loop import MAX_SKIPPED_IN_ROW, fit
@@ -59,17 +59,6 @@ def everything(training):
     state = training.state
     parts = (state.model.state_dict(), state.ema.module.state_dict(), state.optimizer.state_dict())
     return copy.deepcopy(parts)
-
-
-def same(one, other) -> bool:
-    """Whether two trees of plain values and tensors are bit-exact."""
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
 
 
 def is_finite(training):

@@ -7,6 +7,7 @@ import pytest
 import timm.optim
 import torch
 from timm.utils import ModelEmaV3
+from tiny import same
 
 from localvit.train.config import TrainConfig
 from localvit.train.optimization import build_optimizer, build_scheduler
@@ -44,17 +45,6 @@ def new_state(name):
         scheduler=build_scheduler(config, optimizer, STEPS // 2),
         scaler=torch.amp.GradScaler("cpu", enabled=False),
     )
-
-
-def same(one, other):
-    """Whether two trees of plain values and tensors are bit-exact."""
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
 
 
 def advance(state, epochs):

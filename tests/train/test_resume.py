@@ -14,7 +14,7 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
-from tiny import skip_without_plateau, tiny_config, train
+from tiny import same, skip_without_plateau, tiny_config, train
 from torch import nn
 
 import localvit
@@ -29,17 +29,6 @@ from localvit.utils.weight_files import CheckpointError
 from published import published_state
 
 EVERYTHING = ("model", "model_ema", "optimizer", "scaler", "lr_scheduler", "epoch")
-
-
-def same(one, other) -> bool:
-    """Whether two trees of plain values and tensors are bit-exact."""
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
 
 
 def outcome(directory):

@@ -71,3 +71,14 @@ def skip_without_plateau() -> None:
         PlateauLRScheduler(optimizer)
     except TypeError:
         pytest.skip("the plateau schedule of this version of timm does not work with this version of torch")
+
+
+def same(one, other) -> bool:
+    """Whether two trees of plain values and tensors are bit-exact."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other

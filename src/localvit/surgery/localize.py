@@ -22,7 +22,7 @@ from localvit.surgery.projection import (
 from localvit.surgery.replace import Replace, replace_feed_forwards
 from localvit.surgery.selection import FilterFn, select_sites, some
 from localvit.surgery.sites import Grids, Site
-from localvit.surgery.wrappers import refuse_wrapped
+from localvit.surgery.wrapped import refuse_wrapped
 from localvit.tokens.mlp import LocalityMlp
 from localvit.tokens.sources import disconnect
 
@@ -195,7 +195,7 @@ def _add_adapters(model: nn.Module, sites: list[Site], method: Adapter) -> None:
                     "leave it out with filter_fn"
                 )
             continue
-        factory = site.factory
+        factory = site.factory  # refuses quantized layers, which may have no widths either
         locality = LocalityAdapter(site.hidden_dim, method, **factory)
         projection = LocalizedProjection(site.projection, locality, site.layout(grids.of(site)))
         localized[site.projection] = projection.train(site.projection.training)

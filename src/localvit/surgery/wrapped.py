@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from localvit.utils.wrappers import is_sharded
+
 
 def refuse_wrapped(model: nn.Module, function: str) -> None:
     """Raise ValueError for a model that is wrapped, compiled, sharded or scripted, or contains such a module.
@@ -24,7 +26,7 @@ def refuse_wrapped(model: nn.Module, function: str) -> None:
             inner = f"{name}.module" if name else "model.module"
             raise ValueError(f"{this} is wrapped in {type(module).__name__}: {function} {inner} before you wrap it")
     for name, parameter in model.named_parameters():
-        if hasattr(parameter, "device_mesh") or hasattr(parameter, "_is_flat_param"):
+        if is_sharded({name: parameter}) or hasattr(parameter, "_is_flat_param"):
             raise ValueError(
                 f"the parameters of this model are sharded over processes ({name}), and each process would change its "
                 f"own part only: {function} the model before fully_shard, FSDP or parallelize_module"
