@@ -20,13 +20,16 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from localvit.ops.batch_norms import leaves_single_values
-from localvit.ops.stages import Convolution, Stage, Stages, is_plain, is_untouched, stages_of
+from localvit.ops.stages import Convolution, Stages, is_plain, is_untouched, stages_of
 
-Backend = Literal["layers", "torch", "triton"]
+Backend = Literal["auto", "layers", "torch", "triton"]
 ENVIRONMENT_VARIABLE = "LOCALVIT_BACKEND"
 
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-"""Dtypes of maps that the Triton kernels read."""
+KERNEL_DTYPES = (torch.bfloat16, torch.float16)
+"""Dtypes in which the Triton kernels compute."""
+MAP_DTYPES = (torch.float32, *KERNEL_DTYPES)
+"""Dtypes of the maps that they read in training, under autocast."""
+HAS_TRITON = find_spec("triton") is not None
 
 
 def set_backend(backend: Backend) -> None:
@@ -66,7 +69,7 @@ def _checked(backend: str, name: str) -> Backend:
     return backend  # type: ignore[return-value]
 
 
-_backend: Backend = _checked(os.environ.get(ENVIRONMENT_VARIABLE, "torch"), ENVIRONMENT_VARIABLE)
+_backend: Backend = _checked(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
 
 
 def stages_to_recompute(layers: nn.Sequential, map_BCHW: Tensor) -> Stages | None:
@@ -118,26 +121,39 @@ def _is_traced_or_transformed(x: Tensor) -> bool:
     )
 
 
-def use_operators(stage: Stage | None = None) -> bool:
-    """Whether the registered operators run, which have Triton kernels; for a training stage, whether one fits it."""
-    return _backend == "triton" and (stage is None or (stage.gate is None and _suits_kernel(stage.conv)))
+def fits_kernels(stages: Stages, map_BCHW: Tensor) -> torch.dtype | None:
+    """The dtype in which the Triton kernels train a module with these stages; None where they do not."""
+    kind = map_BCHW.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else stages.first.weight.dtype
+    if not _has_kernels(map_BCHW.device, dtype) or len(stages.stages) != 2 or map_BCHW.dtype not in MAP_DTYPES:
+        return None
+    first, second = stages.stages
+    fits = first.gate is None and _suits_kernel(first.conv) and second.conv.groups == stages.first.groups == 1
+    return dtype if (fits and torch.is_autocast_enabled(kind)) or map_BCHW.dtype == dtype else None
 
 
-def runs_triton(*maps_BHWE: Tensor) -> bool:
-    """Whether an operator runs its Triton kernel on these maps, rather than the reference."""
+def _has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     # The kernels are tuned for NVIDIA's registers; to torch, AMD's devices are `cuda` too.
     return (
-        _backend == "triton"
+        _backend in ("auto", "triton")
+        and device.type == "cuda"
         and torch.version.hip is None
-        and all(x.is_cuda and x.dtype in KERNEL_DTYPES and x.numel() > 0 and x.stride(3) == 1 for x in maps_BHWE)
+        and dtype in KERNEL_DTYPES
+        and HAS_TRITON
     )
 
 
-def folded_path(conv: Convolution, gated: bool) -> Literal["operator", "onednn", "torch"]:
+def runs_triton(*maps: Tensor) -> bool:
+    """Whether an operator runs its Triton kernel on these maps, rather than the reference."""
+    return all(_has_kernels(x.device, x.dtype) and x.numel() > 0 and x.stride(-1) == 1 for x in maps)
+
+
+def folded_path(conv: Convolution) -> Literal["operator", "onednn", "torch"]:
     """How a convolution with its batch norm folded, an activation and maybe a gate runs in a fused model."""
-    if use_operators() and gated and _suits_kernel(conv):
-        return "operator"
     weight = conv.weight
+    has_kernel = conv.groups == 1 or _suits_kernel(conv)
+    if has_kernel and (_backend == "triton" or _has_kernels(weight.device, weight.dtype)):
+        return "operator"
     if (
         _backend != "layers"
         and weight.device.type == "cpu"

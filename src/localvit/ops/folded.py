@@ -15,10 +15,14 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from localvit.ops import operators
 from localvit.ops.activations import activate
 from localvit.ops.dispatch import folded_path
-from localvit.ops.stages import ChannelGate, Stages, channel_means
+from localvit.ops.stages import ChannelGate, Stages, channel_means, squeeze_excite_layers
 
 PART_BYTES = 2**24
 """The largest map that is computed at once on the CPU, where memory beyond the caches, and new memory, is slow."""
+
+
+WIDEST_BOTTLENECK = 64
+"""Of the gates that an operator computes image by image; for others, matrix products of the batch are faster."""
 
 
 class FusedFeedForward(nn.Module):
@@ -53,12 +57,30 @@ class FusedConvolutions(nn.Sequential):
     def forward(self, x_BHWC: Tensor) -> Tensor:
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(x_BHWC, torch.fx.Proxy)
         if traced or x_BHWC.device.type != "cpu":
-            return super().forward(x_BHWC)
+            return self._run(x_BHWC)
         batch, height, width, _ = x_BHWC.shape
         images = max(PART_BYTES // (height * width * self.widest * x_BHWC.element_size()), 1)
         if batch <= images:
-            return super().forward(x_BHWC)
-        return torch.cat([super(FusedConvolutions, self).forward(part_BHWC) for part_BHWC in x_BHWC.split(images)])
+            return self._run(x_BHWC)
+        return torch.cat([self._run(part_BHWC) for part_BHWC in x_BHWC.split(images)])
+
+    def _run(self, x_BHWC: Tensor) -> Tensor:
+        gate_BC = None
+        for conv in self:
+            x_BHWC, gate_BC = conv(x_BHWC, gate_BC)
+        return x_BHWC
+
+    def tokens(self, x_BNC: Tensor, grid_size: tuple[int, int], num_prefix_tokens: int) -> Tensor:
+        """As forward for the map of the tokens after the prefix tokens; as tokens (B, P + H * W, C), zero for these."""
+        first, *others, last = self
+        if not (first.runs_rows() and last.runs_rows()):
+            map_BHWC = x_BNC[:, num_prefix_tokens:].unflatten(1, grid_size)
+            return F.pad(self(map_BHWC).flatten(1, 2), (0, 0, num_prefix_tokens, 0))
+        # The operators leave out prefix tokens and put zeros for them where they are, which needs no copies.
+        map_BHWC, gate_BC = first.rows(x_BNC, skipped=num_prefix_tokens).unflatten(1, grid_size), None
+        for conv in others:
+            map_BHWC, gate_BC = conv(map_BHWC, gate_BC)
+        return last.rows(map_BHWC.flatten(1, 2), gate_BC, num_prefix_tokens=num_prefix_tokens)
 
 
 class FusedConvolution(nn.Module):
@@ -83,18 +105,47 @@ class FusedConvolution(nn.Module):
         self.act = act
         self.gate = gate
 
-    def forward(self, x_BHWC: Tensor) -> Tensor:
-        path = folded_path(self, gated=self.gate is not None)
+    def forward(self, x_BHWC: Tensor, gate_BC: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The map, and the factors that the next convolution's input has to be multiplied by, if any.
+
+        Args:
+            x_BHWC: the input map.
+            gate_BC: factors of its channels.
+        """
+        if self.runs_rows():
+            return self.rows(x_BHWC.flatten(1, 2), gate_BC).unflatten(1, x_BHWC.shape[1:3]), None
+        if gate_BC is not None:
+            x_BHWC = x_BHWC.mul_(gate_BC[:, None, None])  # Nothing else reads the map of the convolution before.
+        path = folded_path(self)
         if path == "operator":
-            y_BHWE, sum_BE = operators.depthwise_act_pool(x_BHWC, self.weight, self.bias, self.act)
-            mean_BE = (sum_BE / (y_BHWE.shape[1] * y_BHWE.shape[2])).to(y_BHWE.dtype)
-        else:
-            y_BHWE = self._by_onednn(x_BHWC) if path == "onednn" else self._by_torch(x_BHWC)
-            if self.gate is None:
-                return y_BHWE
-            mean_BE = channel_means(y_BHWE)
-        assert self.gate is not None  # the operator runs only before a gate
-        return y_BHWE.mul_(self.gate.scale(mean_BE)[:, None, None])
+            y_BHWE, sum_BE = operators.run(operators.depthwise_act_pool, x_BHWC, self.weight, self.bias, self.act)
+            return y_BHWE, None if self.gate is None else self._scale(sum_BE, y_BHWE)
+        y_BHWE = self._by_onednn(x_BHWC) if path == "onednn" else self._by_torch(x_BHWC)
+        return y_BHWE, None if self.gate is None else self.gate.scale(channel_means(y_BHWE))
+
+    def runs_rows(self) -> bool:
+        """Whether `rows` computes the convolution."""
+        return self.groups == 1 and self.gate is None and folded_path(self) == "operator"
+
+    def rows(
+        self, x_BSC: Tensor, gate_BC: Tensor | None = None, *, skipped: int = 0, num_prefix_tokens: int = 0
+    ) -> Tensor:
+        """A 1x1 convolution of rows, as `localvit.ops.operators.pointwise`."""
+        weight = self.weight.flatten(1)
+        return operators.run(
+            operators.pointwise, x_BSC, weight, self.bias, self.act, gate_BC, skipped, num_prefix_tokens
+        )
+
+    def _scale(self, sum_BE: Tensor, y_BHWE: Tensor) -> Tensor:
+        """The gate's factors, from the map's sums."""
+        assert self.gate is not None
+        positions = y_BHWE.shape[1] * y_BHWE.shape[2]
+        if (layers := squeeze_excite_layers(self.gate)) is None or layers[0].out_features > WIDEST_BOTTLENECK:
+            return self.gate.scale((sum_BE / positions).to(y_BHWE.dtype))
+        narrow, wide = layers
+        return operators.run(
+            operators.squeeze_excite, sum_BE, positions, narrow.weight, narrow.bias, wide.weight, wide.bias
+        )
 
     def _by_torch(self, x_BHWC: Tensor) -> Tensor:
         if self.groups == 1:

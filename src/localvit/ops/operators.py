@@ -18,6 +18,13 @@ from localvit.ops import reference
 from localvit.ops.dispatch import runs_triton
 
 
+def run(operator: Any, *arguments: Any) -> Any:
+    """An operator's result, without torch's dispatcher where nothing needs it: it takes longer than a launch."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not arguments[0].is_cuda:
+        return operator(*arguments)
+    return operator._init_fn(*arguments)
+
+
 @torch.library.custom_op("localvit::depthwise_act_pool", mutates_args=())
 def depthwise_act_pool(x_BHWE: Tensor, weight_E33: Tensor, bias_E: Tensor, act: str) -> tuple[Tensor, Tensor]:
     """Depth-wise 3x3 convolution, bias, activation, and the sums that a channel gate pools: for inference.
@@ -66,115 +73,104 @@ def _depthwise_act_pool_backward(ctx: Any, grad_y_BHWE: Tensor, grad_sum_BE: Ten
 depthwise_act_pool.register_autograd(_depthwise_act_pool_backward, setup_context=_save_for_pool)
 
 
-@torch.library.custom_op("localvit::norm_act_depthwise", mutates_args=())
-def norm_act_depthwise(
-    z_BHWE: Tensor, scale_E: Tensor, shift_E: Tensor, weight_E33: Tensor, act: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`act(z * scale + shift)`, then the depth-wise 3x3 convolution, and its batch statistics: for training.
-
-    A batch norm's normalization is such a scale and shift. Stride 1; the zero padding surrounds the activated map,
-    which the kernel never writes to memory. The operator keeps only its arguments for the backward pass.
+@torch.library.custom_op("localvit::squeeze_excite", mutates_args=())
+def squeeze_excite(
+    sum_BE: Tensor, positions: int, weight_QE: Tensor, bias_Q: Tensor, weight_EQ: Tensor, bias_E: Tensor
+) -> Tensor:
+    """The factors of a squeeze-and-excitation gate with a hard sigmoid, from a map's sums: for inference.
 
     Args:
-        z_BHWE: a map in any floating dtype, before its normalization.
-        scale_E, shift_E: one value per channel, best in float32.
-        weight_E33: (E, 3, 3) or (E, 1, 3, 3).
-        act: `hs` (h-swish) or `relu6`.
+        sum_BE: as `depthwise_act_pool` returns them.
+        positions: H * W, how many values were summed.
+        weight_QE, bias_Q, weight_EQ, bias_E: of the two linear layers, to Q channels and back.
 
     Returns:
-        The convolution's map in the dtype of `z_BHWE`, and its mean and biased variance (`correction=0`) over the batch
-        and all positions, each (E,) in float32 (float64 for float64). No gradient flows through mean and variance:
-        batch norm's backward formula accounts for them.
+        The factors (B, E) in the dtype of the weights.
+    """
+    if runs_triton(weight_QE):
+        from localvit.ops.triton import squeeze_excite as kernel
+
+        return kernel.squeeze_excite(sum_BE, positions, weight_QE, bias_Q, weight_EQ, bias_E)
+    return reference.squeeze_excite(sum_BE, positions, weight_QE, bias_Q, weight_EQ, bias_E)
+
+
+@squeeze_excite.register_fake
+def _(sum_BE: Tensor, positions: int, weight_QE: Tensor, bias_Q: Tensor, weight_EQ: Tensor, bias_E: Tensor) -> Tensor:
+    return weight_EQ.new_empty(sum_BE.shape)
+
+
+@torch.library.custom_op("localvit::pointwise", mutates_args=())
+def pointwise(
+    x_BSK: Tensor,
+    weight_NK: Tensor,
+    bias_N: Tensor | None,
+    act: str | None,
+    gate_BK: Tensor | None,
+    skipped: int,
+    num_prefix_tokens: int,
+) -> Tensor:
+    """1x1 convolution of a map, a gate's factors before it, bias and activation after it: for inference.
+
+    Args:
+        x_BSK: the map's positions as rows, in any floating dtype.
+        weight_NK: from K to N channels.
+        bias_N: one value per output channel, or None.
+        act: `hs` (h-swish), `relu6`, or None.
+        gate_BK: a factor of each input channel of each image, or None.
+        skipped: how many rows of each image, the first, are not of the map.
+        num_prefix_tokens: how many rows of zeros to put in front.
+
+    Returns:
+        Rows (B, num_prefix_tokens + S - skipped, N) in the dtype of the weight. Equal inputs give bit-identical
+        results.
 
     Raises:
         ValueError: for an unknown `act`, or shapes that do not fit.
     """
-    if runs_triton(z_BHWE):
-        from localvit.ops.triton import training
+    if runs_triton(x_BSK):
+        from localvit.ops.triton import pointwise as kernel
 
-        return training.norm_act_depthwise(z_BHWE, scale_E, shift_E, weight_E33, act)
-    out_BHWE, mean_E, variance_E = reference.norm_act_depthwise(z_BHWE, scale_E, shift_E, weight_E33, act)
-    return out_BHWE.contiguous(), mean_E, variance_E
-
-
-@norm_act_depthwise.register_fake
-def _(z_BHWE: Tensor, scale_E: Tensor, shift_E: Tensor, weight_E33: Tensor, act: str) -> tuple[Tensor, Tensor, Tensor]:
-    reference.check(z_BHWE, weight_E33, act, scale=scale_E, shift=shift_E)
-    dtype = reference.accumulate_dtype(z_BHWE)
-    mean_E, variance_E = (z_BHWE.new_empty(z_BHWE.shape[3], dtype=dtype) for _ in range(2))
-    return z_BHWE.new_empty(z_BHWE.shape), mean_E, variance_E
+        return kernel.pointwise(x_BSK, weight_NK, bias_N, act, gate_BK, skipped, num_prefix_tokens)
+    return reference.pointwise(x_BSK, weight_NK, bias_N, act, gate_BK, skipped, num_prefix_tokens)
 
 
-@torch.library.custom_op("localvit::norm_act_depthwise_backward", mutates_args=())
-def norm_act_depthwise_backward(
-    grad_out_BHWE: Tensor,
-    z_BHWE: Tensor,
-    scale_E: Tensor,
-    shift_E: Tensor,
-    weight_E33: Tensor,
-    center_E: Tensor,
-    act: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The backward pass of `norm_act_depthwise`, and the sums that the backward pass of the batch norm before it needs.
-
-    With u = z * scale + shift, a batch norm over n values whose mean is `center` has the gradient with respect to z
-    scale * (grad_u - sums[0] / n - (z - center) * sums[1] / (n * (variance + eps))), with respect to its weight
-    sums[1] / sqrt(variance + eps), and with respect to its bias sums[0].
-
-    Args:
-        grad_out_BHWE: the gradient with respect to the convolution's map.
-        z_BHWE, scale_E, shift_E, weight_E33, act: the arguments of the forward pass.
-        center_E: subtracted from z before the products are summed; its mean, so that no digits are lost.
-
-    Returns:
-        The gradient with respect to u (B, H, W, E) in the dtype of `z_BHWE`; in float32 (float64 for float64) that of
-        the weight, in its shape, and (2, E): the sums over the batch and all positions of grad_u and of
-        grad_u * (z - center).
-
-    Raises:
-        ValueError: for an unknown `act`, or shapes that do not fit.
-    """
-    tensors = (grad_out_BHWE, z_BHWE, scale_E, shift_E, weight_E33, center_E)
-    if runs_triton(grad_out_BHWE, z_BHWE):
-        from localvit.ops.triton import training_backward
-
-        return training_backward.norm_act_depthwise_backward(*tensors, act)
-    grad_u_BHWE, grad_weight_E33, sums_2E = reference.norm_act_depthwise_backward(*tensors, act)
-    return grad_u_BHWE.contiguous(), grad_weight_E33.contiguous(), sums_2E
-
-
-@norm_act_depthwise_backward.register_fake
+@pointwise.register_fake
 def _(
-    grad_out_BHWE: Tensor,
-    z_BHWE: Tensor,
-    scale_E: Tensor,
-    shift_E: Tensor,
-    weight_E33: Tensor,
-    center_E: Tensor,
-    act: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    reference.check(z_BHWE, weight_E33, act, scale=scale_E, shift=shift_E, center=center_E)
-    reference.check_gradient(grad_out_BHWE, z_BHWE)
-    dtype = reference.accumulate_dtype(z_BHWE)
-    grad_weight_E33 = z_BHWE.new_empty(weight_E33.shape, dtype=dtype)
-    return z_BHWE.new_empty(z_BHWE.shape), grad_weight_E33, z_BHWE.new_empty((2, z_BHWE.shape[3]), dtype=dtype)
+    x_BSK: Tensor,
+    weight_NK: Tensor,
+    bias_N: Tensor | None,
+    act: str | None,
+    gate_BK: Tensor | None,
+    skipped: int,
+    num_prefix_tokens: int,
+) -> Tensor:
+    reference.check_pointwise(x_BSK, weight_NK, bias_N, act, gate_BK)
+    batch, rows, _ = x_BSK.shape
+    return weight_NK.new_empty(batch, rows - skipped + num_prefix_tokens, weight_NK.shape[0])
 
 
-def _save_for_norm(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, ctx.act = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.mark_non_differentiable(*output[1:])
+def _save_inputs(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.inputs = [None if isinstance(each, Tensor) else each for each in inputs]
+    ctx.is_tensor = [isinstance(each, Tensor) for each in inputs]
+    ctx.save_for_backward(*(each for each in inputs if isinstance(each, Tensor)))
 
 
-def _norm_act_depthwise_backward(ctx: Any, grad_out_BHWE: Tensor, *moments: Any) -> tuple:
-    z_BHWE, scale_E, shift_E, weight_E33 = ctx.saved_tensors
-    center_E = torch.zeros_like(shift_E)
-    grad_u_BHWE, grad_weight_E33, sums_2E = norm_act_depthwise_backward(
-        grad_out_BHWE, z_BHWE, scale_E, shift_E, weight_E33, center_E, ctx.act
-    )
-    grad_z_BHWE = (grad_u_BHWE * scale_E).to(z_BHWE.dtype)
-    grad_shift_E, grad_scale_E = sums_2E[0].to(shift_E.dtype), sums_2E[1].to(scale_E.dtype)
-    return grad_z_BHWE, grad_scale_E, grad_shift_E, grad_weight_E33.to(weight_E33.dtype), None
+def _backward_of(form: Any) -> Any:
+    """The backward pass of an operator, by that of its reference."""
+
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        tensors = [each.detach().requires_grad_() for each in ctx.saved_tensors]
+        remaining = iter(tensors)
+        inputs = [
+            next(remaining) if is_tensor else each for each, is_tensor in zip(ctx.inputs, ctx.is_tensor, strict=True)
+        ]
+        with torch.enable_grad():
+            out = form(*inputs)
+        found = iter(torch.autograd.grad(out, tensors, grad))
+        return tuple(next(found) if is_tensor else None for is_tensor in ctx.is_tensor)
+
+    return backward
 
 
-norm_act_depthwise.register_autograd(_norm_act_depthwise_backward, setup_context=_save_for_norm)
+pointwise.register_autograd(_backward_of(reference.pointwise), setup_context=_save_inputs)
+squeeze_excite.register_autograd(_backward_of(reference.squeeze_excite), setup_context=_save_inputs)

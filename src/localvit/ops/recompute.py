@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from localvit.ops import operators
+from localvit.ops import kernel_training
 from localvit.ops.activations import activate, activation_backward
 from localvit.ops.batch_norms import is_recomputation, run_layers
-from localvit.ops.dispatch import stages_to_recompute, use_operators
+from localvit.ops.dispatch import fits_kernels, stages_to_recompute
+from localvit.ops.gates import scale_with
 from localvit.ops.stages import Stage, Stages, channel_means
 
 aten = torch.ops.aten
@@ -26,7 +27,13 @@ aten = torch.ops.aten
 def feed_forward(layers: nn.Sequential, map_BCHW: Tensor) -> Tensor:
     """Run a locality module's layers on a map (B, C, H, W): recomputing where that gives the same, else one by one."""
     stages = stages_to_recompute(layers, map_BCHW)
-    return run_layers(layers, map_BCHW) if stages is None else _recompute(stages, map_BCHW)
+    if stages is None:
+        return run_layers(layers, map_BCHW)
+    if dtype := fits_kernels(stages, map_BCHW):
+        out_BCHW = kernel_training.feed_forward(stages, map_BCHW, dtype)
+    else:
+        out_BCHW = _recompute(stages, map_BCHW)
+    return run_layers(stages.last_norm, out_BCHW)
 
 
 def _recompute(stages: Stages, map_BCHW: Tensor) -> Tensor:
@@ -36,13 +43,12 @@ def _recompute(stages: Stages, map_BCHW: Tensor) -> Tensor:
         norm, gate = stage.norm, stage.gate
         running = (norm.running_mean, norm.running_var) if updates else (None, None)
         gate_parameters = () if gate is None else gate.parameters()
-        step = _NormActDepthwise if use_operators(stage) else _NormActConv
-        z_BHWE = step.apply(
+        z_BHWE = _NormActConv.apply(
             stage, running, z_BHWE.contiguous(), norm.weight, norm.bias, stage.conv.weight, *gate_parameters
         )
         if updates:
             norm.num_batches_tracked.add_(1)  # type: ignore[union-attr]  # stages_to_recompute checks it
-    return run_layers(stages.last_norm, z_BHWE.permute(0, 3, 1, 2))
+    return z_BHWE.permute(0, 3, 1, 2)
 
 
 _Running = tuple[Tensor | None, Tensor | None]
@@ -127,14 +133,10 @@ class _NormActConv(torch.autograd.Function):
         grad_a_BHWE = _input_gradient(grad_out_BHWF, a_BHWE, narrow_weight, geometry)
         gate_gradients: list[Tensor | None] = []
         if stage.gate is not None:
-            with torch.enable_grad(), ctx.autocast:
-                mean_BE = mean_BE.detach().requires_grad_()
-                scale_BE = _scale(stage.gate, gate_parameters, mean_BE)
-            grad_scale_BE = (grad_a_BHWE * a_BHWE).flatten(1, 2).sum(1)
-            wanted = [mean_BE, *(each for each in gate_parameters if each.requires_grad)]
-            grad_mean_BE, *found = torch.autograd.grad(scale_BE, wanted, grad_scale_BE)
-            gate_gradients = [found.pop(0) if each.requires_grad else None for each in gate_parameters]
-            scale_B11E, grad_mean_B11E = scale_BE.detach()[:, None, None], grad_mean_BE[:, None, None]
+            with ctx.autocast:
+                scale = scale_with(stage.gate, gate_parameters, mean_BE)
+            grad_mean_BE, gate_gradients = scale.backward((grad_a_BHWE * a_BHWE).flatten(1, 2).sum(1))
+            scale_B11E, grad_mean_B11E = scale.scale_BE.detach()[:, None, None], grad_mean_BE[:, None, None]
             a_BHWE.mul_(scale_B11E)
             grad_a_BHWE.mul_(scale_B11E).add_(grad_mean_B11E, alpha=1 / (a_BHWE.shape[1] * a_BHWE.shape[2]))
         grad_weight = None
@@ -157,61 +159,6 @@ class _NormActConv(torch.autograd.Function):
         )
         grad_z_BHWE = grad_z_BEHW.permute(0, 2, 3, 1) if needs_z else None
         return None, None, grad_z_BHWE, grad_norm_weight, grad_norm_bias, grad_weight, *gate_gradients
-
-
-class _NormActDepthwise(torch.autograd.Function):
-    """As `_NormActConv` without a gate, by operators whose kernels never write the activated map to memory."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        stage: Stage,
-        running: _Running,
-        z_BHWE: Tensor,
-        norm_weight: Tensor,
-        norm_bias: Tensor,
-        weight: Tensor,
-    ) -> Tensor:
-        norm: Any = stage.norm
-        mean_E, variance_E = torch.batch_norm_update_stats(z_BHWE.permute(0, 3, 1, 2), *running, norm.momentum)
-        inverse_deviation_E = (variance_E + norm.eps).rsqrt()
-        scale_E = norm_weight * inverse_deviation_E
-        shift_E = norm_bias - mean_E * scale_E
-        ctx.act = stage.act
-        ctx.save_for_backward(z_BHWE, scale_E, shift_E, weight, mean_E, inverse_deviation_E)
-        return operators.norm_act_depthwise(z_BHWE, scale_E, shift_E, weight.to(z_BHWE.dtype), ctx.act)[0]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out_BHWE: Tensor) -> tuple[Any, ...]:
-        z_BHWE, scale_E, shift_E, weight, mean_E, inverse_deviation_E = ctx.saved_tensors
-        grad_y_BHWE, grad_weight, (sum_E, product_sum_E) = operators.norm_act_depthwise_backward(
-            grad_out_BHWE, z_BHWE, scale_E, shift_E, weight.to(z_BHWE.dtype), mean_E, ctx.act
-        )
-        count = z_BHWE.numel() // z_BHWE.shape[3]
-        slope_E = product_sum_E * inverse_deviation_E.square() / count
-        # Batch norm's backward formula: the gradient minus its parts along the mean and the deviation.
-        grad_z_BHWE = scale_E * (grad_y_BHWE - sum_E / count - (z_BHWE - mean_E) * slope_E)
-        grad_norm_weight, grad_norm_bias = product_sum_E * inverse_deviation_E, sum_E
-        gradients = (grad_z_BHWE.to(z_BHWE.dtype), grad_norm_weight, grad_norm_bias, grad_weight.to(weight.dtype))
-        return None, None, *gradients
-
-
-class _Scale(nn.Module):
-    """A gate's factors as a module's forward, so that `functional_call` can substitute its parameters."""
-
-    def __init__(self, gate: Any) -> None:
-        super().__init__()
-        self.gate: Any = gate
-
-    def forward(self, mean_BE: Tensor) -> Tensor:
-        return self.gate.scale(mean_BE)
-
-
-def _scale(gate: nn.Module, parameters: list[Tensor], mean_BE: Tensor) -> Tensor:
-    """The factors with the forward pass's parameters, which the gate may no longer have."""
-    names = [f"gate.{name}" for name, _ in gate.named_parameters()]
-    return torch.func.functional_call(_Scale(gate), dict(zip(names, parameters, strict=True)), (mean_BE,))
 
 
 def _convolve(x_BHWC: Tensor, weight: Tensor, geometry: _Geometry) -> Tensor:

@@ -59,42 +59,52 @@ def depthwise_act_pool_backward(
     return grad_x_BHWE, grad_weight_E33.to(weight_E33.dtype), grad_bias_E.to(bias_E.dtype)
 
 
-def norm_act_depthwise(
-    z_BHWE: Tensor, scale_E: Tensor, shift_E: Tensor, weight_E33: Tensor, act: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `localvit.ops.operators.norm_act_depthwise`."""
-    check(z_BHWE, weight_E33, act, scale=scale_E, shift=shift_E)
-    a_BHWE = activate(_normalize(z_BHWE, scale_E, shift_E), act, inplace=True)
-    out_BHWE = _depthwise(a_BHWE.to(z_BHWE.dtype), weight_E33)
-    out = out_BHWE.detach().to(accumulate_dtype(z_BHWE))
-    variance_E, mean_E = torch.var_mean(out, (0, 1, 2), correction=0)
-    return out_BHWE, mean_E, variance_E
+def check_pointwise(
+    x_BSK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, act: str | None, gate_BK: Tensor | None
+) -> None:
+    """Raise ValueError unless the shapes fit the rows, and the activation is known."""
+    if act is not None and act not in ACTIVATIONS:
+        raise ValueError(f"act={act!r} is not known; choose one of {', '.join(ACTIVATIONS)}, or None")
+    if x_BSK.dim() != 3:
+        raise ValueError(f"the rows have shape (batch, rows, channels), not {tuple(x_BSK.shape)}")
+    batch, _, inner = x_BSK.shape
+    wanted = {
+        "weight": (weight_NK, (weight_NK.shape[0], inner)),
+        "bias": (bias_N, (weight_NK.shape[0],)),
+        "gate": (gate_BK, (batch, inner)),
+    }
+    for name, (value, shape) in wanted.items():
+        if value is not None and tuple(value.shape) != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}; for rows of shape {tuple(x_BSK.shape)} it must be {shape}"
+            )
 
 
-def norm_act_depthwise_backward(
-    grad_out_BHWE: Tensor,
-    z_BHWE: Tensor,
-    scale_E: Tensor,
-    shift_E: Tensor,
-    weight_E33: Tensor,
-    center_E: Tensor,
-    act: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `localvit.ops.operators.norm_act_depthwise_backward`."""
-    check(z_BHWE, weight_E33, act, scale=scale_E, shift=shift_E, center=center_E)
-    check_gradient(grad_out_BHWE, z_BHWE)
-    u_BHWE = _normalize(z_BHWE, scale_E, shift_E)
-    a_BHWE = activate(u_BHWE, act).to(z_BHWE.dtype)
-    grad_a_BHWE, grad_weight_E33 = _depthwise_backward(grad_out_BHWE, a_BHWE, weight_E33)
-    grad_u_BHWE = activation_backward(grad_a_BHWE.to(u_BHWE.dtype), u_BHWE, act)
-    by_z = grad_u_BHWE * (z_BHWE - center_E.to(u_BHWE.dtype))
-    sums_2E = torch.stack([grad_u_BHWE.sum((0, 1, 2)), by_z.sum((0, 1, 2))])
-    return grad_u_BHWE.to(z_BHWE.dtype), grad_weight_E33, sums_2E
+def pointwise(
+    x_BSK: Tensor,
+    weight_NK: Tensor,
+    bias_N: Tensor | None,
+    act: str | None,
+    gate_BK: Tensor | None,
+    skipped: int,
+    num_prefix_tokens: int,
+) -> Tensor:
+    """As `localvit.ops.operators.pointwise`."""
+    check_pointwise(x_BSK, weight_NK, bias_N, act, gate_BK)
+    x_BRK = x_BSK[:, skipped:]
+    if gate_BK is not None:
+        x_BRK = x_BRK * gate_BK[:, None]
+    y_BRN = F.linear(x_BRK, weight_NK, bias_N)
+    y_BRN = y_BRN if act is None else activate(y_BRN, act, inplace=True)
+    return F.pad(y_BRN, (0, 0, num_prefix_tokens, 0))
 
 
-def _normalize(z_BHWE: Tensor, scale_E: Tensor, shift_E: Tensor) -> Tensor:
-    dtype = accumulate_dtype(z_BHWE)
-    return z_BHWE * scale_E.to(dtype) + shift_E.to(dtype)
+def squeeze_excite(
+    sum_BE: Tensor, positions: int, weight_QE: Tensor, bias_Q: Tensor, weight_EQ: Tensor, bias_E: Tensor
+) -> Tensor:
+    """As `localvit.ops.operators.squeeze_excite`."""
+    mean_BE = (sum_BE / positions).to(weight_QE.dtype)
+    return F.hardsigmoid(F.linear(F.relu(F.linear(mean_BE, weight_QE, bias_Q)), weight_EQ, bias_E))
 
 
 def _depthwise(x_BHWE: Tensor, weight_E33: Tensor, bias_E: Tensor | None = None) -> Tensor:

@@ -95,6 +95,15 @@ def stages_of(layers: nn.Sequential) -> Stages | None:
     return None
 
 
+def squeeze_excite_layers(gate: nn.Module) -> tuple[nn.Linear, nn.Linear] | None:
+    """The two linear layers of a squeeze-and-excitation gate with a hard sigmoid; None for any other gate."""
+    layers = list(getattr(gate, "fc", ()))
+    if [type(layer) for layer in layers] != [nn.Linear, nn.ReLU, nn.Linear, nn.Hardsigmoid]:
+        return None
+    narrow, wide = layers[0], layers[2]
+    return None if narrow.bias is None or wide.bias is None else (narrow, wide)
+
+
 def is_untouched(module: nn.Module) -> bool:
     """Whether a module has no hooks, forward or backward, and no `forward` of its own instance."""
     return not has_hooks(module) and "forward" not in module.__dict__

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from localvit import ops
 from localvit.locality import LocalityFeedForward
-from localvit.tokens.layouts import Layout, refuse_empty_positions
+from localvit.tokens.layouts import Layout, TokenSequence, refuse_empty_positions
 
 
 class LocalityMlp(LocalityFeedForward):
@@ -72,5 +72,8 @@ class FusedMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         refuse_empty_positions(self.layout, "the paper's module")
+        if type(self.layout) is TokenSequence:
+            prefix = self.layout.num_prefix_tokens
+            return self.conv.tokens(x, self.layout.grid.size_for(x.shape[1] - prefix, prefix), prefix)
         out_BHWC = self.conv(self.layout.to_map(x).permute(0, 2, 3, 1))
         return self.layout.to_tokens(out_BHWC.permute(0, 3, 1, 2))

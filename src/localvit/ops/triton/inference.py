@@ -3,21 +3,23 @@
 Shapes: B batch, H and W the grid, E channels, T tiles of one map.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from localvit.ops.reference import accumulate_dtype, check
+from localvit.ops.triton.launch import launch
 from localvit.ops.triton.tiles import (
-    LAUNCH,
+    OPTIONS,
     Tiles,
     activate,
     add_taps,
     channel_values,
     check_layout,
     columns_of,
+    converted,
     four_columns,
+    load_four,
     tile_of,
     weight_row,
     weight_rows,
@@ -34,19 +36,14 @@ def depthwise_act_pool(x_BHWE: Tensor, weight_E33: Tensor, bias_E: Tensor, act: 
     tiles = Tiles(TILE_AREA, *x_BHWE.shape)
     y_BHWE = x_BHWE.new_empty(x_BHWE.shape)
     sums_BTE = x_BHWE.new_empty((tiles.batch, tiles.per_image, tiles.channels), dtype=accumulate_dtype(x_BHWE))
-    with torch.cuda.device_of(x_BHWE):
-        depthwise_act_pool_kernel[tiles.grid](
-            x_BHWE,
-            weight_rows(weight_E33),
-            bias_E.contiguous(),
-            y_BHWE,
-            sums_BTE,
-            *tiles.sizes,
-            *x_BHWE.stride()[:3],
-            **tiles.constants(x_BHWE, act),
-            **LAUNCH,
-        )
-    return y_BHWE, sums_BTE.sum(1)
+    launch(
+        depthwise_act_pool_kernel,
+        tiles.programs,
+        (x_BHWE, weight_rows(weight_E33), bias_E, y_BHWE, sums_BTE, *tiles.sizes, *x_BHWE.stride()[:3]),
+        tiles.constants(x_BHWE, act),
+        OPTIONS,
+    )
+    return y_BHWE, sums_BTE.sum(1) if tiles.per_image > 1 else sums_BTE[:, 0]
 
 
 @triton.jit
@@ -91,9 +88,14 @@ def depthwise_act_pool_kernel(
     next_odd_sum = add_taps(start, b, c, d, w00, w01, w02)
     even_pool = zeros
     odd_pool = zeros
+    x += stride_h
+    ahead_a, ahead_b, ahead_c, ahead_d = load_four(x, even, inside, stride_w, columns_of(first + 1, height, width))
     for row in range(first, last):
+        a, b, c, d = converted(ahead_a, ahead_b, ahead_c, ahead_d, ACCUMULATE)
+        # Loaded a row ahead, so that memory is read while the row before is computed.
         x += stride_h
-        a, b, c, d = four_columns(x, even, inside, stride_w, columns_of(row + 1, height, width), ACCUMULATE)
+        columns = columns_of(row + 2, height, width)
+        ahead_a, ahead_b, ahead_c, ahead_d = load_four(x, even, inside, stride_w, columns)
         even_y = activate(add_taps(even_sum, a, b, c, w20, w21, w22), HARDSWISH)
         odd_y = activate(add_taps(odd_sum, b, c, d, w20, w21, w22), HARDSWISH)
         even_sum = add_taps(next_even_sum, a, b, c, w10, w11, w12)

@@ -17,11 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from localvit.ops.reference import accumulate_dtype
+from localvit.ops.triton.launch import Options, ceil_div, power_of_2
 
 TILE_ROWS = 14
 """The largest number of rows of a tile: all rows of a 224-pixel image with 16-pixel patches."""
 
-LAUNCH = {"num_warps": 4, "maxnreg": 128, "enable_fp_fusion": True}
+OPTIONS = Options(num_warps=4, maxnreg=128)
 """With 128 registers per thread, 16 warps fit an NVIDIA multiprocessor: enough to overlap memory and arithmetic."""
 
 
@@ -43,7 +44,7 @@ class Tiles:
     @property
     def rows(self) -> int:
         """Rows of a tile, as equal as possible."""
-        return triton.cdiv(self.height, triton.cdiv(self.height, TILE_ROWS))
+        return ceil_div(self.height, ceil_div(self.height, TILE_ROWS))
 
     @property
     def pairs(self) -> int:
@@ -53,12 +54,12 @@ class Tiles:
     @property
     def block(self) -> int:
         """Channels of a tile."""
-        return min(self.area // self.pairs, triton.next_power_of_2(self.channels))
+        return min(self.area // self.pairs, power_of_2(self.channels))
 
     @property
     def per_image(self) -> int:
         """Tiles of one image's map."""
-        return triton.cdiv(self.height, self.rows) * triton.cdiv(self.width, 2 * self.pairs)
+        return ceil_div(self.height, self.rows) * ceil_div(self.width, 2 * self.pairs)
 
     @property
     def number(self) -> int:
@@ -71,18 +72,14 @@ class Tiles:
         return self.height, self.width, self.channels, self.rows
 
     @property
-    def grid(self) -> tuple[int]:
-        """Number of programs: blocks of channels within tiles, so that neighboring programs read nearby memory."""
-        return (self.number * triton.cdiv(self.channels, self.block),)
+    def programs(self) -> int:
+        """Their number: blocks of channels within tiles, so that neighboring programs read nearby memory."""
+        return self.number * ceil_div(self.channels, self.block)
 
-    def constants(self, map_BHWE: Tensor, act: str) -> dict[str, Any]:
-        """The kernels' compile-time arguments."""
-        return {
-            "ACCUMULATE": tl.float64 if accumulate_dtype(map_BHWE) == torch.float64 else tl.float32,
-            "HARDSWISH": act == "hs",
-            "BLOCK_P": self.pairs,
-            "BLOCK_E": self.block,
-        }
+    def constants(self, map_BHWE: Tensor, act: str) -> tuple[Any, ...]:
+        """The kernels' compile-time arguments: ACCUMULATE, HARDSWISH, BLOCK_P, BLOCK_E."""
+        dtype = tl.float64 if accumulate_dtype(map_BHWE) == torch.float64 else tl.float32
+        return dtype, act == "hs", self.pairs, self.block
 
 
 def check_layout(*maps: Tensor) -> None:
@@ -145,12 +142,26 @@ def two_columns(pointers, even, inside, stride_w, columns, ACCUMULATE: tl.conste
 
 
 @triton.jit
-def four_columns(pointers, even, inside, stride_w, columns, ACCUMULATE: tl.constexpr):
-    """Each pair's own columns of a row between the one before and the one after; zero outside the map."""
-    before = tl.load(pointers - stride_w, inside & (even > 0) & (even <= columns), 0.0).to(ACCUMULATE)
-    at_even, at_odd = two_columns(pointers, even, inside, stride_w, columns, ACCUMULATE)
-    after = tl.load(pointers + 2 * stride_w, inside & (even + 2 < columns), 0.0).to(ACCUMULATE)
+def load_four(pointers, even, inside, stride_w, columns):
+    """Each pair's own columns of a row between the one before and the one after, as stored; zero outside the map."""
+    before = tl.load(pointers - stride_w, inside & (even > 0) & (even <= columns), 0.0)
+    at_even = tl.load(pointers, inside & (even < columns), 0.0)
+    at_odd = tl.load(pointers + stride_w, inside & (even + 1 < columns), 0.0)
+    after = tl.load(pointers + 2 * stride_w, inside & (even + 2 < columns), 0.0)
     return before, at_even, at_odd, after
+
+
+@triton.jit
+def converted(a, b, c, d, DTYPE: tl.constexpr):
+    """Four columns in another dtype."""
+    return a.to(DTYPE), b.to(DTYPE), c.to(DTYPE), d.to(DTYPE)
+
+
+@triton.jit
+def four_columns(pointers, even, inside, stride_w, columns, ACCUMULATE: tl.constexpr):
+    """`load_four` in the dtype of the sums."""
+    a, b, c, d = load_four(pointers, even, inside, stride_w, columns)
+    return converted(a, b, c, d, ACCUMULATE)
 
 
 @triton.jit
@@ -163,10 +174,19 @@ def add_taps(total, left, center, right, w_left, w_center, w_right):
 
 
 @triton.jit
+def _divided(u, DIVISOR: tl.constexpr):
+    """u / DIVISOR: by the reciprocal in float32, since constants are float32 where Triton compiles."""
+    if u.dtype == tl.float64:
+        return u / DIVISOR
+    else:
+        return u * (1 / DIVISOR)
+
+
+@triton.jit
 def activate(u, HARDSWISH: tl.constexpr):
     """h-swish or relu6; NaN stays NaN."""
     if HARDSWISH:
-        return u * tl.minimum(tl.maximum(u * (1 / 6) + 0.5, 0.0), 1.0)
+        return u * tl.minimum(tl.maximum(_divided(u, 6) + 0.5, 0.0), 1.0)
     else:
         return tl.clamp(u, 0.0, 6.0, tl.PropagateNan.ALL)
 
@@ -175,6 +195,6 @@ def activate(u, HARDSWISH: tl.constexpr):
 def activation_slope(u, HARDSWISH: tl.constexpr):
     """The derivative, at the kinks the one that torch takes."""
     if HARDSWISH:
-        return tl.where(u < -3.0, 0.0, tl.where(u <= 3.0, u * (1 / 3) + 0.5, 1.0))
+        return tl.where(u < -3.0, 0.0, tl.where(u <= 3.0, _divided(u, 3) + 0.5, 1.0))
     else:
         return tl.where((u > 0.0) & (u < 6.0), 1.0, 0.0)

@@ -1,23 +1,24 @@
-"""The Triton kernel of `localvit.ops.operators.norm_act_depthwise`; the tiles are those of `localvit.ops.triton.tiles`.
+"""The Triton kernel of the depth-wise convolution in training; the tiles are those of `localvit.ops.triton.tiles`.
 
 Shapes: B batch, H and W the grid, E channels, T tiles of all maps.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from localvit.ops.reference import accumulate_dtype, check
+from localvit.ops.triton.launch import launch
+from localvit.ops.triton.rows import Statistics
 from localvit.ops.triton.tiles import (
-    LAUNCH,
+    OPTIONS,
     Tiles,
     activate,
     add_taps,
     channel_values,
     check_layout,
     columns_of,
-    four_columns,
+    converted,
+    load_four,
     tile_of,
     weight_row,
     weight_rows,
@@ -27,56 +28,47 @@ TILE_AREA = 512
 """Four pairs of positions per thread: as many as 128 registers hold."""
 
 
-def norm_act_depthwise(
-    z_BHWE: Tensor, scale_E: Tensor, shift_E: Tensor, weight_E33: Tensor, act: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `localvit.ops.operators.norm_act_depthwise`, for a non-empty map with channels last."""
-    check(z_BHWE, weight_E33, act, scale=scale_E, shift=shift_E)
+def norm_act_depthwise(z_BHWE: Tensor, norm_4E: Tensor, weight_E33: Tensor, act: str) -> tuple[Tensor, Statistics]:
+    """The depth-wise 3x3 convolution of `act(norm(z))`, with zeros around the activated map, and its statistics.
+
+    Args:
+        z_BHWE: a map with channels last, in any floating dtype.
+        norm_4E: vectors of `localvit.ops.triton.batch_norm`, in float32 (float64 for float64 maps).
+        weight_E33: (E, 3, 3) or (E, 1, 3, 3).
+        act: `hs` (h-swish) or `relu6`.
+
+    Returns:
+        The convolution's map in the dtype of z, and the statistics of its tiles.
+    """
     check_layout(z_BHWE)
-    tiles, dtype = Tiles(TILE_AREA, *z_BHWE.shape), accumulate_dtype(z_BHWE)
+    tiles = Tiles(TILE_AREA, *z_BHWE.shape)
     out_BHWE = z_BHWE.new_empty(z_BHWE.shape)
-    counts_T1 = z_BHWE.new_empty((tiles.number, 1), dtype=dtype)
-    means_TE = z_BHWE.new_empty((tiles.number, tiles.channels), dtype=dtype)
-    squares_TE = z_BHWE.new_empty((tiles.number, tiles.channels), dtype=dtype)
-    with torch.cuda.device_of(z_BHWE):
-        norm_act_depthwise_kernel[tiles.grid](
-            z_BHWE,
-            scale_E.contiguous(),
-            shift_E.contiguous(),
-            weight_rows(weight_E33),
-            out_BHWE,
-            counts_T1,
-            means_TE,
-            squares_TE,
-            *tiles.sizes,
-            *z_BHWE.stride()[:3],
-            **tiles.constants(z_BHWE, act),
-            **LAUNCH,
-        )
-    # Chan's formula: squared deviations from each tile's mean, plus those of the tiles' means from the overall mean.
-    count = counts_T1.sum()
-    mean_E = (counts_T1 * means_TE).sum(0) / count
-    return out_BHWE, mean_E, (squares_TE + counts_T1 * (means_TE - mean_E).square()).sum(0) / count
+    statistics = Statistics.empty(tiles.number, tiles.channels, norm_4E)
+    launch(
+        norm_act_depthwise_kernel,
+        tiles.programs,
+        (z_BHWE, norm_4E, weight_rows(weight_E33), out_BHWE, *statistics, *tiles.sizes, *z_BHWE.stride()[:3]),
+        tiles.constants(z_BHWE, act),
+        OPTIONS,
+    )
+    return out_BHWE, statistics
 
 
 @triton.jit
-def _four_activated(
-    pointers, even, inside, stride_w, columns, scale, shift, ACCUMULATE: tl.constexpr, HARDSWISH: tl.constexpr
-):
-    """`four_columns` of the activated map, which is zero outside as well."""
-    before, at_even, at_odd, after = four_columns(pointers, even, inside, stride_w, columns, ACCUMULATE)
-    before = tl.where((even > 0) & (even <= columns), activate(before * scale + shift, HARDSWISH), 0.0)
-    at_even = tl.where(even < columns, activate(at_even * scale + shift, HARDSWISH), 0.0)
-    at_odd = tl.where(even + 1 < columns, activate(at_odd * scale + shift, HARDSWISH), 0.0)
-    after = tl.where(even + 2 < columns, activate(after * scale + shift, HARDSWISH), 0.0)
-    return before, at_even, at_odd, after
+def _activated(a, b, c, d, even, columns, scale, shift, ACCUMULATE: tl.constexpr, HARDSWISH: tl.constexpr):
+    """Four columns of the activated map, which is zero outside as well."""
+    a, b, c, d = converted(a, b, c, d, ACCUMULATE)
+    a = tl.where((even > 0) & (even <= columns), activate(a * scale + shift, HARDSWISH), 0.0)
+    b = tl.where(even < columns, activate(b * scale + shift, HARDSWISH), 0.0)
+    c = tl.where(even + 1 < columns, activate(c * scale + shift, HARDSWISH), 0.0)
+    d = tl.where(even + 2 < columns, activate(d * scale + shift, HARDSWISH), 0.0)
+    return a, b, c, d
 
 
 @triton.jit
 def norm_act_depthwise_kernel(
     z,
-    scale,
-    shift,
+    norm,
     weight,
     out,
     counts,
@@ -97,8 +89,8 @@ def norm_act_depthwise_kernel(
     """One program's tile of the convolution's map, and its number of positions, means and squared deviations."""
     tile, image, first, last, even, e = tile_of(height, width, channels, tile_rows, BLOCK_P, BLOCK_E)
     inside = e < channels
-    s = channel_values(scale, e, channels, ACCUMULATE)
-    t = channel_values(shift, e, channels, ACCUMULATE)
+    s = channel_values(norm + 2 * channels, e, channels, ACCUMULATE)
+    t = channel_values(norm + 3 * channels, e, channels, ACCUMULATE)
     w00, w01, w02 = weight_row(weight, 0, e, channels, ACCUMULATE)
     w10, w11, w12 = weight_row(weight, 1, e, channels, ACCUMULATE)
     w20, w21, w22 = weight_row(weight, 2, e, channels, ACCUMULATE)
@@ -107,11 +99,13 @@ def norm_act_depthwise_kernel(
     out += (image * height + first) * width * channels + (even * channels + e)
 
     columns = columns_of(first - 1, height, width)
-    a, b, c, d = _four_activated(z, even, inside, stride_w, columns, s, t, ACCUMULATE, HARDSWISH)
+    a, b, c, d = load_four(z, even, inside, stride_w, columns)
+    a, b, c, d = _activated(a, b, c, d, even, columns, s, t, ACCUMULATE, HARDSWISH)
     even_sum = add_taps(zeros, a, b, c, w00, w01, w02)
     odd_sum = add_taps(zeros, b, c, d, w00, w01, w02)
     z += stride_h
-    a, b, c, d = _four_activated(z, even, inside, stride_w, width, s, t, ACCUMULATE, HARDSWISH)
+    a, b, c, d = load_four(z, even, inside, stride_w, width)
+    a, b, c, d = _activated(a, b, c, d, even, width, s, t, ACCUMULATE, HARDSWISH)
     even_sum = add_taps(even_sum, a, b, c, w10, w11, w12)
     odd_sum = add_taps(odd_sum, b, c, d, w10, w11, w12)
     next_even_sum = add_taps(zeros, a, b, c, w00, w01, w02)
@@ -120,10 +114,15 @@ def norm_act_depthwise_kernel(
     odd_mean = zeros
     even_squares = zeros
     odd_squares = zeros
+    z += stride_h
+    ahead_a, ahead_b, ahead_c, ahead_d = load_four(z, even, inside, stride_w, columns_of(first + 1, height, width))
     for row in range(first, last):
-        z += stride_h
         columns = columns_of(row + 1, height, width)
-        a, b, c, d = _four_activated(z, even, inside, stride_w, columns, s, t, ACCUMULATE, HARDSWISH)
+        a, b, c, d = _activated(ahead_a, ahead_b, ahead_c, ahead_d, even, columns, s, t, ACCUMULATE, HARDSWISH)
+        # Loaded a row ahead, so that memory is read while the row before is computed.
+        z += stride_h
+        columns = columns_of(row + 2, height, width)
+        ahead_a, ahead_b, ahead_c, ahead_d = load_four(z, even, inside, stride_w, columns)
         even_out = add_taps(even_sum, a, b, c, w20, w21, w22)
         odd_out = add_taps(odd_sum, b, c, d, w20, w21, w22)
         even_sum = add_taps(next_even_sum, a, b, c, w10, w11, w12)

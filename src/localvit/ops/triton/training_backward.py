@@ -1,16 +1,15 @@
-"""The Triton kernel of `ops.operators.norm_act_depthwise_backward`, with the tiles of `ops.triton.tiles`.
+"""The Triton kernel of the backward pass of `ops.triton.training`, with the tiles of `ops.triton.tiles`.
 
 Shapes: B batch, H and W the grid, E channels, T tiles of all maps.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from localvit.ops.reference import accumulate_dtype, check, check_gradient
+from localvit.ops.triton.launch import launch
 from localvit.ops.triton.tiles import (
-    LAUNCH,
+    OPTIONS,
     Tiles,
     activate,
     activation_slope,
@@ -18,7 +17,7 @@ from localvit.ops.triton.tiles import (
     channel_values,
     check_layout,
     columns_of,
-    four_columns,
+    load_four,
     tile_of,
     two_columns,
     weight_row,
@@ -30,41 +29,43 @@ TILE_AREA = 256
 
 
 def norm_act_depthwise_backward(
-    grad_out_BHWE: Tensor,
+    grad_BHWE: Tensor,
+    out_BHWE: Tensor,
+    out_norm_4E: Tensor,
+    slopes_3E: Tensor,
     z_BHWE: Tensor,
-    scale_E: Tensor,
-    shift_E: Tensor,
+    norm_4E: Tensor,
     weight_E33: Tensor,
-    center_E: Tensor,
     act: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `localvit.ops.operators.norm_act_depthwise_backward`, for non-empty maps with channels last."""
-    check(z_BHWE, weight_E33, act, scale=scale_E, shift=shift_E, center=center_E)
-    check_gradient(grad_out_BHWE, z_BHWE)
-    check_layout(grad_out_BHWE, z_BHWE)
-    tiles, dtype = Tiles(TILE_AREA, *z_BHWE.shape), accumulate_dtype(z_BHWE)
+    """Through the batch norm after `norm_act_depthwise`, the convolution, and the activation.
+
+    Args:
+        grad_BHWE: the gradient of the output of the batch norm that normalizes the convolution's map.
+        out_BHWE: the convolution's map.
+        out_norm_4E, slopes_3E: that batch norm's vectors, and the slopes of its backward pass.
+        z_BHWE, norm_4E, weight_E33, act: the arguments of the forward pass.
+
+    Returns:
+        The gradient of norm(z) in z's shape and dtype, that of the weight in the shape (E, 3, 3) and the dtype of
+        `norm_4E`, and (T, 2, E): the sums over each tile of the first, and of it times (z - mean).
+    """
+    check_layout(grad_BHWE, out_BHWE, z_BHWE)
+    tiles = Tiles(TILE_AREA, *z_BHWE.shape)
     grad_u_BHWE = z_BHWE.new_empty(z_BHWE.shape)
-    weight_sums_T9E = z_BHWE.new_empty((tiles.number, 9, tiles.channels), dtype=dtype)
-    sums_T2E = z_BHWE.new_empty((tiles.number, 2, tiles.channels), dtype=dtype)
-    with torch.cuda.device_of(z_BHWE):
-        norm_act_depthwise_backward_kernel[tiles.grid](
-            grad_out_BHWE,
-            z_BHWE,
-            scale_E.contiguous(),
-            shift_E.contiguous(),
-            weight_rows(weight_E33),
-            center_E.contiguous(),
-            grad_u_BHWE,
-            weight_sums_T9E,
-            sums_T2E,
-            *tiles.sizes,
-            *z_BHWE.stride()[:3],
-            *grad_out_BHWE.stride()[:3],
-            **tiles.constants(z_BHWE, act),
-            **LAUNCH,
-        )
-    grad_weight_E33 = weight_sums_T9E.sum(0).t().reshape(weight_E33.shape).contiguous()
-    return grad_u_BHWE, grad_weight_E33, sums_T2E.sum(0)
+    weight_sums_T9E = norm_4E.new_empty((tiles.number, 9, tiles.channels))
+    sums_T2E = norm_4E.new_empty((tiles.number, 2, tiles.channels))
+    launch(
+        norm_act_depthwise_backward_kernel,
+        tiles.programs,
+        (
+            *(grad_BHWE, out_BHWE, out_norm_4E, slopes_3E, z_BHWE, norm_4E, weight_rows(weight_E33)),
+            *(grad_u_BHWE, weight_sums_T9E, sums_T2E, *tiles.sizes, *z_BHWE.stride()[:3]),
+        ),
+        tiles.constants(z_BHWE, act),
+        OPTIONS,
+    )
+    return grad_u_BHWE, weight_sums_T9E.sum(0).t().reshape(-1, 3, 3), sums_T2E
 
 
 @triton.jit
@@ -76,6 +77,24 @@ def _two_activated(
     at_even = tl.where(even < columns, activate(at_even * scale + shift, HARDSWISH), 0.0)
     at_odd = tl.where(even + 1 < columns, activate(at_odd * scale + shift, HARDSWISH), 0.0)
     return at_even, at_odd
+
+
+@triton.jit
+def _through_norm(g, value, inside, by_grad, by_out, constant, ACCUMULATE: tl.constexpr):
+    """The gradient of a value of the convolution's map, zero outside, from that of the value normalized."""
+    g = g.to(ACCUMULATE) * by_grad + (value.to(ACCUMULATE) * by_out + constant)
+    return tl.where(inside, g, 0.0)
+
+
+@triton.jit
+def _four_gradients(g, out, even, columns, by_grad, by_out, constant, ACCUMULATE: tl.constexpr):
+    """Four columns of the gradient of the convolution's map, which is zero outside as well."""
+    inside = (even > 0) & (even <= columns)
+    a = _through_norm(g[0], out[0], inside, by_grad, by_out, constant, ACCUMULATE)
+    b = _through_norm(g[1], out[1], even < columns, by_grad, by_out, constant, ACCUMULATE)
+    c = _through_norm(g[2], out[2], even + 1 < columns, by_grad, by_out, constant, ACCUMULATE)
+    d = _through_norm(g[3], out[3], even + 2 < columns, by_grad, by_out, constant, ACCUMULATE)
+    return a, b, c, d
 
 
 @triton.jit
@@ -97,12 +116,13 @@ def _store_total(pointers, total, inside):
 
 @triton.jit
 def norm_act_depthwise_backward_kernel(
-    grad_out,
+    grad,
+    out,
+    out_norm,
+    slopes,
     z,
-    scale,
-    shift,
+    norm,
     weight,
-    center,
     grad_u,
     weight_sums,
     sums,
@@ -113,9 +133,6 @@ def norm_act_depthwise_backward_kernel(
     stride_b,
     stride_h,
     stride_w,
-    grad_stride_b,
-    grad_stride_h,
-    grad_stride_w,
     ACCUMULATE: tl.constexpr,
     HARDSWISH: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -124,22 +141,30 @@ def norm_act_depthwise_backward_kernel(
     """One program's tile of the gradient of u, and its part of the weight's gradient and of the sums."""
     tile, image, first, last, even, e = tile_of(height, width, channels, tile_rows, BLOCK_P, BLOCK_E)
     inside = e < channels
-    s = channel_values(scale, e, channels, ACCUMULATE)
-    t = channel_values(shift, e, channels, ACCUMULATE)
-    m = channel_values(center, e, channels, ACCUMULATE)
+    m = channel_values(norm, e, channels, ACCUMULATE)
+    s = channel_values(norm + 2 * channels, e, channels, ACCUMULATE)
+    t = channel_values(norm + 3 * channels, e, channels, ACCUMULATE)
+    by_grad = channel_values(slopes, e, channels, ACCUMULATE)
+    by_out = channel_values(slopes + channels, e, channels, ACCUMULATE)
+    constant = channel_values(slopes + 2 * channels, e, channels, ACCUMULATE)
+    constant -= channel_values(out_norm, e, channels, ACCUMULATE) * by_out
     # The weight rotated by 180 degrees: the gradient flows back from where each input contributed.
     w22, w21, w20 = weight_row(weight, 0, e, channels, ACCUMULATE)
     w12, w11, w10 = weight_row(weight, 1, e, channels, ACCUMULATE)
     w02, w01, w00 = weight_row(weight, 2, e, channels, ACCUMULATE)
     zeros = tl.zeros((BLOCK_P, BLOCK_E), ACCUMULATE)
     z += image * stride_b + first.to(tl.int64) * stride_h + (even * stride_w + e)
-    grad_out += image * grad_stride_b + (first - 1).to(tl.int64) * grad_stride_h + (even * grad_stride_w + e)
+    above = (image * height + first - 1) * width * channels + (even * channels + e)
+    grad += above
+    out += above
     grad_u += (image * height + first) * width * channels + (even * channels + e)
 
     # For each row of the gradient, the tile's activated rows above, at and below it.
     even_below, odd_below = _two_activated(z, even, inside, stride_w, width, s, t, ACCUMULATE, HARDSWISH)
     columns = columns_of(first - 1, height, width)
-    a, b, c, d = four_columns(grad_out, even, inside, grad_stride_w, columns, ACCUMULATE)
+    four_g = load_four(grad, even, inside, channels, columns)
+    four_out = load_four(out, even, inside, channels, columns)
+    a, b, c, d = _four_gradients(four_g, four_out, even, columns, by_grad, by_out, constant, ACCUMULATE)
     even_sum = add_taps(zeros, a, b, c, w00, w01, w02)
     odd_sum = add_taps(zeros, b, c, d, w00, w01, w02)
     sum20, sum21, sum22 = _add_products(zeros, zeros, zeros, a, b, c, d, even_below, odd_below)
@@ -147,8 +172,11 @@ def norm_act_depthwise_backward_kernel(
     odd_here = odd_below
     columns = columns_of(first + 1, last, width)
     even_below, odd_below = _two_activated(z + stride_h, even, inside, stride_w, columns, s, t, ACCUMULATE, HARDSWISH)
-    grad_out += grad_stride_h
-    a, b, c, d = four_columns(grad_out, even, inside, grad_stride_w, width, ACCUMULATE)
+    grad += width * channels
+    out += width * channels
+    four_g = load_four(grad, even, inside, channels, width)
+    four_out = load_four(out, even, inside, channels, width)
+    a, b, c, d = _four_gradients(four_g, four_out, even, width, by_grad, by_out, constant, ACCUMULATE)
     even_sum = add_taps(even_sum, a, b, c, w10, w11, w12)
     odd_sum = add_taps(odd_sum, b, c, d, w10, w11, w12)
     next_even_sum = add_taps(zeros, a, b, c, w00, w01, w02)
@@ -160,6 +188,11 @@ def norm_act_depthwise_backward_kernel(
     sum02 = zeros
     total = zeros
     total_z = zeros
+    grad += width * channels
+    out += width * channels
+    columns = columns_of(first + 1, height, width)
+    four_g = load_four(grad, even, inside, channels, columns)
+    four_out = load_four(out, even, inside, channels, columns)
     for row in range(first, last):
         even_above = even_here
         odd_above = odd_here
@@ -169,9 +202,14 @@ def norm_act_depthwise_backward_kernel(
         even_below, odd_below = _two_activated(
             z + 2 * stride_h, even, inside, stride_w, columns, s, t, ACCUMULATE, HARDSWISH
         )
-        grad_out += grad_stride_h
         columns = columns_of(row + 1, height, width)
-        a, b, c, d = four_columns(grad_out, even, inside, grad_stride_w, columns, ACCUMULATE)
+        a, b, c, d = _four_gradients(four_g, four_out, even, columns, by_grad, by_out, constant, ACCUMULATE)
+        # Loaded a row ahead, so that memory is read while the row before is computed.
+        grad += width * channels
+        out += width * channels
+        columns = columns_of(row + 2, height, width)
+        four_g = load_four(grad, even, inside, channels, columns)
+        four_out = load_four(out, even, inside, channels, columns)
         even_grad = add_taps(even_sum, a, b, c, w20, w21, w22)
         odd_grad = add_taps(odd_sum, b, c, d, w20, w21, w22)
         even_sum = add_taps(next_even_sum, a, b, c, w10, w11, w12)

@@ -1,0 +1,160 @@
+"""The Triton kernel of 1x1 convolutions: with a batch norm, activation and gate before it, or steps after it.
+
+One program computes a tile of rows and output channels. What comes before the product is computed on the tile's operand
+as it is loaded, what comes after it on the tile's result before it is stored: neither takes a pass over memory.
+
+Roofline for a map of M tokens, K to N channels, in a dtype of 2 bytes: 2 M (K + N) bytes, 2 M K N operations. With
+K = 192 and N = 768 these are 154 operations a byte, below the 200 where an H200's matrix units, and not its memory,
+would be the limit.
+
+Shapes: B batch, S rows of an image in memory, R rows written, H and W the grid, K input channels, N output channels, T
+tiles.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from localvit.ops.triton.launch import ceil_div, launch
+from localvit.ops.triton.rows import Blocks, Statistics, dot_block, factors_of_rows, normalized_and_activated
+from localvit.ops.triton.tiles import activate
+
+WIDENING = Blocks(rows=128, columns=128, inner=32, num_warps=4, num_stages=4)
+NARROWING = Blocks(rows=128, columns=256, inner=64, num_warps=8, num_stages=3)
+NARROWING_IN_TRAINING = Blocks(rows=64, columns=256, inner=32, num_warps=4, num_stages=4)
+
+
+def pointwise(
+    x_BSK: Tensor,
+    weight_NK: Tensor,
+    bias_N: Tensor | None = None,
+    act: str | None = None,
+    gate_BK: Tensor | None = None,
+    skipped: int = 0,
+    num_prefix_tokens: int = 0,
+    blocks: Blocks | None = None,
+) -> Tensor:
+    """As `localvit.ops.operators.pointwise`, for rows in bfloat16 or float16 with contiguous channels."""
+    batch, rows, inner = x_BSK.shape
+    columns = weight_NK.shape[0]
+    out_BRN = weight_NK.new_empty((batch, rows - skipped + num_prefix_tokens, columns))
+    blocks = blocks or (WIDENING if columns > inner else NARROWING)
+    _launch(x_BSK, weight_NK, None, gate_BK, bias_N, out_BRN, None, skipped, num_prefix_tokens, None, act, blocks)
+    return out_BRN
+
+
+def pointwise_with_statistics(
+    x_BSK: Tensor,
+    weight_NK: Tensor,
+    norm_4K: Tensor | None = None,
+    act: str | None = None,
+    gate_BK: Tensor | None = None,
+    blocks: Blocks | None = None,
+) -> tuple[Tensor, Statistics]:
+    """`gate * act(norm(x))` times the weight (B, S, N), and the statistics of its tiles.
+
+    `norm_4K` are vectors of `localvit.ops.triton.batch_norm`. Without them x itself is multiplied, in the dtype of the
+    weight.
+    """
+    batch, rows, inner = x_BSK.shape
+    columns = weight_NK.shape[0]
+    blocks = blocks or (WIDENING if columns > inner else NARROWING_IN_TRAINING)
+    out_BSN = weight_NK.new_empty((batch, rows, columns))
+    tiles = ceil_div(batch * rows, blocks.rows)
+    statistics = Statistics.empty(tiles, columns, weight_NK.new_empty(0, dtype=torch.float32))
+    _launch(x_BSK, weight_NK, norm_4K, gate_BK, None, out_BSN, statistics, 0, 0, act, None, blocks)
+    return out_BSN, statistics
+
+
+def _launch(
+    x_BSK: Tensor,
+    weight_NK: Tensor,
+    norm_4K: Tensor | None,
+    gate_BK: Tensor | None,
+    bias_N: Tensor | None,
+    out_BRN: Tensor,
+    statistics: Statistics | None,
+    skipped: int,
+    num_prefix_tokens: int,
+    norm_act: str | None,
+    act: str | None,
+    blocks: Blocks,
+) -> None:
+    batch, tokens, columns = out_BRN.shape
+    inner = x_BSK.shape[2]
+    block_n, block_k = dot_block(columns, blocks.columns), dot_block(inner, blocks.inner)
+    launch(
+        pointwise_kernel,
+        ceil_div(batch * tokens, blocks.rows) * ceil_div(columns, block_n),
+        (
+            *(x_BSK, weight_NK, norm_4K, gate_BK, bias_N, out_BRN, *(statistics or (None, None, None))),
+            *(batch * tokens, tokens, num_prefix_tokens, skipped, x_BSK.stride(0), x_BSK.stride(1)),
+        ),
+        (inner, columns, norm_act == "hs", act, tokens >= blocks.rows, blocks.rows, block_n, block_k),
+        blocks.options,
+    )
+
+
+@triton.jit
+def pointwise_kernel(
+    x,
+    weight,
+    norm,
+    gate,
+    bias,
+    out,
+    counts,
+    means,
+    squares,
+    rows,
+    tokens,
+    prefix,
+    skipped,
+    stride_b,
+    stride_s,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    NORM_HARDSWISH: tl.constexpr,
+    ACT: tl.constexpr,
+    TWO_IMAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One program's tile of the rows that are written; `norm`, `gate`, `bias` and the statistics may be None."""
+    # The tiles of one block of rows are neighbors, so that the second finds its rows in the L2 cache.
+    column_tiles = tl.cdiv(N, BLOCK_N)
+    tile = tl.program_id(0) // column_tiles
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    image = row // tokens
+    position = row % tokens - prefix
+    inside = (row < rows) & (position >= 0)
+    n = (tl.program_id(0) % column_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    x += (image.to(tl.int64) * stride_b + (position + skipped) * stride_s)[:, None]
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        a = tl.load(x + k[None, :], inside[:, None] & (k < K)[None, :], 0.0)
+        b = tl.load(weight + n[None, :] * K + k[:, None], (n < N)[None, :] & (k < K)[:, None], 0.0)
+        if norm is not None:
+            a = normalized_and_activated(a, norm, k[None, :], K, NORM_HARDSWISH)
+        if gate is not None:
+            a = a.to(tl.float32) * factors_of_rows(gate, image, k, inside, K, TWO_IMAGES)
+        total = tl.dot(a.to(b.dtype), b, total)
+    if bias is not None:
+        total += tl.load(bias + n, n < N, 0.0).to(tl.float32)[None, :]
+    if ACT is not None:
+        total = activate(total, ACT == "hs")
+    total = tl.where(inside[:, None], total, 0.0)
+    rounded = total.to(out.dtype.element_ty)
+    tl.store(out + row.to(tl.int64)[:, None] * N + n[None, :], rounded, (row < rows)[:, None] & (n < N)[None, :])
+    if means is not None:
+        # Of the rounded values, which the batch norm will normalize.
+        value = rounded.to(tl.float32)
+        count = tl.minimum(rows - tile * BLOCK_M, BLOCK_M).to(tl.float32)
+        mean = tl.sum(value, 0) / count
+        deviation = tl.where(inside[:, None], value - mean[None, :], 0.0)
+        tl.store(means + tile * N + n, mean, n < N)
+        tl.store(squares + tile * N + n, tl.sum(deviation * deviation, 0), n < N)
+        tl.store(counts + tile, count)

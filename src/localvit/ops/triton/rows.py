@@ -1,0 +1,85 @@
+"""What the kernels of 1x1 convolutions share: tiles of token rows, normalized and gated maps as operands.
+
+A tile is `BLOCK_M` consecutive rows of the batch, a row the channels of one token.
+
+Shapes: B batch, N output channels, T tiles.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from localvit.ops.triton.launch import Options, power_of_2
+from localvit.ops.triton.tiles import activate
+
+
+class Blocks(NamedTuple):
+    """The sizes of a kernel's tiles and how it is compiled: data, measured by `benchmarks/kernel_tiles.py`."""
+
+    rows: int
+    columns: int
+    inner: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def options(self) -> Options:
+        return Options(self.num_warps, self.num_stages)
+
+
+class Statistics(NamedTuple):
+    """Count, mean and squared deviations from it, of each tile of a map: (T,), (T, N), (T, N)."""
+
+    counts_T: Tensor
+    means_TN: Tensor
+    squares_TN: Tensor
+
+    @classmethod
+    def empty(cls, tiles: int, channels: int, like: Tensor) -> "Statistics":
+        """Room for the statistics of some tiles, of the device and dtype of a tensor."""
+        return cls(like.new_empty(tiles), like.new_empty(tiles, channels), like.new_empty(tiles, channels))
+
+
+def dot_block(size: int, largest: int) -> int:
+    """A power of two that fits `size` channels, within what tensor cores multiply at once and `largest`."""
+    return min(max(power_of_2(size), 16), largest)
+
+
+@triton.jit
+def channel_row(vectors, number: tl.constexpr, channel, CHANNELS: tl.constexpr):
+    """Row `number` of per-channel vectors (numbers, CHANNELS)."""
+    return tl.load(vectors + number * CHANNELS + channel, channel < CHANNELS, 0.0)
+
+
+@triton.jit
+def normalized(z, norm, channel, CHANNELS: tl.constexpr):
+    """A batch norm's output, given its vectors of `localvit.ops.triton.batch_norm`."""
+    scale = channel_row(norm, 2, channel, CHANNELS)
+    shift = channel_row(norm, 3, channel, CHANNELS)
+    return z.to(tl.float32) * scale + shift
+
+
+@triton.jit
+def normalized_and_activated(z, norm, channel, CHANNELS: tl.constexpr, HARDSWISH: tl.constexpr):
+    """The activation of `normalized`."""
+    return activate(normalized(z, norm, channel, CHANNELS), HARDSWISH)
+
+
+@triton.jit
+def factors_of_rows(factors, image, channel, inside, CHANNELS: tl.constexpr, TWO_IMAGES: tl.constexpr):
+    """The rows' factors (BLOCK_M, channels), of `factors` (B, CHANNELS): those of each row's image.
+
+    With `TWO_IMAGES` a tile's rows are of one image or two: then two rows are read, and not one for each of the tile's.
+    """
+    known = (channel < CHANNELS)[None, :]
+    if TWO_IMAGES:
+        first = tl.min(image, 0)
+        last = tl.max(tl.where(inside, image, first), 0)
+        of_first = tl.load(factors + first * CHANNELS + channel, channel < CHANNELS, 0.0).to(tl.float32)
+        of_last = tl.load(factors + last * CHANNELS + channel, channel < CHANNELS, 0.0).to(tl.float32)
+        return tl.where((image == first)[:, None], of_first[None, :], of_last[None, :])
+    else:
+        mask = inside[:, None] & known
+        return tl.load(factors + image[:, None] * CHANNELS + channel[None, :], mask, 0.0).to(tl.float32)
