@@ -1,60 +1,129 @@
 """How close do the Triton kernels of `localvit.ops.triton` come to the speed of a device copy?
 
-    python benchmarks/kernels_speed.py [--models localvit_tiny localvit_small] [--batch-size 256] [--rounds 50]
+    python benchmarks/kernels_speed.py [--models localvit_tiny localvit_small] [--batch-size 256] [--rounds 20]
 
-For the input maps of each model's depth-wise convolutions, four things are measured per operator: its kernel, its
-reference in plain torch, that reference compiled, and a device copy of as many bytes as the operator has to move (each
-input and output once). Each is captured in a CUDA graph, to leave out launch times, over several sets of tensors, so
-that no input is in the cache. The graphs run in turn, round by round, between CUDA events. The share of the copy's
-speed is the median over rounds. Results are not checked here: run `pytest tests/ops` on the same GPU first.
+For the maps of each model's locality modules, each kernel is measured beside a device copy of as many bytes as the
+kernel has to move (each input and output once). Both are captured in CUDA graphs, to leave out launch times, over
+several sets of tensors, so that no input is in the cache. The graphs run in turn, round by round, between CUDA events.
+The share of the copy's speed is the median over rounds. Results are not checked here: run `pytest tests/ops -k gpu` on
+the same GPU first.
 """
 
 import argparse
 import statistics
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import localvit
 from localvit.inference.cost import locality_report
-from localvit.ops import reference, set_backend
-from localvit.ops.activations import ACTIVATIONS
 
-SETS = 4
+SETS = 3
 """Number of sets of tensors. One for localvit_tiny, batch 256, bfloat16 has at least 150 MB; caches have up to 126."""
-GOAL = 0.70
-"""Intended share of the copy's speed, for the inference kernel."""
 
 
-def maps(name: str) -> list[tuple[int, int, int]]:
-    """Height, width and channels of the inputs of a model's depth-wise convolutions, without duplicates."""
+class Operator(NamedTuple):
+    """A kernel on one set of tensors, and the bytes that it has to move."""
+
+    call: Callable[[], Any]
+    size: int
+
+
+class Sizes(NamedTuple):
+    """A locality module's maps: grid, channels outside, hidden channels."""
+
+    height: int
+    width: int
+    channels: int
+    hidden: int
+
+
+def sizes_of(name: str) -> list[Sizes]:
+    """The maps of a model's locality modules, without duplicates."""
     model = localvit.create_model(name, device="meta")
-    return sorted({(*part.grid_size, part.channels) for part in locality_report(model)})
+    modules: dict[str, Any] = dict(model.named_modules())
+    parts = [(part, modules[part.name].conv[0].in_channels) for part in locality_report(model)]
+    return sorted({Sizes(*part.grid_size, channels, part.channels) for part, channels in parts})
 
 
-def random_inputs(batch: int, size: tuple[int, int, int], dtype: torch.dtype) -> dict[str, tuple[Tensor, ...]]:
-    """The tensors that each operator takes: maps in `dtype`, and in float32 what training keeps in float32."""
-    channels = size[2]
+def operators(batch: int, sizes: Sizes, dtype: torch.dtype, act: str) -> dict[str, Operator]:
+    """Every kernel of inference and training, on fresh random tensors."""
+    from localvit.ops.triton import batch_norm, inference, pointwise, pointwise_backward, training, training_backward
 
-    def map_BHWE() -> Tensor:
-        return torch.randn(batch, *size, device="cuda", dtype=dtype)
+    height, width, channels, hidden = sizes
+    positions = height * width
 
-    def values_E() -> Tensor:
-        return torch.randn(channels, device="cuda")
+    def values(*shape: int, of: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, device="cuda", dtype=of)
 
-    z_BHWE, weight_E33 = map_BHWE(), torch.randn(channels, 3, 3, device="cuda")
-    scale_E, shift_E, center_E = values_E(), values_E(), values_E()
+    tokens_BNC, map_BHWE, other_BHWE, third_BHWE = (
+        values(batch, 1 + positions, channels),
+        *(values(batch, height, width, hidden) for _ in range(3)),
+    )
+    outer_BHWC, gate_BE = values(batch, height, width, channels), values(batch, hidden, of=torch.float32)
+    widening_EC, narrowing_CE = values(hidden, channels), values(channels, hidden)
+    depthwise_E133 = values(hidden, 1, 3, 3).to(memory_format=torch.channels_last)
+    norm_4E, slopes_3E = values(4, hidden, of=torch.float32), values(3, hidden, of=torch.float32)
+    small, large = outer_BHWC.nbytes, map_BHWE.nbytes
+    rows_BSE, rows_BSC = map_BHWE.flatten(1, 2), outer_BHWC.flatten(1, 2)
     return {
-        "depthwise_act_pool": (z_BHWE, weight_E33.to(dtype), shift_E.to(dtype)),
-        "norm_act_depthwise": (z_BHWE, scale_E, shift_E, weight_E33),
-        "norm_act_depthwise_backward": (map_BHWE(), z_BHWE, scale_E, shift_E, weight_E33, center_E),
+        "expansion": Operator(
+            partial(pointwise.pointwise, tokens_BNC, widening_EC, values(hidden), act, skipped=1), small + large
+        ),
+        "depth-wise, gate's sums": Operator(
+            partial(inference.depthwise_act_pool, map_BHWE, depthwise_E133, values(hidden), act), 2 * large
+        ),
+        "projection": Operator(
+            partial(
+                *(pointwise.pointwise, rows_BSE, narrowing_CE, values(channels), None, gate_BE.to(dtype)),
+                num_prefix_tokens=1,
+            ),
+            small + large,
+        ),
+        "expansion, statistics": Operator(
+            partial(pointwise.pointwise_with_statistics, rows_BSC, widening_EC), small + large
+        ),
+        "norm, depth-wise, statistics": Operator(
+            partial(training.norm_act_depthwise, map_BHWE, norm_4E, depthwise_E133, act), 2 * large
+        ),
+        "norm, gate's means": Operator(partial(batch_norm.channel_means, map_BHWE, norm_4E, act), large),
+        "norm, gate, projection": Operator(
+            partial(pointwise.pointwise_with_statistics, rows_BSE, narrowing_CE, norm_4E, act, gate_BE), small + large
+        ),
+        "gradients of projection": Operator(
+            partial(
+                *(pointwise_backward.projection_gradients, outer_BHWC, map_BHWE, norm_4E, narrowing_CE, act, gate_BE)
+            ),
+            small + large,
+        ),
+        "gradient of second norm": Operator(
+            partial(
+                *(pointwise_backward.normalized_gradient, outer_BHWC, map_BHWE, norm_4E, narrowing_CE, act),
+                *(gate_BE, gate_BE),
+            ),
+            small + 2 * large,
+        ),
+        "gradients of depth-wise": Operator(
+            partial(
+                *(training_backward.norm_act_depthwise_backward, map_BHWE, other_BHWE, norm_4E, slopes_3E),
+                *(third_BHWE, norm_4E, depthwise_E133, act),
+            ),
+            4 * large,
+        ),
+        "gradients of expansion": Operator(
+            partial(
+                *(pointwise_backward.expansion_gradients, map_BHWE, other_BHWE, norm_4E, slopes_3E, widening_EC),
+                torch.float32,
+            ),
+            3 * large + 2 * small,
+        ),
     }
 
 
-def copy_bytes(size: int) -> Callable[[], Tensor]:
+def copy_of(size: int) -> Callable[[], Tensor]:
     """A copy that moves `size` bytes: half of them are read, half written."""
     source = torch.randint(256, (size // 2,), device="cuda", dtype=torch.uint8)
     return partial(torch.empty_like(source).copy_, source)
@@ -65,7 +134,7 @@ def captured(calls: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for call in calls * 3:  # compile and allocate before capturing
+        for call in calls:  # compile and allocate before capturing
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -85,56 +154,61 @@ def milliseconds(graph: torch.cuda.CUDAGraph) -> float:
     return start.elapsed_time(end) / SETS
 
 
-@torch.no_grad()
-def measure(operator: str, sets: list[tuple[Tensor, ...]], act: str, rounds: int) -> list[str]:
-    """Measure one operator; returns rows of the table."""
-    variants = {
-        "kernel": getattr(torch.ops.localvit, operator),
-        "reference": getattr(reference, operator),
-        "reference, compiled": torch.compile(getattr(reference, operator), dynamic=False),
-    }
-    size = sum(tensor.nbytes for tensor in (*sets[0], *variants["reference"](*sets[0], act)))
-    graphs = {name: captured([partial(variant, *inputs, act) for inputs in sets]) for name, variant in variants.items()}
-    graphs["copy"] = captured([copy_bytes(size) for _ in sets])
-    for graph in graphs.values():
-        milliseconds(graph)
-    times: dict[str, list[float]] = {name: [] for name in graphs}
-    for _ in range(rounds):
-        for name, graph in graphs.items():
-            times[name].append(milliseconds(graph))
+class Share(NamedTuple):
+    """What was measured of a kernel."""
+
+    milliseconds: float
+    terabytes_per_second: float
+    of_copy: float
+
+
+def measure(sets: list[Operator], rounds: int) -> Share:
+    """Measure one kernel, on several sets of tensors, beside a copy."""
+    size = sets[0].size
+    kernel, copy = captured([each.call for each in sets]), captured([copy_of(size) for _ in sets])
+    times = [(milliseconds(kernel), milliseconds(copy)) for _ in range(rounds + 2)][2:]
+    median = statistics.median(own for own, _ in times)
+    return Share(median, size / median / 1e9, statistics.median(other / own for own, other in times))
+
+
+HEADER = "| kernel | maps | ms | TB/s | share of a copy |\n|---|---|---|---|---|"
+
+
+def measure_model(
+    name: str, batch: int, dtype: torch.dtype, act: str, rounds: int, line: Callable[[str], object]
+) -> list[dict[str, Any]]:
+    """Measure every kernel on the maps of a model; gives each row of a table to `line`, and returns them."""
     rows = []
-    for name, milliseconds_per_round in times.items():
-        median = statistics.median(milliseconds_per_round)
-        shares = [copy / own for copy, own in zip(times["copy"], milliseconds_per_round, strict=True)]
-        low, share, high = statistics.quantiles(shares, n=4)
-        cells = [name, f"{median:.3f}", f"{size / median / 1e9:.2f}", f"{share:.0%}", f"{low:.0%} to {high:.0%}"]
-        rows.append(f"| {operator} | {' | '.join(cells)} |")
+    for sizes in sizes_of(name):
+        sets = [operators(batch, sizes, dtype, act) for _ in range(SETS)]
+        for kernel in sets[0]:
+            share = measure([each[kernel] for each in sets], rounds)
+            maps = f"{sizes.height} x {sizes.width}, {sizes.channels} and {sizes.hidden} channels"
+            cells = f"{share.milliseconds:.3f} | {share.terabytes_per_second:.2f} | {share.of_copy:.0%}"
+            line(f"| {kernel} | {maps} | {cells} |")
+            rows.append({"kernel": kernel, "model": name, **sizes._asdict(), **share._asdict()})
     return rows
 
 
 def main() -> None:
-    """Measure and print one table per map; the exit status is 1 without a GPU."""
+    """Measure and print one table per model; the exit status is 1 without a GPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["localvit_tiny", "localvit_small"])
     parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    parser.add_argument("--act", choices=ACTIVATIONS, default="hs")
-    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
+    parser.add_argument("--act", choices=["hs", "relu6"], default="hs")
+    parser.add_argument("--rounds", type=int, default=20)
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("the kernels need a CUDA GPU, and torch finds none: nothing was measured")
-    set_backend("triton")
     device = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     print(f"{device}, batch {args.batch_size}, {args.dtype}, {args.act}")
-    print(f"The goal for depthwise_act_pool is {GOAL:.0%} of the speed of a copy.")
     for name in args.models:
-        for size in maps(name):
-            print(f"\n{name}: maps of {size[0]} x {size[1]} patches and {size[2]} channels\n")
-            print("| operator | variant | ms | TB/s | share of copy speed | quartiles |\n|---|---|---|---|---|---|")
-            sets = [random_inputs(args.batch_size, size, getattr(torch, args.dtype)) for _ in range(SETS)]
-            for operator in sets[0]:
-                rows = measure(operator, [each[operator] for each in sets], args.act, args.rounds)
-                print("\n".join(rows), flush=True)
+        print(f"\n{name}\n\n{HEADER}")
+        with torch.no_grad():
+            measure_model(
+                name, args.batch_size, getattr(torch, args.dtype), args.act, args.rounds, partial(print, flush=True)
+            )
 
 
 if __name__ == "__main__":

@@ -3,8 +3,6 @@
 Importing it registers the models with timm; it does not initialize a GPU.
 """
 
-from importlib.metadata import version
-
 from localvit import models, train
 from localvit.checkpoints import (
     Checkpoint,
@@ -26,8 +24,9 @@ from localvit.surgery.adapter import Adapter
 from localvit.surgery.localize import delocalize, localize
 from localvit.surgery.replace import Replace
 from localvit.surgery.weights import load_locality, save_locality
+from localvit.utils.version import VERSION
 
-__version__ = version("localvit")
+__version__ = VERSION
 
 __all__ = [
     "Adapter",

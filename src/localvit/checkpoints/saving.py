@@ -3,7 +3,6 @@
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +20,7 @@ from localvit.models.registry import find_model
 from localvit.utils.distributed import is_main
 from localvit.utils.files import atomic_write
 from localvit.utils.plain_values import plain
+from localvit.utils.version import VERSION
 from localvit.utils.wrappers import is_sharded, plain_weights, unwrap
 
 
@@ -160,7 +160,7 @@ def _changed_pool(model: Any, name: str, arguments: Mapping[str, Any]) -> dict[s
 def versions() -> dict[str, str]:
     """Versions of the packages that a result depends on."""
     return {
-        "localvit": version("localvit"),
+        "localvit": VERSION,
         "torch": str(torch.__version__),  # a class of its own, which torch's weights_only refuses
         "timm": timm.__version__,
         "python": platform.python_version(),

@@ -7,14 +7,16 @@ the Triton kernels on NVIDIA GPUs (`localvit.ops.dispatch.folded_path`).
 Shapes: B batch, C channels, E expanded channels, H and W the patch grid.
 """
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from localvit.ops import operators
 from localvit.ops.activations import activate
 from localvit.ops.dispatch import folded_path
+from localvit.ops.operators import DEPTHWISE_ACT_POOL, POINTWISE, SQUEEZE_EXCITE
 from localvit.ops.stages import ChannelGate, Stages, channel_means, squeeze_excite_layers
 
 PART_BYTES = 2**24
@@ -72,7 +74,7 @@ class FusedConvolutions(nn.Sequential):
 
     def tokens(self, x_BNC: Tensor, grid_size: tuple[int, int], num_prefix_tokens: int) -> Tensor:
         """As forward for the map of the tokens after the prefix tokens; as tokens (B, P + H * W, C), zero for these."""
-        first, *others, last = self
+        first, *others, last = cast("list[FusedConvolution]", list(self))
         if not (first.runs_rows() and last.runs_rows()):
             map_BHWC = x_BNC[:, num_prefix_tokens:].unflatten(1, grid_size)
             return F.pad(self(map_BHWC).flatten(1, 2), (0, 0, num_prefix_tokens, 0))
@@ -118,7 +120,7 @@ class FusedConvolution(nn.Module):
             x_BHWC = x_BHWC.mul_(gate_BC[:, None, None])  # Nothing else reads the map of the convolution before.
         path = folded_path(self)
         if path == "operator":
-            y_BHWE, sum_BE = operators.run(operators.depthwise_act_pool, x_BHWC, self.weight, self.bias, self.act)
+            y_BHWE, sum_BE = DEPTHWISE_ACT_POOL.run(x_BHWC, self.weight, self.bias, self.act)
             return y_BHWE, None if self.gate is None else self._scale(sum_BE, y_BHWE)
         y_BHWE = self._by_onednn(x_BHWC) if path == "onednn" else self._by_torch(x_BHWC)
         return y_BHWE, None if self.gate is None else self.gate.scale(channel_means(y_BHWE))
@@ -132,9 +134,7 @@ class FusedConvolution(nn.Module):
     ) -> Tensor:
         """A 1x1 convolution of rows, as `localvit.ops.operators.pointwise`."""
         weight = self.weight.flatten(1)
-        return operators.run(
-            operators.pointwise, x_BSC, weight, self.bias, self.act, gate_BC, skipped, num_prefix_tokens
-        )
+        return POINTWISE.run(x_BSC, weight, self.bias, self.act, gate_BC, skipped, num_prefix_tokens)
 
     def _scale(self, sum_BE: Tensor, y_BHWE: Tensor) -> Tensor:
         """The gate's factors, from the map's sums."""
@@ -143,9 +143,7 @@ class FusedConvolution(nn.Module):
         if (layers := squeeze_excite_layers(self.gate)) is None or layers[0].out_features > WIDEST_BOTTLENECK:
             return self.gate.scale((sum_BE / positions).to(y_BHWE.dtype))
         narrow, wide = layers
-        return operators.run(
-            operators.squeeze_excite, sum_BE, positions, narrow.weight, narrow.bias, wide.weight, wide.bias
-        )
+        return SQUEEZE_EXCITE.run(sum_BE, positions, narrow.weight, narrow.bias, wide.weight, wide.bias)
 
     def _by_torch(self, x_BHWC: Tensor) -> Tensor:
         if self.groups == 1:

@@ -15,7 +15,7 @@ Shapes: B batch, C channels outside, E hidden channels, H and W the grid.
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from localvit.ops.batch_norms import is_recomputation
@@ -72,9 +72,9 @@ class _FeedForward(torch.autograd.Function):
         grid_size, x_BSC = x_BHWC.shape[1:3], x_BHWC.to(dtype).flatten(1, 2).contiguous()
         z1_BSE, statistics = pointwise.pointwise_with_statistics(x_BSC, expansion_EC)
         z1_BHWE = z1_BSE.unflatten(1, grid_size)
-        norm1_4E = batch_norm.norm_vectors(statistics, weight1_E, bias1_E, _running(norm1), norm1.momentum, norm1.eps)
+        norm1_4E = batch_norm.norm_vectors(statistics, weight1_E, bias1_E, *_running(norm1))
         z2_BHWE, statistics = training.norm_act_depthwise(z1_BHWE, norm1_4E, depthwise, act1)
-        norm2_4E = batch_norm.norm_vectors(statistics, weight2_E, bias2_E, _running(norm2), norm2.momentum, norm2.eps)
+        norm2_4E = batch_norm.norm_vectors(statistics, weight2_E, bias2_E, *_running(norm2))
         mean_BE = gate_BE = None
         if gate is not None:
             mean_BE = batch_norm.channel_means(z2_BHWE, norm2_4E, act2)
@@ -104,8 +104,10 @@ class _FeedForward(torch.autograd.Function):
         grad_projection_CE, grad_gate_BE = pointwise_backward.projection_gradients(
             grad_out_BHWC, z2_BHWE, norm2_4E, projection_CE, act2, gate_BE
         )
-        grad_mean_BE, gate_gradients = None, ()
+        grad_mean_BE: Tensor | None = None
+        gate_gradients: list[Tensor | None] = []
         if gate is not None:
+            assert grad_gate_BE is not None
             with _full_precision(mean_BE):
                 scale = scale_with(gate, gate_parameters, mean_BE.to(gate_parameters[0].dtype))
                 grad_mean_BE, gate_gradients = scale.backward(grad_gate_BE)
@@ -138,9 +140,9 @@ def _full_precision(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
-def _running(norm: nn.BatchNorm2d) -> Any:
+def _running(norm: Any) -> tuple[Any, float, float]:
+    """What a batch norm updates (None where a forward pass is repeated), its momentum and its epsilon."""
     from localvit.ops.triton.batch_norm import Running
 
-    if is_recomputation():
-        return None
-    return Running(norm.running_mean, norm.running_var, norm.num_batches_tracked)  # type: ignore[arg-type]
+    statistics = Running(norm.running_mean, norm.running_var, norm.num_batches_tracked)
+    return None if is_recomputation() else statistics, norm.momentum, norm.eps

@@ -1,38 +1,96 @@
-"""The depth-wise convolution with the steps around it, each in one pass over the tokens: `torch.ops.localvit`.
+"""The steps of a fused locality module that have Triton kernels, as operators: `torch.ops.localvit`.
 
-`torch.compile` and `torch.export` see each operator as one node. It runs its Triton kernel where
-`localvit.ops.dispatch.runs_triton` allows, else the reference, plain torch of the same result
-(`localvit.ops.reference`). The operators are opaque (`custom_op`, not `triton_op`), since that choice depends on the
-tensors' strides. Maps lie as tokens do, (B, H, W, E) with channels last; they may be views, such as the tokens after
-the prefix tokens, and are read where they are.
+`torch.compile` and `torch.export` see each as one node. It runs its kernel where `localvit.ops.dispatch.runs_triton`
+allows, else the reference, plain torch of the same result (`localvit.ops.reference`). The operators have no gradients:
+`Operator.run` takes care of these. They are registered by hand, since `torch.library.custom_op` adds steps to each call
+that take longer than the kernels.
 
-Shapes: B batch, H and W the grid, E channels.
+Shapes: B batch, H and W the grid, E channels, Q channels of a gate's bottleneck, S rows of an image, K and N channels.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from localvit.ops import reference
 from localvit.ops.dispatch import runs_triton
 
-
-def run(operator: Any, *arguments: Any) -> Any:
-    """An operator's result, without torch's dispatcher where nothing needs it: it takes longer than a launch."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not arguments[0].is_cuda:
-        return operator(*arguments)
-    return operator._init_fn(*arguments)
+LIBRARY = torch.library.Library("localvit", "FRAGMENT")
 
 
-@torch.library.custom_op("localvit::depthwise_act_pool", mutates_args=())
+class Operator:
+    """An operator, called as a function. `run` also gives gradients, and costs less where no tracer looks.
+
+    Args:
+        function: computes it, by its kernel or by its reference; its name and annotations are the operator's.
+        form: its reference.
+        fake: returns empty tensors of its results' shapes and dtypes.
+    """
+
+    def __init__(self, function: Callable[..., Any], form: Callable[..., Any], fake: Callable[..., Any]) -> None:
+        name = function.__name__
+        LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
+        LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"localvit::{name}", fake, lib=LIBRARY)
+        self.__doc__ = function.__doc__
+        self.function, self.form = function, form
+        self._registered = getattr(torch.ops.localvit, name).default
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._registered(*arguments)
+
+    def run(self, *arguments: Any) -> Any:
+        """The operator's result; where a gradient is wanted, with that of the reference."""
+        if torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in arguments):
+            if torch.compiler.is_compiling() or not arguments[0].is_cuda:
+                return self.form(*arguments)
+            return _WithGradientOfReference.apply(self, *arguments)
+        if torch.compiler.is_compiling() or not arguments[0].is_cuda:
+            return self(*arguments)
+        return self.function(*arguments)
+
+
+class _WithGradientOfReference(torch.autograd.Function):
+    """An operator whose backward pass computes its reference again."""
+
+    @staticmethod
+    def forward(ctx: Any, operator: Operator, *arguments: Any) -> Any:
+        ctx.operator = operator
+        ctx.others = [None if isinstance(each, Tensor) else each for each in arguments]
+        ctx.is_tensor = [isinstance(each, Tensor) for each in arguments]
+        ctx.save_for_backward(*(each for each in arguments if isinstance(each, Tensor)))
+        return operator.function(*arguments)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        tensors = [each.detach().requires_grad_() for each in ctx.saved_tensors]
+        remaining = iter(tensors)
+        pairs = zip(ctx.others, ctx.is_tensor, strict=True)
+        arguments = [next(remaining) if is_tensor else other for other, is_tensor in pairs]
+        with torch.enable_grad():
+            results = ctx.operator.form(*arguments)
+        found = iter(torch.autograd.grad(results, tensors, gradients))
+        return None, *(next(found) if is_tensor else None for is_tensor in ctx.is_tensor)
+
+
+def _depthwise_act_pool(x_BHWE: Tensor, weight_E33: Tensor, bias_E: Tensor, act: str) -> tuple[Tensor, Tensor]:
+    x_shape = x_BHWE.shape
+    reference.check(x_BHWE, weight_E33, act, bias=bias_E)
+    sums_BE = x_BHWE.new_empty((x_shape[0], x_shape[3]), dtype=reference.accumulate_dtype(x_BHWE))
+    return x_BHWE.new_empty(x_shape), sums_BE
+
+
 def depthwise_act_pool(x_BHWE: Tensor, weight_E33: Tensor, bias_E: Tensor, act: str) -> tuple[Tensor, Tensor]:
-    """Depth-wise 3x3 convolution, bias, activation, and the sums that a channel gate pools: for inference.
+    """Depth-wise 3x3 convolution, bias, activation, and the sums that a channel gate pools.
 
     Stride 1, zeros around the map. A batch norm is folded into the weight and the bias.
 
     Args:
-        x_BHWE: a map in any floating dtype.
+        x_BHWE: a map in any floating dtype, possibly a view, such as the tokens after the prefix tokens.
         weight_E33: (E, 3, 3) or (E, 1, 3, 3). With channels last (`stride(0) == 1`) the kernel needs no copy of it.
         bias_E: one value per channel.
         act: `hs` (h-swish) or `relu6`.
@@ -52,32 +110,16 @@ def depthwise_act_pool(x_BHWE: Tensor, weight_E33: Tensor, bias_E: Tensor, act: 
     return y_BHWE.contiguous(), sum_BE
 
 
-@depthwise_act_pool.register_fake
-def _(x_BHWE: Tensor, weight_E33: Tensor, bias_E: Tensor, act: str) -> tuple[Tensor, Tensor]:
-    reference.check(x_BHWE, weight_E33, act, bias=bias_E)
-    sum_shape = (x_BHWE.shape[0], x_BHWE.shape[3])
-    return x_BHWE.new_empty(x_BHWE.shape), x_BHWE.new_empty(sum_shape, dtype=reference.accumulate_dtype(x_BHWE))
+def _squeeze_excite(
+    sum_BE: Tensor, positions: int, weight_QE: Tensor, bias_Q: Tensor, weight_EQ: Tensor, bias_E: Tensor
+) -> Tensor:
+    return weight_EQ.new_empty(sum_BE.shape)
 
 
-def _save_for_pool(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, ctx.act = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _depthwise_act_pool_backward(ctx: Any, grad_y_BHWE: Tensor, grad_sum_BE: Tensor) -> tuple:
-    x_BHWE, weight_E33, bias_E = ctx.saved_tensors
-    grads = reference.depthwise_act_pool_backward(grad_y_BHWE, grad_sum_BE, x_BHWE, weight_E33, bias_E, ctx.act)
-    return (*grads, None)
-
-
-depthwise_act_pool.register_autograd(_depthwise_act_pool_backward, setup_context=_save_for_pool)
-
-
-@torch.library.custom_op("localvit::squeeze_excite", mutates_args=())
 def squeeze_excite(
     sum_BE: Tensor, positions: int, weight_QE: Tensor, bias_Q: Tensor, weight_EQ: Tensor, bias_E: Tensor
 ) -> Tensor:
-    """The factors of a squeeze-and-excitation gate with a hard sigmoid, from a map's sums: for inference.
+    """The factors of a squeeze-and-excitation gate with a hard sigmoid, from a map's sums.
 
     Args:
         sum_BE: as `depthwise_act_pool` returns them.
@@ -94,12 +136,20 @@ def squeeze_excite(
     return reference.squeeze_excite(sum_BE, positions, weight_QE, bias_Q, weight_EQ, bias_E)
 
 
-@squeeze_excite.register_fake
-def _(sum_BE: Tensor, positions: int, weight_QE: Tensor, bias_Q: Tensor, weight_EQ: Tensor, bias_E: Tensor) -> Tensor:
-    return weight_EQ.new_empty(sum_BE.shape)
+def _pointwise(
+    x_BSK: Tensor,
+    weight_NK: Tensor,
+    bias_N: Tensor | None,
+    act: str | None,
+    gate_BK: Tensor | None,
+    skipped: int,
+    num_prefix_tokens: int,
+) -> Tensor:
+    reference.check_pointwise(x_BSK, weight_NK, bias_N, act, gate_BK)
+    batch, rows, _ = x_BSK.shape
+    return weight_NK.new_empty(batch, rows - skipped + num_prefix_tokens, weight_NK.shape[0])
 
 
-@torch.library.custom_op("localvit::pointwise", mutates_args=())
 def pointwise(
     x_BSK: Tensor,
     weight_NK: Tensor,
@@ -109,7 +159,7 @@ def pointwise(
     skipped: int,
     num_prefix_tokens: int,
 ) -> Tensor:
-    """1x1 convolution of a map, a gate's factors before it, bias and activation after it: for inference.
+    """1x1 convolution of a map, a gate's factors before it, bias and activation after it.
 
     Args:
         x_BSK: the map's positions as rows, in any floating dtype.
@@ -134,43 +184,6 @@ def pointwise(
     return reference.pointwise(x_BSK, weight_NK, bias_N, act, gate_BK, skipped, num_prefix_tokens)
 
 
-@pointwise.register_fake
-def _(
-    x_BSK: Tensor,
-    weight_NK: Tensor,
-    bias_N: Tensor | None,
-    act: str | None,
-    gate_BK: Tensor | None,
-    skipped: int,
-    num_prefix_tokens: int,
-) -> Tensor:
-    reference.check_pointwise(x_BSK, weight_NK, bias_N, act, gate_BK)
-    batch, rows, _ = x_BSK.shape
-    return weight_NK.new_empty(batch, rows - skipped + num_prefix_tokens, weight_NK.shape[0])
-
-
-def _save_inputs(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.inputs = [None if isinstance(each, Tensor) else each for each in inputs]
-    ctx.is_tensor = [isinstance(each, Tensor) for each in inputs]
-    ctx.save_for_backward(*(each for each in inputs if isinstance(each, Tensor)))
-
-
-def _backward_of(form: Any) -> Any:
-    """The backward pass of an operator, by that of its reference."""
-
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        tensors = [each.detach().requires_grad_() for each in ctx.saved_tensors]
-        remaining = iter(tensors)
-        inputs = [
-            next(remaining) if is_tensor else each for each, is_tensor in zip(ctx.inputs, ctx.is_tensor, strict=True)
-        ]
-        with torch.enable_grad():
-            out = form(*inputs)
-        found = iter(torch.autograd.grad(out, tensors, grad))
-        return tuple(next(found) if is_tensor else None for is_tensor in ctx.is_tensor)
-
-    return backward
-
-
-pointwise.register_autograd(_backward_of(reference.pointwise), setup_context=_save_inputs)
-squeeze_excite.register_autograd(_backward_of(reference.squeeze_excite), setup_context=_save_inputs)
+DEPTHWISE_ACT_POOL = Operator(depthwise_act_pool, reference.depthwise_act_pool, _depthwise_act_pool)
+SQUEEZE_EXCITE = Operator(squeeze_excite, reference.squeeze_excite, _squeeze_excite)
+POINTWISE = Operator(pointwise, reference.pointwise, _pointwise)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from localvit.ops.activations import ACTIVATIONS, activate, activation_backward
+from localvit.ops.activations import ACTIVATIONS, activate
 
 
 def check(map_BHWE: Tensor, weight_E33: Tensor, act: str, **values: Tensor) -> None:
@@ -29,12 +29,6 @@ def check(map_BHWE: Tensor, weight_E33: Tensor, act: str, **values: Tensor) -> N
             )
 
 
-def check_gradient(grad_BHWE: Tensor, map_BHWE: Tensor) -> None:
-    """Raise ValueError unless the gradient has the map's shape."""
-    if grad_BHWE.shape != map_BHWE.shape:
-        raise ValueError(f"the gradient has shape {tuple(grad_BHWE.shape)}, and its map {tuple(map_BHWE.shape)}")
-
-
 def accumulate_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a map is summed: float32, or float64 for a float64 map."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -45,18 +39,6 @@ def depthwise_act_pool(x_BHWE: Tensor, weight_E33: Tensor, bias_E: Tensor, act: 
     check(x_BHWE, weight_E33, act, bias=bias_E)
     y_BHWE = activate(_depthwise(x_BHWE, weight_E33, bias_E), act, inplace=True)
     return y_BHWE, y_BHWE.sum((1, 2), dtype=accumulate_dtype(x_BHWE))
-
-
-def depthwise_act_pool_backward(
-    grad_y_BHWE: Tensor, grad_sum_BE: Tensor, x_BHWE: Tensor, weight_E33: Tensor, bias_E: Tensor, act: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of the three tensors of `depthwise_act_pool`, given those of its two results."""
-    u_BHWE = _depthwise(x_BHWE, weight_E33, bias_E)
-    grad_BHWE = (grad_y_BHWE + grad_sum_BE[:, None, None]).to(u_BHWE.dtype)
-    grad_BHWE = activation_backward(grad_BHWE, u_BHWE, act)
-    grad_x_BHWE, grad_weight_E33 = _depthwise_backward(grad_BHWE, x_BHWE, weight_E33)
-    grad_bias_E = grad_BHWE.sum((0, 1, 2), dtype=accumulate_dtype(x_BHWE))
-    return grad_x_BHWE, grad_weight_E33.to(weight_E33.dtype), grad_bias_E.to(bias_E.dtype)
 
 
 def check_pointwise(
@@ -113,23 +95,3 @@ def _depthwise(x_BHWE: Tensor, weight_E33: Tensor, bias_E: Tensor | None = None)
     bias_E = None if bias_E is None else bias_E.to(dtype)
     out_BEHW = F.conv2d(x_BHWE.permute(0, 3, 1, 2), weight_E133, bias_E, padding=1, groups=channels)
     return out_BEHW.permute(0, 2, 3, 1).to(dtype)  # autocast may have chosen another
-
-
-def _depthwise_backward(grad_BHWE: Tensor, x_BHWE: Tensor, weight_E33: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the map and of the weight, the latter in `accumulate_dtype`."""
-    dtype, channels = x_BHWE.dtype, x_BHWE.shape[3]
-    grad_x_BEHW, grad_weight_E133, _ = torch.ops.aten.convolution_backward(
-        grad_BHWE.to(dtype).permute(0, 3, 1, 2),
-        x_BHWE.permute(0, 3, 1, 2),
-        weight_E33.reshape(channels, 1, 3, 3).to(dtype),
-        None,
-        (1, 1),
-        (1, 1),
-        (1, 1),
-        False,
-        (0, 0),
-        channels,
-        (True, True, False),
-    )
-    grad_weight_E33 = grad_weight_E133.reshape(weight_E33.shape).to(accumulate_dtype(x_BHWE))
-    return grad_x_BEHW.permute(0, 2, 3, 1), grad_weight_E33
