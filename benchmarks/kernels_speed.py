@@ -1,15 +1,21 @@
 """How close do the Triton kernels of `localvit.ops.triton` come to the speed of a device copy?
 
     python benchmarks/kernels_speed.py [--models localvit_tiny localvit_small] [--batch-size 256] [--rounds 20]
+        [--tiles]
 
 For the maps of each model's locality modules, each kernel is measured beside a device copy of as many bytes as the
 kernel has to move (each input and output once). Both are captured in CUDA graphs, to leave out launch times, over
 several sets of tensors, so that no input is in the cache. The graphs run in turn, round by round, between CUDA events.
 The share of the copy's speed is the median over rounds. Results are not checked here: run `pytest tests/ops -k gpu` on
 the same GPU first.
+
+With `--tiles`, the kernels that multiply matrices are measured with several sizes of tiles instead: the fastest should
+stand in `localvit.ops.triton`.
 """
 
 import argparse
+import contextlib
+import inspect
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -30,6 +36,14 @@ class Operator(NamedTuple):
 
     call: Callable[[], Any]
     size: int
+
+
+TILES = [
+    (rows, columns, inner, warps, stages)
+    for rows, columns, warps in ((64, 64, 4), (64, 128, 4), (64, 256, 4), (128, 64, 4), (128, 128, 4), (128, 256, 8))
+    for inner, stages in ((32, 3), (32, 4), (64, 3))
+]
+"""Rows, columns and inner size of a tile, warps and stages: what `--tiles` tries."""
 
 
 class Sizes(NamedTuple):
@@ -171,6 +185,28 @@ def measure(sets: list[Operator], rounds: int) -> Share:
     return Share(median, size / median / 1e9, statistics.median(other / own for own, other in times))
 
 
+def measure_tiles(
+    name: str, batch: int, dtype: torch.dtype, act: str, rounds: int, line: Callable[[str], object]
+) -> None:
+    """Measure every kernel that multiplies matrices with each of `TILES`, the fastest first."""
+    from triton.runtime.errors import OutOfResources
+
+    from localvit.ops.triton.rows import Blocks
+
+    for sizes in sizes_of(name):
+        sets = [operators(batch, sizes, dtype, act) for _ in range(SETS)]
+        for kernel, operator in sets[0].items():
+            if "blocks" not in inspect.signature(operator.call).parameters:
+                continue
+            found = []
+            for blocks in (Blocks(*tile) for tile in TILES):
+                tiled = [each[kernel]._replace(call=partial(each[kernel].call, blocks=blocks)) for each in sets]
+                with contextlib.suppress(OutOfResources):
+                    found.append((measure(tiled, rounds).milliseconds, blocks))
+            for milliseconds_of_tile, blocks in sorted(found)[:5]:
+                line(f"{kernel}: {milliseconds_of_tile:.3f} ms with {blocks}")
+
+
 HEADER = "| kernel | maps | ms | TB/s | share of a copy |\n|---|---|---|---|---|"
 
 
@@ -198,6 +234,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--act", choices=["hs", "relu6"], default="hs")
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--tiles", action="store_true", help="try sizes of tiles")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("the kernels need a CUDA GPU, and torch finds none: nothing was measured")
@@ -206,9 +243,8 @@ def main() -> None:
     for name in args.models:
         print(f"\n{name}\n\n{HEADER}")
         with torch.no_grad():
-            measure_model(
-                name, args.batch_size, getattr(torch, args.dtype), args.act, args.rounds, partial(print, flush=True)
-            )
+            run = measure_tiles if args.tiles else measure_model
+            run(name, args.batch_size, getattr(torch, args.dtype), args.act, args.rounds, partial(print, flush=True))
 
 
 if __name__ == "__main__":

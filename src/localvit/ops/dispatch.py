@@ -3,17 +3,22 @@
 Three backends, each including the ones before it:
 
 - "layers": every layer as written;
-- "torch" (the default): the recomputing path in training, fused convolutions in models made by `localvit.fuse`;
-- "triton": the Triton kernels on NVIDIA GPUs as well.
+- "torch": the recomputing path in training, fused convolutions in models made by `localvit.fuse`;
+- "triton": the Triton kernels as well, on NVIDIA GPUs in half precision; elsewhere the operators run their references.
+
+"auto", the default, is "triton" for tensors that have kernels and "torch" for all others. Where a GPU cannot run them,
+the log says so once.
 
 An implementation is chosen only where it computes the same as the layers; everywhere else the layers run.
 """
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +34,12 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 """Dtypes in which the Triton kernels compute."""
 MAP_DTYPES = (torch.float32, *KERNEL_DTYPES)
 """Dtypes of the maps that they read in training, under autocast."""
-HAS_TRITON = find_spec("triton") is not None
+LEAST_CAPABILITY = (8, 0)
+"""The first NVIDIA GPUs with matrix products in bfloat16."""
+LEAST_SHARED_MEMORY = 160 * 1024
+"""What the largest tiles need, in bytes for a block of threads."""
+
+_logger = logging.getLogger(__name__)
 
 
 def set_backend(backend: Backend) -> None:
@@ -128,19 +138,47 @@ def fits_kernels(stages: Stages, map_BCHW: Tensor) -> torch.dtype | None:
     if not _has_kernels(map_BCHW.device, dtype) or len(stages.stages) != 2 or map_BCHW.dtype not in MAP_DTYPES:
         return None
     first, second = stages.stages
-    fits = first.gate is None and _suits_kernel(first.conv) and second.conv.groups == stages.first.groups == 1
-    return dtype if (fits and torch.is_autocast_enabled(kind)) or map_BCHW.dtype == dtype else None
+    if first.gate is not None or not _suits_kernel(first.conv) or second.conv.groups > 1 or stages.first.groups > 1:
+        return None
+    return dtype if torch.is_autocast_enabled(kind) or map_BCHW.dtype == dtype else None
 
 
 def _has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
-    # The kernels are tuned for NVIDIA's registers; to torch, AMD's devices are `cuda` too.
     return (
         _backend in ("auto", "triton")
         and device.type == "cuda"
-        and torch.version.hip is None
         and dtype in KERNEL_DTYPES
-        and HAS_TRITON
+        and _runs_kernels(0 if device.index is None else device.index)
     )
+
+
+# Otherwise torch.compile would trace the questions.
+@torch.compiler.assume_constant_result
+def _runs_kernels(index: int) -> bool:
+    return _missing_for_kernels(index) is None
+
+
+@cache
+def _missing_for_kernels(index: int) -> str | None:
+    """Why the kernels do not run on a GPU; logged once."""
+    missing = None
+    # To torch, AMD's devices are `cuda` too.
+    if torch.version.hip is not None:
+        missing = "they are made for NVIDIA GPUs"
+    elif find_spec("triton") is None:
+        missing = "Triton is not installed"
+    else:
+        device: Any = torch.cuda.get_device_properties(index)
+        shared = device.shared_memory_per_block_optin
+        if (device.major, device.minor) < LEAST_CAPABILITY or shared < LEAST_SHARED_MEMORY:
+            missing = (
+                f"{device.name} has compute capability {device.major}.{device.minor} and {shared // 1024} KB of shared "
+                f"memory for a block; they need {'.'.join(map(str, LEAST_CAPABILITY))} and "
+                f"{LEAST_SHARED_MEMORY // 1024} KB"
+            )
+    if missing is not None:
+        _logger.info("the Triton kernels are not used: %s", missing)
+    return missing
 
 
 def runs_triton(*maps: Tensor) -> bool:

@@ -16,7 +16,7 @@ from localvit.ops.triton.tiles import activate
 
 
 class Blocks(NamedTuple):
-    """The sizes of a kernel's tiles and how it is compiled: data, measured by `benchmarks/kernel_tiles.py`."""
+    """The sizes of a kernel's tiles and how it is compiled: data, measured by `benchmarks/kernels_speed.py --tiles`."""
 
     rows: int
     columns: int
