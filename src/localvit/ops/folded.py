@@ -79,7 +79,8 @@ class FusedConvolutions(nn.Sequential):
             map_BHWC = x_BNC[:, num_prefix_tokens:].unflatten(1, grid_size)
             return F.pad(self(map_BHWC).flatten(1, 2), (0, 0, num_prefix_tokens, 0))
         # The operators leave out prefix tokens and put zeros for them where they are, which needs no copies.
-        map_BHWC, gate_BC = first.rows(x_BNC, skipped=num_prefix_tokens).unflatten(1, grid_size), None
+        map_BHWC = first.rows(x_BNC, skipped=num_prefix_tokens).unflatten(1, grid_size)
+        gate_BC = first.factors(map_BHWC)
         for conv in others:
             map_BHWC, gate_BC = conv(map_BHWC, gate_BC)
         return last.rows(map_BHWC.flatten(1, 2), gate_BC, num_prefix_tokens=num_prefix_tokens)
@@ -115,19 +116,20 @@ class FusedConvolution(nn.Module):
             gate_BC: factors of its channels.
         """
         if self.runs_rows():
-            return self.rows(x_BHWC.flatten(1, 2), gate_BC).unflatten(1, x_BHWC.shape[1:3]), None
+            y_BHWE = self.rows(x_BHWC.flatten(1, 2), gate_BC).unflatten(1, x_BHWC.shape[1:3])
+            return y_BHWE, self.factors(y_BHWE)
         if gate_BC is not None:
             x_BHWC = x_BHWC.mul_(gate_BC[:, None, None])  # Nothing else reads the map of the convolution before.
         path = folded_path(self)
         if path == "operator":
             y_BHWE, sum_BE = DEPTHWISE_ACT_POOL.run(x_BHWC, self.weight, self.bias, self.act)
-            return y_BHWE, None if self.gate is None else self._scale(sum_BE, y_BHWE)
+            return y_BHWE, self.factors(y_BHWE, sum_BE)
         y_BHWE = self._by_onednn(x_BHWC) if path == "onednn" else self._by_torch(x_BHWC)
-        return y_BHWE, None if self.gate is None else self.gate.scale(channel_means(y_BHWE))
+        return y_BHWE, self.factors(y_BHWE)
 
     def runs_rows(self) -> bool:
         """Whether `rows` computes the convolution."""
-        return self.groups == 1 and self.gate is None and folded_path(self) == "operator"
+        return self.groups == 1 and folded_path(self) == "operator"
 
     def rows(
         self, x_BSC: Tensor, gate_BC: Tensor | None = None, *, skipped: int = 0, num_prefix_tokens: int = 0
@@ -136,9 +138,10 @@ class FusedConvolution(nn.Module):
         weight = self.weight.flatten(1)
         return POINTWISE.run(x_BSC, weight, self.bias, self.act, gate_BC, skipped, num_prefix_tokens)
 
-    def _scale(self, sum_BE: Tensor, y_BHWE: Tensor) -> Tensor:
-        """The gate's factors, from the map's sums."""
-        assert self.gate is not None
+    def factors(self, y_BHWE: Tensor, sum_BE: Tensor | None = None) -> Tensor | None:
+        """The gate's factors of the convolution's map, from its sums over positions if they are known; or None."""
+        if self.gate is None or sum_BE is None:
+            return None if self.gate is None else self.gate.scale(channel_means(y_BHWE))
         positions = y_BHWE.shape[1] * y_BHWE.shape[2]
         if (layers := squeeze_excite_layers(self.gate)) is None or layers[0].out_features > WIDEST_BOTTLENECK:
             return self.gate.scale((sum_BE / positions).to(y_BHWE.dtype))
