@@ -170,7 +170,7 @@ BAD = [
 
 def wrapped_last():
     model = small_vit()
-    model.blocks[2].mlp.fc2.forward = model.blocks[2].mlp.fc2.forward
+    model.blocks[2].mlp.fc2.forward = partial(model.blocks[2].mlp.fc2.forward)
     return model
 
 
@@ -235,6 +235,8 @@ def test_delocalize_refuses_with_a_reason():
         localvit.delocalize(small_vit(), inplace=True)
     with pytest.raises(ValueError, match=r"has the paper's module.*create the model again"):
         localvit.delocalize(localvit.localize(small_vit(), Replace()))
+    with pytest.raises(ValueError, match=r"the forward of blocks.\d.mlp.fc2 is wrapped, as fuse .*before that"):
+        localvit.delocalize(localvit.fuse(localvit.localize(small_vit())))
 
 
 def test_trainable_locality_trains_nothing_else():
@@ -354,6 +356,8 @@ def test_pruning_and_weight_norm_of_a_localized_projection():
     prune.identity(model.blocks[1].mlp.fc2, "weight")
     assert torch.equal(prune.remove(model.blocks[1].mlp.fc2, "weight").weight, model.blocks[1].mlp.fc2.weight)
     torch.testing.assert_close(model(image()), expected, rtol=1e-10, atol=1e-12)
+    with pytest.raises(ValueError, match=r"the class of blocks.0.mlp.fc2 was changed, .* before delocalize"):
+        localvit.delocalize(model, discard=True)
     before = small_vit()
     nn.utils.parametrizations.weight_norm(before.blocks[0].mlp.fc2)
     assert torch.equal(localvit.localize(before)(image()), before(image()))

@@ -104,3 +104,24 @@ def test_accelerate_offloads_the_branches(tmp_path):
     assert torch.equal(accelerate.disk_offload(localized(), tmp_path, cpu)(image()), expected)
     with pytest.raises(ValueError, match=r"another library has wrapped the forward of blocks.0.mlp.fc2"):
         localvit.localize(accelerate.cpu_offload(vit(), cpu))
+
+
+def test_locality_is_not_removed_while_accelerate_offloads_it():
+    """Its hooks call the forward of the projection with locality, and its weights are elsewhere."""
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    model, without = localized(), localvit.delocalize(localized(), discard=True)(image())
+    expected = model(image())
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"the forward of blocks.0.mlp.fc2, .* is wrapped.*: delocalize the model bef"):
+        localvit.delocalize(model)
+    assert torch.equal(model(image()), expected)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    assert torch.equal(localvit.delocalize(model, discard=True)(image()), without)
+
+
+def test_a_model_without_accelerates_hooks_again_is_localized():
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    model = accelerate.dispatch_model(vit(), {"": "cpu"}, main_device="cpu", force_hooks=True)
+    accelerate.hooks.add_hook_to_module(model.blocks[0].mlp.fc2, accelerate.hooks.ModelHook())
+    accelerate.hooks.remove_hook_from_submodules(model)
+    assert torch.equal(localvit.localize(model)(image()), vit()(image()))

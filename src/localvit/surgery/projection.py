@@ -41,6 +41,7 @@ class LocalizedProjection(nn.Module):
     def __init__(self, projection: nn.Module, locality: LocalityAdapter, layout: Layout) -> None:
         super().__init__()
         vars(self).update(vars(projection))
+        vars(self).pop("forward", None)
         self._modules = dict(projection._modules)
         self.projection_class = type(projection)
         self.layout = layout
@@ -76,6 +77,7 @@ class LocalizedProjection(nn.Module):
         """The projection without locality, as a new module with the same parameters."""
         projection = self.projection_class.__new__(self.projection_class)
         vars(projection).update(vars(self))
+        vars(projection).pop("forward", None)
         projection._modules = dict(self._modules)
         del projection.projection_class, projection.layout, projection.locality
         return projection
@@ -97,7 +99,7 @@ def check_projection(projection: nn.Module, name: str) -> None:
     kind = f"{name} ({type(projection).__name__})"
     if not name:
         raise ValueError(f"{kind} is the model itself: put it into a module that calls it")
-    if "forward" in vars(projection):
+    if has_other_forward(projection):
         raise ValueError(f"another library has wrapped the forward of {kind}: localize the model before it does")
     if hasattr(projection, "base_layer"):
         raise ValueError(
@@ -110,6 +112,13 @@ def check_projection(projection: nn.Module, name: str) -> None:
             f"the forward of {kind} calls super(), so that nothing but an instance of its class can run it: use "
             "localvit.LocalityFeedForward in the code of the model instead"
         )
+
+
+def has_other_forward(module: nn.Module) -> bool:
+    """Whether an instance has a forward that is not its class's. accelerate sets the class's when it removes hooks."""
+    forward = vars(module).get("forward")
+    own = getattr(forward, "__self__", None) is module and getattr(forward, "__func__", None) is type(module).forward
+    return forward is not None and not own
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
