@@ -496,6 +496,34 @@ def test_weights_of_the_original_into_a_model_localized_on_the_meta_device(assig
     assert not any(value.is_meta for value in model.state_dict().values())
 
 
+@pytest.mark.parametrize("reset", [True, False])
+def test_modules_given_memory_one_by_one(reset):
+    """As FSDP's `param_init_fn` does, so that each layer of an adapter is initialized as if it were not in one."""
+    host = small_vit()
+    model = localvit.localize(copy.deepcopy(host).to("meta"), Adapter(gate="se", norm="batchnorm"))
+    torch.full((10**6,), 7.0)  # So that recycled memory is not zero by chance.
+    for module in model.modules():
+        module.to_empty(device="cpu", recurse=False)
+        if reset and hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    model.load_state_dict(host.state_dict())
+    assert torch.equal(model(image()), host(image()))
+    localized = localized_vit()
+    model = localvit.localize(copy.deepcopy(host).to("meta"))
+    for module in model.modules():
+        module.to_empty(device="cpu", recurse=False)
+    model.load_state_dict(localized.state_dict())
+    model.load_state_dict(host.state_dict())
+    assert torch.equal(model(image()), localized(image()))
+
+
+def test_adapters_take_the_dtype_of_assigned_weights():
+    host = small_vit().bfloat16()
+    model = localvit.localize(small_vit().to("meta"))
+    model.load_state_dict(host.state_dict(), assign=True)
+    assert torch.equal(model(image().bfloat16()), host(image().bfloat16()))
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.08), (torch.float16, 0.01)])
 def test_lower_precision(dtype, tolerance):
     # 2^-24, 2^-9, 2^-11 over the roundings of three blocks.

@@ -71,6 +71,9 @@ class LocalityAdapter(nn.Module):
         ValueError: for a reduction larger than E.
     """
 
+    never_initialized = False
+    """Whether it was made on the meta device, and nothing is known to have given it values since."""
+
     def __init__(
         self,
         hidden_dim: int,
@@ -94,6 +97,7 @@ class LocalityAdapter(nn.Module):
         )
         self.gate = _gate(config, hidden_dim, factory)
         self.make_neutral()
+        self.never_initialized = self.conv.weight.is_meta
 
     def make_neutral(self) -> None:
         """Set the last weights of convolution and gate to zero, so that nothing is added."""
@@ -107,6 +111,7 @@ class LocalityAdapter(nn.Module):
                 if callable(reset := getattr(module, "reset_parameters", None)):
                     reset()
         self.make_neutral()
+        self.never_initialized = self.conv.weight.is_meta
 
     @property
     def is_neutral(self) -> bool:

@@ -158,13 +158,19 @@ def refuse_state_dicts_without_locality(model: nn.Module) -> None:
 def _keep_adapters(
     model: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *_: Any
 ) -> None:
+    adapters = [module for module in model.modules() if isinstance(module, LocalityAdapter)]
     if not _adapter_state(model, prefix).keys().isdisjoint(state_dict):
+        for adapter in adapters:
+            adapter.never_initialized = False
         return
-    if local_metadata.get("assign_to_params_buffers"):
-        device = next((value.device for key, value in state_dict.items() if key.startswith(prefix)), None)
-        for projection in localized_projections(model).values():
-            if device and any(weight.is_meta for weight in projection.locality.parameters()):
-                projection.locality.to_empty(device=device)
+    values = (value for key, value in state_dict.items() if key.startswith(prefix) and value.is_floating_point())
+    if local_metadata.get("assign_to_params_buffers") and (value := next(values, None)) is not None:
+        for adapter in adapters:
+            if any(weight.is_meta for weight in adapter.parameters()):
+                adapter.to_empty(device=value.device).to(value.dtype)
+    for adapter in adapters:
+        if adapter.never_initialized and not any(weight.is_meta for weight in adapter.parameters()):
+            adapter.reset_parameters()
     state_dict.update(_adapter_state(model, prefix))
 
 
