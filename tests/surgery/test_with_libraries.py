@@ -77,6 +77,21 @@ def test_lora_on_the_projections_is_refused_in_both_orders():
         localvit.localize(peft.inject_adapter_in_model(config, vit()))
 
 
+def test_locality_inside_of_peft_is_not_written(tmp_path):
+    """Its entries have other names there, under which no model could load them."""
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    model = localized()
+    path = localvit.save_locality(model, tmp_path / "before.safetensors")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["qkv"], modules_to_save=["locality"]))
+    for wrapped in (adapted, adapted.get_base_model()):
+        with pytest.raises(ValueError, match=r"inside of PEFT's modules .*unload\(\) before save_locality"):
+            localvit.save_locality(wrapped, tmp_path / "after.safetensors")
+        with pytest.raises(ValueError, match=r"inside of PEFT's modules .*unload\(\) before load_locality"):
+            localvit.load_locality(wrapped, path)
+    assert list(tmp_path.iterdir()) == [path]
+    localvit.save_locality(adapted.merge_and_unload(), path)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("way", ["weights", "training"])
 def test_torchao_quantizes_around_the_branches(way):
