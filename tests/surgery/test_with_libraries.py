@@ -93,6 +93,18 @@ def test_locality_inside_of_peft_is_not_written(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_checkpoints_of_models_that_torchao_quantized(tmp_path):
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    nano = localvit.create_model("localvit_nano_patch4_32", depth=2)
+    path = localvit.save_checkpoint(nano, tmp_path / "a.safetensors")
+    quantization.quantize_(nano, quantization.Int8WeightOnlyConfig())
+    with pytest.raises(ValueError, match=r"blocks.0.attn.qkv.weight is a .*quantized model: save the model as it was"):
+        localvit.save_checkpoint(nano, tmp_path / "b.safetensors")
+    with pytest.raises(localvit.CheckpointError, match="cannot be loaded into a quantized model: load it before"):
+        localvit.load_checkpoint(nano, path)
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("way", ["weights", "training"])
 def test_torchao_quantizes_around_the_branches(way):
     quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
