@@ -144,7 +144,7 @@ def folded_path(conv: Convolution, gated: bool) -> Literal["operator", "onednn",
         and weight.dtype in ONEDNN_DTYPES
         and torch.backends.mkldnn.enabled
         # oneDNN's fused convolution has no gradient, does not follow autocast, and torch.jit cannot record its scalars.
-        and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
+        and not (torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch.is_autocast_enabled("cpu"))
         and not (torch.compiler.is_exporting() or torch.jit.is_tracing())
     ):
         return "onednn"
