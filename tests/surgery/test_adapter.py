@@ -107,6 +107,11 @@ def test_norms_normalize_what_the_convolution_reads():
         torch.testing.assert_close(module(x_BNE)[:, 2:], expected, **CLOSE)
 
 
+def test_synchronized_batch_norm_takes_means_too():
+    adapter = nn.SyncBatchNorm.convert_sync_batchnorm(LocalityAdapter(4, Adapter(norm="batchnorm")))
+    assert adapter.part_with_means == "norm='batchnorm'"
+
+
 @pytest.mark.parametrize("gate", [None, *GATES])
 def test_gradients_reach_all_last_weights_in_the_first_step_and_the_squeeze_in_the_second(gate):
     module = adapted(gate=gate)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from localvit.locality import EfficientChannelAttention, SqueezeExcite
 from localvit.ops import run_layers
@@ -123,7 +124,7 @@ class LocalityAdapter(nn.Module):
         """Describes the part that takes means over whole maps, for error messages; None if there is none."""
         if self.gate is not None:
             return f"the gate ({type(self.gate).__name__})"
-        return "norm='batchnorm'" if isinstance(self.norm, nn.BatchNorm2d) else None
+        return "norm='batchnorm'" if isinstance(self.norm, _BatchNorm) else None
 
     def _last_weights(self) -> list[Tensor]:
         weights = [self.conv.weight]
