@@ -229,6 +229,13 @@ def test_symbolic_links_are_followed_once(tmp_path):
     assert scan_folder(tmp_path / "root")[0].paths == ["ape/1.png"]
 
 
+def test_a_link_back_to_the_data_set_does_not_add_the_images_of_other_classes(tmp_path):
+    write(tmp_path / "data" / "train", "ape/1.png", "bat/2.png")
+    (tmp_path / "data" / "train" / "ape" / "up").symlink_to("..")
+    (tmp_path / "data" / "train" / "bat" / "top").symlink_to(tmp_path / "data")
+    assert scan_folder(tmp_path / "data" / "train")[0].paths == ["ape/1.png", "bat/2.png"]
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [

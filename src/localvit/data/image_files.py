@@ -42,7 +42,8 @@ class FoundFiles:
 def find_images(folder: Path) -> FoundFiles:
     """Find the image files in a folder and its subfolders, sorted within each folder, without hidden ones.
 
-    Symbolic links are followed, to each folder once. Raises OSError for a folder that cannot be listed.
+    Symbolic links are followed, to each folder once, and not back to a folder that contains this one. Raises OSError
+    for a folder that cannot be listed.
     """
     found = FoundFiles()
     extensions = image_extensions()
@@ -65,7 +66,7 @@ def walk_visible(folder: Path, *, without: Collection[str] = ()) -> Iterator[tup
 
     Leaves out hidden folders and, directly in `folder`, those named in `without`.
     """
-    visited = set()
+    visited = set(folder.resolve().parents)  # a link back to one would lead to the other classes
     for directory, subfolders, files in os.walk(folder, onerror=_raise, followlinks=True):
         if (target := Path(directory).resolve()) in visited:  # a link to a parent folder would loop forever
             subfolders.clear()
