@@ -245,6 +245,7 @@ def test_a_link_back_to_the_data_set_does_not_add_the_images_of_other_classes(tm
         (lambda root: write(root, "1.png"), "no class folders"),
         (lambda root: write(root, ".hidden/1.png"), "no class folders"),
         (lambda root: (root / "ape").mkdir(parents=True), "no images"),
+        (lambda root: write(root, "ape/1.png") or (root / "ape" / "x.pt").touch(), "ape is not read .* weights"),
     ],
 )
 def test_errors_for_folders_without_images(build, message, tmp_path):

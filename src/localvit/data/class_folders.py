@@ -85,8 +85,10 @@ def read_folder(root: Path, *, is_split: bool = False) -> ScannedFolder:
     ]
     left_out = [path for name in class_names for path in found[name].left_out]
     if not samples:
-        hint = f"; {describe_left_out(left_out)}" if left_out else f" ({', '.join(image_extensions())})"
-        raise DataError(f"{root} has {len(class_names)} class folders but no images{hint}")
+        hints = [describe_left_out(left_out)] if left_out else []
+        hints += [f"{root / name} is not read as a class: it {why}" for name, why in list(not_classes.items())[:3]]
+        hint = "; ".join(hints) or f"read are {', '.join(image_extensions())}"
+        raise DataError(f"{root} has no images in its subfolders; {hint}")
     extensions = image_extensions()
     return ScannedFolder(
         root=root,
