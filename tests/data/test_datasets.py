@@ -200,10 +200,11 @@ def test_bad_inat_category(tmp_path):
         open_images("INAT", tmp_path, inat_category="color")
 
 
-def names(*class_names, fixed=False):
+def names(*class_names, fixed=False, empty=()):
+    labels = [label for label, name in enumerate(class_names) if name not in empty]
     if fixed:
-        return DatasetImages(lambda index: IMAGE, [], list(class_names), "set")
-    return FileImages(None, [], list(class_names))
+        return DatasetImages(lambda index: IMAGE, labels, list(class_names), "set")
+    return FileImages(None, [("x.png", label) for label in labels], list(class_names))
 
 
 def test_classes_are_matched_by_name():
@@ -212,6 +213,7 @@ def test_classes_are_matched_by_name():
     assert match_classes(names(shark, cock), imagenet_synsets(), 1000) == [2, 7]
     assert match_classes(names("x", "y"), None, 2) == [0, 1]
     assert match_classes(names("tench", "cock", fixed=True), ["a", "b"], 2) == [0, 1]
+    assert match_classes(names("ape", "bat", "new", empty=("bat", "new")), ["bat", "ape"], 2) == [1, 0, -1]
 
 
 @pytest.mark.parametrize(
