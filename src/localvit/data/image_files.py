@@ -88,12 +88,12 @@ def looks_like_image(path: Path) -> bool:
         return True
     if kind is not None:
         return kind.startswith("image/")
-    if not path.is_file():  # a broken link, or a pipe, which would block
-        return False
     try:
+        if not path.is_file():  # a broken link, or a pipe, which would block
+            return False
         with warnings.catch_warnings(action="ignore"), Image.open(path) as opened:
             return Image.MIME.get(opened.format or "", "").startswith("image/")
-    except Exception:  # PIL raises many types for arbitrary bytes
+    except Exception:  # PIL raises many types for arbitrary bytes; or the file may not be read
         return False
 
 
