@@ -308,6 +308,20 @@ def test_folders_that_are_not_classes_are_skipped_with_a_warning(tmp_path):
     assert len(warnings) == 6
 
 
+def test_folders_that_systems_create_are_not_read(tmp_path):
+    write(
+        tmp_path, "ape/1.png", "ape/@eaDir/1.png/thumbnail.png", "bat/2.png", "@eaDir/bat/2.png", "$RECYCLE.BIN/3.png"
+    )
+    (tmp_path / "lost+found").mkdir()
+    images, warnings = scan_folder(tmp_path)
+    assert images.paths == ["ape/1.png", "bat/2.png"]
+    assert images.class_names == ["ape", "bat"]
+    for name in ("@eaDir", "$RECYCLE.BIN", "lost+found"):
+        assert sum(f"{tmp_path / name} is not read as a class: it " in warning for warning in warnings) == 1
+    assert PathImages([tmp_path]).paths == [str(tmp_path / path) for path in images.paths]
+    assert len(PathImages([tmp_path / "@eaDir"])) == 1  # named, so included
+
+
 @pytest.mark.parametrize("name", ["val", "test", "validation", "valid", "train", "Training", "testing"])
 def test_splits_beside_class_folders_are_refused(name, tmp_path):
     write(tmp_path, "ape/1.png", "bat/2.png", f"{name}/ape/3.png")

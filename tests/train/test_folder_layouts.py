@@ -20,6 +20,7 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], list[str] | str]] = {
     "classes called like splits": (("train/test", "train/val"), ["test", "val"]),
     "folders beside splits": (("train/ape", "train/bat", "val/ape", "old/ape"), ["ape", "bat"]),
     "classes, and an archive's folder": (("ape", "bat", "__MACOSX/ape"), ["ape", "bat"]),
+    "classes, and a system's folders": (("ape", "bat", "@eaDir", "ape/@eaDir", "lost+found/x"), ["ape", "bat"]),
     "val beside classes": (("ape", "bat", "val/ape"), "val"),
     "test beside classes": (("ape", "bat", "test"), "test/"),
     "validation beside classes": (("ape", "bat", "validation/bat"), "validation/"),

@@ -18,6 +18,14 @@ _FURTHER_EXTENSIONS = (
 """Read besides torchvision's extensions, each where PIL has a decoder for it (.heic with the package pillow-heif)."""
 _UNREAD_EXTENSIONS = (".arw", ".avif", ".cr2", ".cr3", ".dng", ".heic", ".heif", ".jp2", ".jxl", ".nef")
 """Extensions of images that the standard library may not know."""
+SYSTEM_FOLDERS = {
+    "__MACOSX": "contains file attributes of macOS",
+    "@eaDir": "contains thumbnails and file attributes of a Synology NAS",
+    "lost+found": "belongs to the file system",
+    "$RECYCLE.BIN": "contains deleted files of Windows",
+    "System Volume Information": "belongs to Windows",
+}
+"""Folders that systems create among a user's, and what each is. They are not read, and some cannot be listed."""
 _WEIGHTS = (".safetensors", ".pth", ".pt", ".ckpt")
 
 
@@ -64,7 +72,7 @@ def find_images(folder: Path) -> FoundFiles:
 def walk_visible(folder: Path, *, without: Collection[str] = ()) -> Iterator[tuple[str, list[str]]]:
     """Each folder from `folder` down, and the sorted names of its files. Raises OSError.
 
-    Leaves out hidden folders and, directly in `folder`, those named in `without`.
+    Leaves out hidden folders, those of systems, and, directly in `folder`, those named in `without`.
     """
     visited = set(folder.resolve().parents)  # a link back to one would lead to the other classes
     for directory, subfolders, files in os.walk(folder, onerror=_raise, followlinks=True):
@@ -72,7 +80,7 @@ def walk_visible(folder: Path, *, without: Collection[str] = ()) -> Iterator[tup
             subfolders.clear()
             continue
         visited.add(target)
-        unread = without if Path(directory) == folder else ()
+        unread = {*SYSTEM_FOLDERS, *(without if Path(directory) == folder else ())}
         subfolders[:] = sorted(name for name in subfolders if not name.startswith(".") and name not in unread)
         yield directory, sorted(files)
 
