@@ -58,6 +58,16 @@ def test_training_and_check_data_agree(case, tmp_path):
     assert report.count("error") > 0
 
 
+@pytest.mark.parametrize("parent", ["", "train"])
+def test_one_image_in_each_class_leaves_none_to_evaluate_on(parent, tmp_path):
+    for name in ("ape", "bat"):
+        (tmp_path / parent / name).mkdir(parents=True)
+        Image.new("RGB", (41, 43), "red" if name == "ape" else "blue").save(tmp_path / parent / name / "1.png")
+    with pytest.raises(DataError, match="no class with two images"):
+        open_train_and_val(TrainConfig(data_set="FOLDER", data_path=tmp_path))
+    assert check_folder(tmp_path).count("error") == 1
+
+
 def test_folders_beside_train_are_named(tmp_path, caplog):
     test_training_and_check_data_agree("folders beside splits", tmp_path)
     assert any("which are not read: old" in record.message for record in caplog.records)
