@@ -403,6 +403,13 @@ def test_an_output_that_is_a_folder_is_refused_before_the_work(tmp_path):
         Predict(model="missing.safetensors", paths=("image.png",), output=tmp_path).run()
 
 
+def test_an_output_that_is_a_link_is_refused_rather_than_replaced(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "stdout").symlink_to("file")
+    with pytest.raises(ValueError, match="not a regular file"):
+        Predict(model="missing.safetensors", paths=("image.png",), output=tmp_path / "stdout").run()
+
+
 def test_a_json_array_is_closed_after_an_exception():
     def predictions():
         yield Prediction(file="x", classes=(1,), class_names=("b",), probabilities=(0.5,))
