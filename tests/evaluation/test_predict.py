@@ -398,6 +398,15 @@ def test_output_is_written_atomically(tmp_path):
     assert list(tmp_path.iterdir()) == [output]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that is always full")
+def test_a_full_disk_is_named(tmp_path):
+    with (
+        pytest.raises(OSError, match=r"No space left on device: .*predictions\.csv"),
+        _open_output(tmp_path / "predictions.csv"),
+    ):
+        Path("/dev/full").write_text("a prediction")
+
+
 def test_an_output_that_is_a_folder_is_refused_before_the_work(tmp_path):
     with pytest.raises(ValueError, match="not a regular file"):
         Predict(model="missing.safetensors", paths=("image.png",), output=tmp_path).run()
