@@ -407,6 +407,15 @@ def test_a_full_disk_is_named(tmp_path):
         Path("/dev/full").write_text("a prediction")
 
 
+def test_an_empty_path_is_not_the_current_folder(tmp_path, monkeypatch):
+    """It comes from a variable of the shell that is not set."""
+    save(tmp_path / "x.png", noise(1))
+    monkeypatch.chdir(tmp_path)
+    assert PathImages(["x.png", ""]).problems == {1: "an empty path"}
+    with pytest.raises(DataError, match="an empty path"):
+        PathImages([""])
+
+
 def test_an_output_that_is_a_folder_is_refused_before_the_work(tmp_path):
     with pytest.raises(ValueError, match="not a regular file"):
         Predict(model="missing.safetensors", paths=("image.png",), output=tmp_path).run()
