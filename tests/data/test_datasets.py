@@ -195,6 +195,25 @@ def test_errors_for_unusable_data_sets(data_set, path, message, tmp_path):
         open_images(data_set, tmp_path / path if path else None)
 
 
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ("{", r"train2018\.json is not a JSON file"),
+        ("{}", r"not those of iNaturalist 2018, or incomplete \(KeyError: 'annotations'\)"),
+        ("[]", "not those of iNaturalist 2018"),
+        (
+            '{"images": [], "annotations": [{"image_id": 9, "category_id": 5}], "categories": [{"id": 5, "name": ""}]}',
+            "9",
+        ),
+    ],
+)
+def test_errors_for_files_that_are_not_those_of_inaturalist(train, message, tmp_path):
+    (tmp_path / "train2018.json").write_text(train)
+    with pytest.raises(DataError, match=message) as error:
+        open_images("INAT", tmp_path, split="train")
+    assert str(tmp_path) in str(error.value)
+
+
 def test_bad_inat_category(tmp_path):
     with pytest.raises(DataError, match="--inat-category color"):
         open_images("INAT", tmp_path, inat_category="color")
