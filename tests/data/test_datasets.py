@@ -214,6 +214,16 @@ def test_errors_for_files_that_are_not_those_of_inaturalist(train, message, tmp_
     assert str(tmp_path) in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["ape", "notes.txt"])
+def test_digits_are_not_written_into_a_folder_that_is_used(name, tmp_path):
+    write(tmp_path, "data/ape/a.png")
+    (tmp_path / "data" / "notes.txt").touch()
+    with pytest.raises(DataError, match="contains something else than the digits"):
+        open_images("DIGITS", tmp_path / "data" / name)
+    (tmp_path / "empty").mkdir()
+    assert len(open_images("DIGITS", tmp_path / "empty")) == 360
+
+
 def test_bad_inat_category(tmp_path):
     with pytest.raises(DataError, match="--inat-category color"):
         open_images("INAT", tmp_path, inat_category="color")
