@@ -64,9 +64,17 @@ def test_another_run_is_not_replaced(finished, tiny_digits, tmp_path):
     for name in (STATE, "checkpoint.1.pth", "log.txt", "last.safetensors"):  # the best model is what matters most
         (tmp_path / "other" / name).unlink()
     for resume in (str(finished / STATE), None):
-        with pytest.raises(FileExistsError, match=message):
+        with pytest.raises(FileExistsError, match="contains files of a run but no checkpoint"):
             build(tiny_config(tiny_digits, tmp_path / "other", **SETTINGS), resume=resume)
     assert (tmp_path / "other" / "best.safetensors").read_bytes() == before["best.safetensors"]
+
+
+def test_a_folder_with_a_log_only_is_not_to_be_resumed(tiny_digits, tmp_path):
+    (tmp_path / "log.txt").write_text("mine")
+    for resume in (None, "auto"):
+        with pytest.raises(FileExistsError, match="files of a run but no checkpoint to resume from: choose another"):
+            build(tiny_config(tiny_digits, tmp_path, **SETTINGS), resume=resume)
+    assert contents(tmp_path) == {"log.txt": b"mine"}
 
 
 def test_a_run_resumes_in_its_own_folder_from_its_older_state_or_a_copy(tiny_digits, tmp_path):
