@@ -182,6 +182,16 @@ def test_copies_of_checkpoints_stay(tmp_path):
     assert newest_state(tmp_path) is None
 
 
+def test_a_copy_stays_after_a_kill_before_the_newest_checkpoint_was_renamed(tmp_path):
+    for step in range(3):
+        save_state({"model": {}, "step": step}, tmp_path, keep=2)
+    (tmp_path / STATE).rename(tmp_path / "checkpoint.new.pth")
+    (tmp_path / "checkpoint.2.pth").write_text("mine")
+    save_state({"model": {}, "step": 3}, tmp_path, keep=2)
+    assert (tmp_path / "checkpoint.2.pth").read_text() == "mine"
+    assert torch.load(tmp_path / STATE)["step"] == 3
+
+
 def test_a_copy_is_not_replaced_by_a_larger_number_of_checkpoints(tmp_path):
     save_state({"model": {}, "step": 0}, tmp_path, keep=2)
     (tmp_path / "checkpoint.1.pth").write_text("mine")

@@ -66,8 +66,11 @@ def _name(number: int) -> str:
 
 def _count_states(directory: Path) -> int:
     """Number of checkpoints that `save_state` has written and kept; a person may have copied one beside them."""
+    newest = directory / STATE
+    if not newest.exists() and _numbered_states(directory):
+        newest = directory / _UNPLACED  # killed just before it was renamed
     try:
-        return int(read_weight_file(directory / STATE, mmap=True)[_COUNT])
+        return int(read_weight_file(newest, mmap=True)[_COUNT])
     except (OSError, CheckpointError, KeyError):  # none, damaged, or from before this number was saved
         return 0 if not (states := _numbered_states(directory)) else states[-1] + 1
 
