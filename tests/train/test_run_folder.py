@@ -248,6 +248,15 @@ def test_a_run_that_ends_before_its_checkpoint_and_whose_last_model_is_lost_is_r
     assert contents(tmp_path / "new").keys() <= {".lock"}
 
 
+def test_another_number_of_processes_is_reported(finished, tiny_digits, tmp_path, caplog):
+    """It changes the learning rate, and is not a setting."""
+    entries = read_state(finished / STATE)
+    entries["localvit"]["about"]["images_per_step"] = 28  # of two processes
+    torch.save(entries, tmp_path / "two.pth")
+    build(tiny_config(tiny_digits, tmp_path / "new", **SETTINGS), resume=str(tmp_path / "two.pth"))
+    assert any(line.startswith("resuming with 14 images per step") for line in caplog.messages)
+
+
 def test_a_published_checkpoint_with_no_epoch_left_is_refused(finished, tiny_digits, tmp_path):
     """It contains no accuracies, so there is no result."""
     entries = read_state(finished / STATE)
