@@ -52,7 +52,8 @@ class Predict:
             raise UsageError("no images given; add files, folders or patterns after the model")
         size = image_size(self.input_size)
         if self.output is not None:
-            if self.output.exists() and not self.output.is_file():
+            # A link such as /dev/stdout would be replaced by the file.
+            if self.output.is_symlink() or (self.output.exists() and not self.output.is_file()):
                 raise ValueError(f"--output {self.output} is not a regular file; give another path, or omit --output")
             check_writable(self.output)
         images = PathImages(self.paths)

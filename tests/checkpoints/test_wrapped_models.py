@@ -11,6 +11,7 @@ import torch
 from timm.utils import ModelEmaV2, ModelEmaV3
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel
 
 import localvit
@@ -173,6 +174,25 @@ def test_locality_of_a_fused_model(tmp_path):
     replaced = localvit.localize(localvit.delocalize(base, discard=True), localvit.Replace())
     with pytest.raises(ValueError, match="before fuse"):
         localvit.save_locality(localvit.fuse(replaced.eval()), tmp_path / "b.safetensors")
+
+
+def test_locality_that_could_not_be_loaded_is_not_written(tmp_path):
+    for change in (nn.utils.parametrizations.weight_norm, lambda conv: prune.identity(conv, "weight")):
+        model = localized()
+        change(model.blocks[1].mlp.fc2.locality.conv)
+        with pytest.raises(ValueError, match=r"parametrized or pruned .* before save_locality"):
+            localvit.save_locality(model, tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_under_which_a_file_could_not_be_read_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"let its name end in .safetensors"):
+        localvit.save_checkpoint(nano(), tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"let its name end in .pth"):
+        localvit.save_checkpoint(nano(), tmp_path / "a.safetensors", layout="published")
+    with pytest.raises(ValueError, match=r"let its name end in .safetensors"):
+        localvit.save_locality(localized(), tmp_path / "locality.pt")
+    assert not list(tmp_path.iterdir())
 
 
 class Activation(str, enum.Enum):  # noqa: UP042, torch has many of this kind

@@ -195,15 +195,45 @@ def test_errors_for_unusable_data_sets(data_set, path, message, tmp_path):
         open_images(data_set, tmp_path / path if path else None)
 
 
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ("{", r"train2018\.json is not a JSON file"),
+        ("{}", r"not those of iNaturalist 2018, or incomplete \(KeyError: 'annotations'\)"),
+        ("[]", "not those of iNaturalist 2018"),
+        (
+            '{"images": [], "annotations": [{"image_id": 9, "category_id": 5}], "categories": [{"id": 5, "name": ""}]}',
+            "9",
+        ),
+    ],
+)
+def test_errors_for_files_that_are_not_those_of_inaturalist(train, message, tmp_path):
+    (tmp_path / "train2018.json").write_text(train)
+    with pytest.raises(DataError, match=message) as error:
+        open_images("INAT", tmp_path, split="train")
+    assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["ape", "notes.txt"])
+def test_digits_are_not_written_into_a_folder_that_is_used(name, tmp_path):
+    write(tmp_path, "data/ape/a.png")
+    (tmp_path / "data" / "notes.txt").touch()
+    with pytest.raises(DataError, match="contains something else than the digits"):
+        open_images("DIGITS", tmp_path / "data" / name)
+    (tmp_path / "empty").mkdir()
+    assert len(open_images("DIGITS", tmp_path / "empty")) == 360
+
+
 def test_bad_inat_category(tmp_path):
     with pytest.raises(DataError, match="--inat-category color"):
         open_images("INAT", tmp_path, inat_category="color")
 
 
-def names(*class_names, fixed=False):
+def names(*class_names, fixed=False, empty=()):
+    labels = [label for label, name in enumerate(class_names) if name not in empty]
     if fixed:
-        return DatasetImages(lambda index: IMAGE, [], list(class_names), "set")
-    return FileImages(None, [], list(class_names))
+        return DatasetImages(lambda index: IMAGE, labels, list(class_names), "set")
+    return FileImages(None, [("x.png", label) for label in labels], list(class_names))
 
 
 def test_classes_are_matched_by_name():
@@ -212,6 +242,7 @@ def test_classes_are_matched_by_name():
     assert match_classes(names(shark, cock), imagenet_synsets(), 1000) == [2, 7]
     assert match_classes(names("x", "y"), None, 2) == [0, 1]
     assert match_classes(names("tench", "cock", fixed=True), ["a", "b"], 2) == [0, 1]
+    assert match_classes(names("ape", "bat", "new", empty=("bat", "new")), ["bat", "ape"], 2) == [1, 0, -1]
 
 
 @pytest.mark.parametrize(

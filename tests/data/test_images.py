@@ -229,6 +229,13 @@ def test_symbolic_links_are_followed_once(tmp_path):
     assert scan_folder(tmp_path / "root")[0].paths == ["ape/1.png"]
 
 
+def test_a_link_back_to_the_data_set_does_not_add_the_images_of_other_classes(tmp_path):
+    write(tmp_path / "data" / "train", "ape/1.png", "bat/2.png")
+    (tmp_path / "data" / "train" / "ape" / "up").symlink_to("..")
+    (tmp_path / "data" / "train" / "bat" / "top").symlink_to(tmp_path / "data")
+    assert scan_folder(tmp_path / "data" / "train")[0].paths == ["ape/1.png", "bat/2.png"]
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -238,6 +245,7 @@ def test_symbolic_links_are_followed_once(tmp_path):
         (lambda root: write(root, "1.png"), "no class folders"),
         (lambda root: write(root, ".hidden/1.png"), "no class folders"),
         (lambda root: (root / "ape").mkdir(parents=True), "no images"),
+        (lambda root: write(root, "ape/1.png") or (root / "ape" / "x.pt").touch(), "ape is not read .* weights"),
     ],
 )
 def test_errors_for_folders_without_images(build, message, tmp_path):
@@ -298,6 +306,20 @@ def test_folders_that_are_not_classes_are_skipped_with_a_warning(tmp_path):
     assert f"the class folder {tmp_path / 'cat'} contains no images" in warnings
     assert any("images directly in" in warning and "1, such as 3.png" in warning for warning in warnings)
     assert len(warnings) == 6
+
+
+def test_folders_that_systems_create_are_not_read(tmp_path):
+    write(
+        tmp_path, "ape/1.png", "ape/@eaDir/1.png/thumbnail.png", "bat/2.png", "@eaDir/bat/2.png", "$RECYCLE.BIN/3.png"
+    )
+    (tmp_path / "lost+found").mkdir()
+    images, warnings = scan_folder(tmp_path)
+    assert images.paths == ["ape/1.png", "bat/2.png"]
+    assert images.class_names == ["ape", "bat"]
+    for name in ("@eaDir", "$RECYCLE.BIN", "lost+found"):
+        assert sum(f"{tmp_path / name} is not read as a class: it " in warning for warning in warnings) == 1
+    assert PathImages([tmp_path]).paths == [str(tmp_path / path) for path in images.paths]
+    assert len(PathImages([tmp_path / "@eaDir"])) == 1  # named, so included
 
 
 @pytest.mark.parametrize("name", ["val", "test", "validation", "valid", "train", "Training", "testing"])

@@ -52,6 +52,17 @@ def test_images_without_permission(root):
     assert found(check_folder(root)) == {"unreadable": [("train/ape/1.png",)]}
 
 
+def test_a_folder_that_may_only_be_listed(root):
+    (root / "train/ape/notes").write_text("about apes")
+    (root / "train/ape").chmod(0o444)
+    try:
+        if os.access(root / "train/ape/1.png", os.R_OK):
+            pytest.skip("this user can read every file")
+        assert found(check_folder(root)) == {"unreadable": [("train/ape/1.png",), ("train/ape/2.png",)]}
+    finally:
+        (root / "train/ape").chmod(0o755)
+
+
 def with_orientation(orientation: int) -> dict[str, Image.Exif]:
     exif = Image.Exif()
     exif[0x0112] = orientation

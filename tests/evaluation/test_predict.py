@@ -398,9 +398,34 @@ def test_output_is_written_atomically(tmp_path):
     assert list(tmp_path.iterdir()) == [output]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that is always full")
+def test_a_full_disk_is_named(tmp_path):
+    with (
+        pytest.raises(OSError, match=r"No space left on device: .*predictions\.csv"),
+        _open_output(tmp_path / "predictions.csv"),
+    ):
+        Path("/dev/full").write_text("a prediction")
+
+
+def test_an_empty_path_is_not_the_current_folder(tmp_path, monkeypatch):
+    """It comes from a variable of the shell that is not set."""
+    save(tmp_path / "x.png", noise(1))
+    monkeypatch.chdir(tmp_path)
+    assert PathImages(["x.png", ""]).problems == {1: "an empty path"}
+    with pytest.raises(DataError, match="an empty path"):
+        PathImages([""])
+
+
 def test_an_output_that_is_a_folder_is_refused_before_the_work(tmp_path):
     with pytest.raises(ValueError, match="not a regular file"):
         Predict(model="missing.safetensors", paths=("image.png",), output=tmp_path).run()
+
+
+def test_an_output_that_is_a_link_is_refused_rather_than_replaced(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "stdout").symlink_to("file")
+    with pytest.raises(ValueError, match="not a regular file"):
+        Predict(model="missing.safetensors", paths=("image.png",), output=tmp_path / "stdout").run()
 
 
 def test_a_json_array_is_closed_after_an_exception():

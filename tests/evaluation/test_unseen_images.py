@@ -102,6 +102,17 @@ def test_a_copied_folder_is_recognized_and_another_one_of_the_same_names_is_not(
     assert unseen(run, Path("link")) == (held_out(run), 0)
 
 
+def test_a_broken_link_is_an_unreadable_image(run, tmp_path):
+    shutil.copytree(run / "images", tmp_path / "copy")
+    (tmp_path / "copy" / "ape" / "gone.png").symlink_to("nowhere.png")
+    assert unseen(run, tmp_path / "copy") == (held_out(run), 0)
+    write_images(tmp_path / "other", 4)
+    (tmp_path / "other" / "ape" / "loop.png").symlink_to("loop.png")
+    loaded = load_model(run / "run" / "last.safetensors")
+    result = localvit.evaluate(loaded, tmp_path / "other", options=OPTIONS, skip_unreadable=True)
+    assert (len(result.paths), len(result.skipped)) == (12, 1)
+
+
 def test_images_that_came_later_change_nothing(run, tmp_path, caplog):
     caplog.set_level("INFO")
     shutil.copytree(run / "images", tmp_path / "grown")

@@ -129,6 +129,20 @@ def test_gradients_with_respect_to_images():
     torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("in_parts", [False, True])
+@torch.no_grad()
+def test_forward_mode_derivatives(in_parts, monkeypatch):
+    """oneDNN's fused convolution would leave out the tangent without an error."""
+    torch.manual_seed(0)
+    module = shaken(LocalityFeedForward(6, 6, reduction=2))
+    map_BCHW, tangent_BCHW = torch.randn(2, 2, 6, 5, 7)
+    _, expected = torch.func.jvp(module, (map_BCHW,), (tangent_BCHW,))
+    if in_parts:
+        monkeypatch.setattr("localvit.ops.folded.PART_BYTES", 2)
+    _, derivative = torch.func.jvp(module.fuse(), (map_BCHW,), (tangent_BCHW,))
+    torch.testing.assert_close(derivative, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_empty_batch():
     fused = shaken(LocalityFeedForward(6, 6)).fuse()
     with torch.no_grad():

@@ -1,6 +1,7 @@
 """The adapter: neutral at the start, a depth-wise convolution of the image tokens only, in every precision."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -104,6 +105,11 @@ def test_norms_normalize_what_the_convolution_reads():
         module = shaken(adapted(norm=norm)).train()
         expected = image + module.locality.conv(normalized.mT.unflatten(2, (5, 7))).flatten(2).mT
         torch.testing.assert_close(module(x_BNE)[:, 2:], expected, **CLOSE)
+
+
+def test_synchronized_batch_norm_takes_means_too():
+    adapter = nn.SyncBatchNorm.convert_sync_batchnorm(LocalityAdapter(4, Adapter(norm="batchnorm")))
+    assert adapter.part_with_means == "norm='batchnorm'"
 
 
 @pytest.mark.parametrize("gate", [None, *GATES])
@@ -235,7 +241,7 @@ class Mixed(nn.Linear):
 
 def wrapped():
     projection = nn.Linear(13, 4)
-    projection.forward = projection.forward
+    projection.forward = partial(projection.forward)
     return projection
 
 

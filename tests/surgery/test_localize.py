@@ -170,7 +170,7 @@ BAD = [
 
 def wrapped_last():
     model = small_vit()
-    model.blocks[2].mlp.fc2.forward = model.blocks[2].mlp.fc2.forward
+    model.blocks[2].mlp.fc2.forward = partial(model.blocks[2].mlp.fc2.forward)
     return model
 
 
@@ -235,6 +235,8 @@ def test_delocalize_refuses_with_a_reason():
         localvit.delocalize(small_vit(), inplace=True)
     with pytest.raises(ValueError, match=r"has the paper's module.*create the model again"):
         localvit.delocalize(localvit.localize(small_vit(), Replace()))
+    with pytest.raises(ValueError, match=r"the forward of blocks.\d.mlp.fc2 is wrapped, as fuse .*before that"):
+        localvit.delocalize(localvit.fuse(localvit.localize(small_vit())))
 
 
 def test_trainable_locality_trains_nothing_else():
@@ -354,6 +356,8 @@ def test_pruning_and_weight_norm_of_a_localized_projection():
     prune.identity(model.blocks[1].mlp.fc2, "weight")
     assert torch.equal(prune.remove(model.blocks[1].mlp.fc2, "weight").weight, model.blocks[1].mlp.fc2.weight)
     torch.testing.assert_close(model(image()), expected, rtol=1e-10, atol=1e-12)
+    with pytest.raises(ValueError, match=r"the class of blocks.0.mlp.fc2 was changed, .* before delocalize"):
+        localvit.delocalize(model, discard=True)
     before = small_vit()
     nn.utils.parametrizations.weight_norm(before.blocks[0].mlp.fc2)
     assert torch.equal(localvit.localize(before)(image()), before(image()))
@@ -490,6 +494,34 @@ def test_weights_of_the_original_into_a_model_localized_on_the_meta_device(assig
     model.load_state_dict(host.state_dict(), assign=assign)
     assert torch.equal(model(image()), host(image()))
     assert not any(value.is_meta for value in model.state_dict().values())
+
+
+@pytest.mark.parametrize("reset", [True, False])
+def test_modules_given_memory_one_by_one(reset):
+    """As FSDP's `param_init_fn` does, so that each layer of an adapter is initialized as if it were not in one."""
+    host = small_vit()
+    model = localvit.localize(copy.deepcopy(host).to("meta"), Adapter(gate="se", norm="batchnorm"))
+    torch.full((10**6,), 7.0)  # So that recycled memory is not zero by chance.
+    for module in model.modules():
+        module.to_empty(device="cpu", recurse=False)
+        if reset and hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    model.load_state_dict(host.state_dict())
+    assert torch.equal(model(image()), host(image()))
+    localized = localized_vit()
+    model = localvit.localize(copy.deepcopy(host).to("meta"))
+    for module in model.modules():
+        module.to_empty(device="cpu", recurse=False)
+    model.load_state_dict(localized.state_dict())
+    model.load_state_dict(host.state_dict())
+    assert torch.equal(model(image()), localized(image()))
+
+
+def test_adapters_take_the_dtype_of_assigned_weights():
+    host = small_vit().bfloat16()
+    model = localvit.localize(small_vit().to("meta"))
+    model.load_state_dict(host.state_dict(), assign=True)
+    assert torch.equal(model(image().bfloat16()), host(image().bfloat16()))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.08), (torch.float16, 0.01)])

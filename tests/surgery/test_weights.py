@@ -62,6 +62,11 @@ def test_errors_of_save_and_load(tmp_path):
         match=r"does not fit VisionTransformer: 3 entries .* first blocks.0.mlp.fc2.locality.conv.weight",
     ):
         localvit.load_locality(localvit.localize(small_vit(), localvit.Adapter(kernel_size=5)), path)
+    other = timm.create_model("test_vit", img_size=32, embed_dim=32, depth=2)
+    before = other.state_dict()
+    with pytest.raises(CheckpointError, match="does not fit VisionTransformer"):
+        localvit.load_locality(other, path)
+    assert other.state_dict().keys() == before.keys()
     whole = localvit.save_checkpoint(localvit.create_model("localvit_nano_patch4_32"), tmp_path / "whole.safetensors")
     with pytest.raises(CheckpointError, match="was not written by save_locality"):
         localvit.load_locality(small_vit(), whole)

@@ -77,6 +77,33 @@ def test_lora_on_the_projections_is_refused_in_both_orders():
         localvit.localize(peft.inject_adapter_in_model(config, vit()))
 
 
+def test_locality_inside_of_peft_is_not_written(tmp_path):
+    """Its entries have other names there, under which no model could load them."""
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    model = localized()
+    path = localvit.save_locality(model, tmp_path / "before.safetensors")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["qkv"], modules_to_save=["locality"]))
+    for wrapped in (adapted, adapted.get_base_model()):
+        with pytest.raises(ValueError, match=r"inside of PEFT's modules .*unload\(\) before save_locality"):
+            localvit.save_locality(wrapped, tmp_path / "after.safetensors")
+        with pytest.raises(ValueError, match=r"inside of PEFT's modules .*unload\(\) before load_locality"):
+            localvit.load_locality(wrapped, path)
+    assert list(tmp_path.iterdir()) == [path]
+    localvit.save_locality(adapted.merge_and_unload(), path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_checkpoints_of_models_that_torchao_quantized(tmp_path):
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    nano = localvit.create_model("localvit_nano_patch4_32", depth=2)
+    path = localvit.save_checkpoint(nano, tmp_path / "a.safetensors")
+    quantization.quantize_(nano, quantization.Int8WeightOnlyConfig())
+    with pytest.raises(ValueError, match=r"blocks.0.attn.qkv.weight is a .*quantized model: save the model as it was"):
+        localvit.save_checkpoint(nano, tmp_path / "b.safetensors")
+    with pytest.raises(localvit.CheckpointError, match="cannot be loaded into a quantized model: load it before"):
+        localvit.load_checkpoint(nano, path)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("way", ["weights", "training"])
 def test_torchao_quantizes_around_the_branches(way):
@@ -104,3 +131,24 @@ def test_accelerate_offloads_the_branches(tmp_path):
     assert torch.equal(accelerate.disk_offload(localized(), tmp_path, cpu)(image()), expected)
     with pytest.raises(ValueError, match=r"another library has wrapped the forward of blocks.0.mlp.fc2"):
         localvit.localize(accelerate.cpu_offload(vit(), cpu))
+
+
+def test_locality_is_not_removed_while_accelerate_offloads_it():
+    """Its hooks call the forward of the projection with locality, and its weights are elsewhere."""
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    model, without = localized(), localvit.delocalize(localized(), discard=True)(image())
+    expected = model(image())
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"the forward of blocks.0.mlp.fc2, .* is wrapped.*: delocalize the model bef"):
+        localvit.delocalize(model)
+    assert torch.equal(model(image()), expected)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    assert torch.equal(localvit.delocalize(model, discard=True)(image()), without)
+
+
+def test_a_model_without_accelerates_hooks_again_is_localized():
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    model = accelerate.dispatch_model(vit(), {"": "cpu"}, main_device="cpu", force_hooks=True)
+    accelerate.hooks.add_hook_to_module(model.blocks[0].mlp.fc2, accelerate.hooks.ModelHook())
+    accelerate.hooks.remove_hook_from_submodules(model)
+    assert torch.equal(localvit.localize(model)(image()), vit()(image()))

@@ -167,7 +167,7 @@ def test_a_convolutional_network_takes_any_size(tiny_digits, tmp_path):
 
 def test_another_run_is_not_overwritten(tiny_digits, tmp_path):
     (tmp_path / "log.txt").write_text("{}\n")
-    with pytest.raises(FileExistsError, match="contains another run"):
+    with pytest.raises(FileExistsError, match="files of a run but no checkpoint"):
         build(tiny_config(tiny_digits, tmp_path))
 
 

@@ -194,6 +194,19 @@ def test_other_groups_keep_the_moments_of_each_parameter(tiny_digits, tmp_path, 
         assert torch.equal(optimizer.state[parameter]["exp_avg"], entries["optimizer"]["state"][number]["exp_avg"])
 
 
+@pytest.mark.parametrize(("before", "now"), [(False, True), (True, False)])
+def test_moments_follow_the_memory_format_of_the_weights(tiny_digits, tmp_path, tmp_path_factory, before, now):
+    """The fused AdamW on the CPU reads weights and moments in the order of memory."""
+    state, settings = interrupted(tiny_digits, tmp_path_factory, channels_last=before)
+    results = []
+    for channels_last in (before, now):
+        config = tiny_config(tiny_digits, tmp_path, **settings | {"channels_last": channels_last})
+        training = build(config, resume=str(state))
+        steps(training, 1)
+        results.append(training.state.model.patch_embed.proj.weight.detach())
+    torch.testing.assert_close(*results, rtol=0, atol=1e-6)
+
+
 @pytest.mark.filterwarnings("ignore:PlateauLRScheduler")
 def test_a_plateau_schedule_takes_another_rate_and_patience(tiny_digits, tmp_path, tmp_path_factory):
     state, settings = interrupted(tiny_digits, tmp_path_factory, sched="plateau", patience_epochs=1)

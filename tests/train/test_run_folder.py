@@ -1,6 +1,7 @@
 """A run's folder belongs to one run and one process; a person's files in it stay; it holds what is recommended."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -64,9 +65,17 @@ def test_another_run_is_not_replaced(finished, tiny_digits, tmp_path):
     for name in (STATE, "checkpoint.1.pth", "log.txt", "last.safetensors"):  # the best model is what matters most
         (tmp_path / "other" / name).unlink()
     for resume in (str(finished / STATE), None):
-        with pytest.raises(FileExistsError, match=message):
+        with pytest.raises(FileExistsError, match="contains files of a run but no checkpoint"):
             build(tiny_config(tiny_digits, tmp_path / "other", **SETTINGS), resume=resume)
     assert (tmp_path / "other" / "best.safetensors").read_bytes() == before["best.safetensors"]
+
+
+def test_a_folder_with_a_log_only_is_not_to_be_resumed(tiny_digits, tmp_path):
+    (tmp_path / "log.txt").write_text("mine")
+    for resume in (None, "auto"):
+        with pytest.raises(FileExistsError, match="files of a run but no checkpoint to resume from: choose another"):
+            build(tiny_config(tiny_digits, tmp_path, **SETTINGS), resume=resume)
+    assert contents(tmp_path) == {"log.txt": b"mine"}
 
 
 def test_a_run_resumes_in_its_own_folder_from_its_older_state_or_a_copy(tiny_digits, tmp_path):
@@ -174,6 +183,16 @@ def test_copies_of_checkpoints_stay(tmp_path):
     assert newest_state(tmp_path) is None
 
 
+def test_a_copy_stays_after_a_kill_before_the_newest_checkpoint_was_renamed(tmp_path):
+    for step in range(3):
+        save_state({"model": {}, "step": step}, tmp_path, keep=2)
+    (tmp_path / STATE).rename(tmp_path / "checkpoint.new.pth")
+    (tmp_path / "checkpoint.2.pth").write_text("mine")
+    save_state({"model": {}, "step": 3}, tmp_path, keep=2)
+    assert (tmp_path / "checkpoint.2.pth").read_text() == "mine"
+    assert torch.load(tmp_path / STATE)["step"] == 3
+
+
 def test_a_copy_is_not_replaced_by_a_larger_number_of_checkpoints(tmp_path):
     save_state({"model": {}, "step": 0}, tmp_path, keep=2)
     (tmp_path / "checkpoint.1.pth").write_text("mine")
@@ -206,6 +225,60 @@ def test_lost_weights_of_the_best_epoch_are_reported(finished, tiny_digits, tmp_
     assert any("the weights of the best epoch, 1, are not in" in line for line in caplog.messages)
     assert read_checkpoint(tmp_path / "new" / "best.safetensors").about["epoch"] == 1
     assert "Evaluate epoch 2, the best whose weights are known" in (tmp_path / "new" / "summary.md").read_text()
+
+
+def test_a_run_that_ends_before_the_epochs_in_its_folder_has_the_models_of_its_own_end(finished, tiny_digits, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    shutil.copy(folder / "last.safetensors", folder / "best.safetensors")  # as if the second epoch were the best
+    config = tiny_config(tiny_digits, folder, **SETTINGS, epochs=1)
+    run_training(config, str(folder / "checkpoint.1.pth"))
+    expected = read_log(folder / "log.txt")
+    assert [row["epoch"] for row in expected] == [0]
+    for name in ("last.safetensors", "best.safetensors"):
+        assert read_checkpoint(folder / name).about["metrics"] == expected[0]
+
+
+def test_a_run_that_ends_before_its_checkpoint_and_whose_last_model_is_lost_is_refused(finished, tiny_digits, tmp_path):
+    entries = read_state(finished / "checkpoint.1.pth")
+    entries["localvit"]["progress"]["step"] = 1
+    torch.save(entries, tmp_path / "alone.pth")
+    config = tiny_config(tiny_digits, tmp_path / "new", **SETTINGS, epochs=1)
+    with pytest.raises(CheckpointError, match=r"no epoch is left to train, and the weights after epoch 1 .*--epochs 2"):
+        run_training(config, str(tmp_path / "alone.pth"))
+    assert contents(tmp_path / "new").keys() <= {".lock"}
+
+
+def test_another_number_of_processes_is_reported(finished, tiny_digits, tmp_path, caplog):
+    """It changes the learning rate, and is not a setting."""
+    entries = read_state(finished / STATE)
+    entries["localvit"]["about"]["images_per_step"] = 28  # of two processes
+    torch.save(entries, tmp_path / "two.pth")
+    build(tiny_config(tiny_digits, tmp_path / "new", **SETTINGS), resume=str(tmp_path / "two.pth"))
+    assert any(line.startswith("resuming with 14 images per step") for line in caplog.messages)
+
+
+def test_a_published_checkpoint_with_no_epoch_left_is_refused(finished, tiny_digits, tmp_path):
+    """It contains no accuracies, so there is no result."""
+    entries = read_state(finished / STATE)
+    del entries["localvit"]
+    torch.save(entries, tmp_path / "published.pth")
+    with pytest.raises(CheckpointError, match=r"no epoch is left to train, .*--epochs 3 or more"):
+        run_training(tiny_config(tiny_digits, tmp_path / "new", **SETTINGS), str(tmp_path / "published.pth"))
+    assert contents(tmp_path / "new").keys() <= {".lock"}
+
+
+def test_the_best_model_is_replaced_when_a_run_goes_back_and_changes(finished, tiny_digits, tmp_path, caplog):
+    """Its second epoch is another one, although it may have the same accuracy; the weights of the first are lost."""
+    folder = shutil.copytree(finished, tmp_path / "run")
+    shutil.copy(folder / "last.safetensors", folder / "best.safetensors")
+    entries = read_state(folder / "checkpoint.1.pth")
+    for each in ("rows", "metrics"):
+        entries["localvit"]["progress"][each][0]["test_acc1"] = 99.0
+    torch.save(entries, folder / "checkpoint.1.pth")
+    run_training(tiny_config(tiny_digits, folder, **SETTINGS, warmup_lr=0.1), str(folder / "checkpoint.1.pth"))
+    best = read_checkpoint(folder / "best.safetensors").about["metrics"]
+    assert best == read_log(folder / "log.txt")[1] != read_log(finished / "log.txt")[1]
+    assert sum("the weights of the best epoch, 1, are not in" in line for line in caplog.messages) == 1
 
 
 def test_a_restarted_process_resumes_its_own_run_only(finished, tiny_digits, tmp_path, monkeypatch):

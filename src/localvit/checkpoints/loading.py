@@ -15,7 +15,7 @@ from localvit.models.family import Family
 from localvit.models.positions import resample_state
 from localvit.models.published_names import to_own_names
 from localvit.utils.weight_files import CheckpointError
-from localvit.utils.wrappers import is_sharded, unwrap
+from localvit.utils.wrappers import is_quantized, is_sharded, unwrap
 
 
 def load_checkpoint(
@@ -59,7 +59,12 @@ def load_weights(
         raise CheckpointError(
             f"{checkpoint.path} cannot be loaded into a sharded model: load it before fully_shard, in every process"
         )
-    model.load_state_dict(_fitted_weights(model, checkpoint, weights, checkpoint_img_size))
+    fitted = _fitted_weights(model, checkpoint, weights, checkpoint_img_size)
+    if is_quantized(dict(model.named_parameters())):
+        raise CheckpointError(
+            f"{checkpoint.path} cannot be loaded into a quantized model: load it before the model is quantized"
+        )
+    model.load_state_dict(fitted)
 
 
 def weights_for(model: nn.Module, checkpoint: Checkpoint, weights: Weights = "raw") -> dict[str, Tensor]:

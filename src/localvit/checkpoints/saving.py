@@ -21,6 +21,7 @@ from localvit.utils.distributed import is_main
 from localvit.utils.files import atomic_write
 from localvit.utils.plain_values import plain
 from localvit.utils.version import VERSION
+from localvit.utils.weight_files import check_suffix
 from localvit.utils.wrappers import is_sharded, plain_weights, unwrap
 
 
@@ -42,7 +43,7 @@ def save_checkpoint(
 
     Args:
         model: the model.
-        path: the file to write.
+        path: the file to write, `.safetensors` in our layout.
         layout: "localvit" for our safetensors file; "published" for a torch file that the published program reads,
             which contains only the weights.
         ema: averaged weights, a state dict of the same model.
@@ -54,9 +55,9 @@ def save_checkpoint(
         The path.
 
     Raises:
-        ValueError: for an unknown layout, if the number of class names is not the model's number of classes, if the
-            model was not made by `create_model`, or if the file could not be loaded again because the layers have been
-            changed (`fuse`, quantization, pruning).
+        ValueError: for an unknown layout or a path of the other layout, if the number of class names is not the model's
+            number of classes, if the model was not made by `create_model`, or if the file could not be loaded again
+            because the layers have been changed (`fuse`, quantization, pruning).
     """
     model = unwrap(model)
     path = Path(path)
@@ -76,6 +77,7 @@ def save_checkpoint(
         check_rebuilt(path, header, raw, kind=type(model).__name__)
     if averaged is not None and (wrong := state_dict_mismatch(averaged, raw)):
         raise ValueError(f"ema is not a state dict of this model: {describe_mismatch(wrong)}")
+    check_suffix(path, safetensors=layout == "localvit")
     if is_sharded(state_dict) and not is_main():
         return path
     if layout == "published":

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from localvit.data.image_files import FoundFiles, describe_left_out, find_images, image_extensions
+from localvit.data.image_files import SYSTEM_FOLDERS, FoundFiles, describe_left_out, find_images, image_extensions
 from localvit.data.images import DataError, FileImages
 
 SPLITS = ("train", "val", "test")
@@ -54,9 +54,10 @@ class ScannedFolder:
 def read_folder(root: Path, *, is_split: bool = False) -> ScannedFolder:
     """List the images of a folder that has one subfolder per class.
 
-    Classes are the visible subfolders, sorted by name, as in torchvision's ImageFolder, except those that contain
-    model weights (the output of training) or only files that are not images. The images of a class may be in subfolders
-    of its folder. Hidden files and folders are skipped. An empty class folder is still a class.
+    Classes are the visible subfolders, sorted by name, as in torchvision's ImageFolder, except those that systems
+    create, and those that contain model weights (the output of training) or only files that are not images. The images
+    of a class may be in subfolders of its folder. Hidden files and folders are skipped. An empty class folder is still
+    a class.
 
     Args:
         root: The folder.
@@ -73,7 +74,7 @@ def read_folder(root: Path, *, is_split: bool = False) -> ScannedFolder:
     visible = [name for name in folders if not name.startswith(".")]
     if not visible:
         raise DataError(f"{root} has no class folders; create one subfolder per class and move the images there")
-    found = {name: find_images(root / name) for name in visible}
+    found = {name: FoundFiles() if name in SYSTEM_FOLDERS else find_images(root / name) for name in visible}
     not_classes = {name: why for name, files in found.items() if (why := _why_not_class(name, files, is_split))}
     class_names = [name for name in visible if name not in not_classes]
     if not is_split:
@@ -85,8 +86,10 @@ def read_folder(root: Path, *, is_split: bool = False) -> ScannedFolder:
     ]
     left_out = [path for name in class_names for path in found[name].left_out]
     if not samples:
-        hint = f"; {describe_left_out(left_out)}" if left_out else f" ({', '.join(image_extensions())})"
-        raise DataError(f"{root} has {len(class_names)} class folders but no images{hint}")
+        hints = [describe_left_out(left_out)] if left_out else []
+        hints += [f"{root / name} is not read as a class: it {why}" for name, why in list(not_classes.items())[:3]]
+        hint = "; ".join(hints) or f"read are {', '.join(image_extensions())}"
+        raise DataError(f"{root} has no images in its subfolders; {hint}")
     extensions = image_extensions()
     return ScannedFolder(
         root=root,
@@ -106,8 +109,8 @@ def read_folder(root: Path, *, is_split: bool = False) -> ScannedFolder:
 
 def _why_not_class(name: str, files: FoundFiles, is_split: bool) -> str | None:
     """Why a folder is not a class, or None if it is one."""
-    if name == "__MACOSX":
-        return "contains file attributes of macOS"
+    if name in SYSTEM_FOLDERS:
+        return SYSTEM_FOLDERS[name]
     if files.weights:
         return f"contains model weights, such as {files.weights[0]}"
     if files.images or files.left_out:
@@ -154,5 +157,5 @@ def folders_beside_splits(root: Path) -> list[str]:
     return sorted(
         path.name
         for path in root.iterdir()
-        if path.is_dir() and not path.name.startswith((".", "__MACOSX")) and path.name not in SPLITS
+        if path.is_dir() and not path.name.startswith(".") and path.name not in (*SPLITS, *SYSTEM_FOLDERS)
     )

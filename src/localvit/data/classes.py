@@ -52,7 +52,7 @@ def match_classes(images: Images, model_names: Sequence[str] | None, num_classes
     """For each class of a data set, find the model's class of the same name.
 
     Classes are matched by position instead if either side has no class names, or if the data set defines its own class
-    order under other names; the number of classes must then be equal.
+    order under other names; the number of classes must then be equal. Classes without images need no match.
 
     Args:
         images: The data set.
@@ -60,7 +60,7 @@ def match_classes(images: Images, model_names: Sequence[str] | None, num_classes
         num_classes: Number of the model's classes.
 
     Returns:
-        The model's class index for each class of the data set.
+        The model's class index for each class of the data set; -1 for a class without images that the model lacks.
 
     Raises:
         DataError: The data set has classes that the model lacks. The message names the first few.
@@ -76,7 +76,8 @@ def match_classes(images: Images, model_names: Sequence[str] | None, num_classes
             )
         return list(range(num_classes))
     index_of = {name: index for index, name in enumerate(model_names)}
-    unknown = [name for name in data_names if name not in index_of]
+    used = set(images.labels)
+    unknown = [name for label, name in enumerate(data_names) if label in used and name not in index_of]
     if unknown and images.fixed_order and len(data_names) == num_classes:
         return list(range(num_classes))
     if unknown:
@@ -89,4 +90,4 @@ def match_classes(images: Images, model_names: Sequence[str] | None, num_classes
             "labels are matched by folder name, so rename the folders, or use a checkpoint that was trained on these "
             "classes"
         )
-    return [index_of[name] for name in data_names]
+    return [index_of.get(name, -1) for name in data_names]

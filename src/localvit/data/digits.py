@@ -25,10 +25,14 @@ def write_digits(root: Path) -> Path:
         `root`.
 
     Raises:
-        DataError: scikit-learn, which contains the images, is not installed.
+        DataError: scikit-learn, which contains the images, is not installed, or `root` contains something else.
     """
     if (root / "val").is_dir():
         return root
+    if root.exists() and not (root.is_dir() and not any(root.iterdir())):
+        raise DataError(
+            f"{root} contains something else than the digits: give a folder that is empty or does not exist"
+        )
     try:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split

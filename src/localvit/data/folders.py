@@ -59,6 +59,8 @@ class PathImages(ImageSequence):
 
 def _expand(path: str, left_out: list[Path]) -> list[tuple[str, str | None]]:
     """The image paths of a path or pattern, or the path itself and its problem. Adds to `left_out`."""
+    if not path:  # pathlib would take it for the current folder
+        return [(path, "an empty path")]
     try:
         if Path(path).is_dir():
             found = find_images(Path(path))

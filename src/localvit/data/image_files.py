@@ -18,6 +18,14 @@ _FURTHER_EXTENSIONS = (
 """Read besides torchvision's extensions, each where PIL has a decoder for it (.heic with the package pillow-heif)."""
 _UNREAD_EXTENSIONS = (".arw", ".avif", ".cr2", ".cr3", ".dng", ".heic", ".heif", ".jp2", ".jxl", ".nef")
 """Extensions of images that the standard library may not know."""
+SYSTEM_FOLDERS = {
+    "__MACOSX": "contains file attributes of macOS",
+    "@eaDir": "contains thumbnails and file attributes of a Synology NAS",
+    "lost+found": "belongs to the file system",
+    "$RECYCLE.BIN": "contains deleted files of Windows",
+    "System Volume Information": "belongs to Windows",
+}
+"""Folders that systems create among a user's, and what each is. They are not read, and some cannot be listed."""
 _WEIGHTS = (".safetensors", ".pth", ".pt", ".ckpt")
 
 
@@ -42,7 +50,8 @@ class FoundFiles:
 def find_images(folder: Path) -> FoundFiles:
     """Find the image files in a folder and its subfolders, sorted within each folder, without hidden ones.
 
-    Symbolic links are followed, to each folder once. Raises OSError for a folder that cannot be listed.
+    Symbolic links are followed, to each folder once, and not back to a folder that contains this one. Raises OSError
+    for a folder that cannot be listed.
     """
     found = FoundFiles()
     extensions = image_extensions()
@@ -63,15 +72,15 @@ def find_images(folder: Path) -> FoundFiles:
 def walk_visible(folder: Path, *, without: Collection[str] = ()) -> Iterator[tuple[str, list[str]]]:
     """Each folder from `folder` down, and the sorted names of its files. Raises OSError.
 
-    Leaves out hidden folders and, directly in `folder`, those named in `without`.
+    Leaves out hidden folders, those of systems, and, directly in `folder`, those named in `without`.
     """
-    visited = set()
+    visited = set(folder.resolve().parents)  # a link back to one would lead to the other classes
     for directory, subfolders, files in os.walk(folder, onerror=_raise, followlinks=True):
         if (target := Path(directory).resolve()) in visited:  # a link to a parent folder would loop forever
             subfolders.clear()
             continue
         visited.add(target)
-        unread = without if Path(directory) == folder else ()
+        unread = {*SYSTEM_FOLDERS, *(without if Path(directory) == folder else ())}
         subfolders[:] = sorted(name for name in subfolders if not name.startswith(".") and name not in unread)
         yield directory, sorted(files)
 
@@ -87,12 +96,12 @@ def looks_like_image(path: Path) -> bool:
         return True
     if kind is not None:
         return kind.startswith("image/")
-    if not path.is_file():  # a broken link, or a pipe, which would block
-        return False
     try:
+        if not path.is_file():  # a broken link, or a pipe, which would block
+            return False
         with warnings.catch_warnings(action="ignore"), Image.open(path) as opened:
             return Image.MIME.get(opened.format or "", "").startswith("image/")
-    except Exception:  # PIL raises many types for arbitrary bytes
+    except Exception:  # PIL raises many types for arbitrary bytes; or the file may not be read
         return False
 
 

@@ -21,10 +21,20 @@ def inaturalist(root: Path, split: str, year: int, category: str) -> FileImages:
         category: Level of the taxonomy that provides the labels; one of `INAT_CATEGORIES`.
 
     Raises:
-        DataError: A file or the description of a category is missing, or `category` is unknown.
+        DataError: A file, or something in it, is missing or damaged, or `category` is unknown.
     """
     if category not in INAT_CATEGORIES:
         raise DataError(f"--inat-category {category}: choose one of {', '.join(INAT_CATEGORIES)}")
+    try:
+        return _labeled_images(root, split, year, category)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise DataError(
+            f"the .json files in {root} are not those of iNaturalist {year}, or incomplete ({type(error).__name__}: "
+            f"{error})"
+        ) from error
+
+
+def _labeled_images(root: Path, split: str, year: int, category: str) -> FileImages:
     train = _read(root / f"train{year}.json")
     annotated = train if split == "train" else _read(root / f"{split}{year}.json")
     described = root / "categories.json"
@@ -53,7 +63,10 @@ def inaturalist(root: Path, split: str, year: int, category: str) -> FileImages:
 def _read(path: Path) -> dict:
     if not path.exists():
         raise DataError(f"no {path}; --data-path must be the folder with iNaturalist's .json files")
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not a JSON file: {error}") from error
 
 
 def _existing(root: Path, file_name: str) -> str:

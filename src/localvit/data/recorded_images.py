@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,10 +28,17 @@ def image_keys(images: Images, *, with_sizes: bool = False) -> Tensor:
     for index, label in enumerate(images.labels):
         parts: list[object] = [names[label] if names else label, images.name(index)]
         if root is not None:
-            parts.append((root / images.name(index)).stat().st_size)
+            parts.append(_size(root / images.name(index)))
         text = "\0".join(map(str, parts)).encode(errors="surrogateescape")
         digests += hashlib.blake2b(text, digest_size=8).digest()
     return torch.from_numpy(np.frombuffer(digests, dtype="<i8").astype(np.int64))
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:  # a broken link, for example, which is reported where images are decoded
+        return None
 
 
 def recorded_images(images: Images, record: Tensor) -> Images:

@@ -32,7 +32,8 @@ def class_findings(counts: Counts) -> list[Finding]:
     split = "train" if "train" in counts else UNSPLIT
     if split in counts:
         filled = {name: count for name, count in counts[split].items() if count}
-        findings += _one_class(split, filled) + _unknown(counts, filled) + _unevaluated(counts, filled)
+        findings += _one_class(split, filled) + _none_to_hold_out(counts, split, filled)
+        findings += _unknown(counts, filled) + _unevaluated(counts, filled)
         findings += _imbalance(split, filled) + _numeric_order(sorted(counts[split]))
     return findings
 
@@ -48,6 +49,17 @@ def _one_class(split: str, filled: Mapping[str, int]) -> list[Finding]:
     )
     locations = [Location((join_split(split, name),)) for name in filled] if len(filled) == 1 else []
     return finding_at("error", "one-class", "only one class", advice, locations)
+
+
+def _none_to_hold_out(counts: Counts, split: str, filled: Mapping[str, int]) -> list[Finding]:
+    """Without val/, training evaluates on part of the images of each class that has several."""
+    if "val" in counts or len(filled) < 2 or max(filled.values()) > 1:
+        return []
+    advice = (
+        "Training cannot start, because it keeps images of such classes for validation. Add images, or create val/."
+    )
+    locations = [Location(("." if split == UNSPLIT else split,))]
+    return finding_at("error", "none-to-evaluate", "folders without a class of two or more images", advice, locations)
 
 
 def _unknown(counts: Counts, filled: Mapping[str, int]) -> list[Finding]:

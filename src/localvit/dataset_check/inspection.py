@@ -7,6 +7,7 @@ import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -136,8 +137,7 @@ class _InspectedImages(Dataset):
                 image = load_image(self.images, index)
             except UnreadableImage as error:
                 path = self.images.root / self.images.paths[index]  # type: ignore[operator]
-                empty = path.is_file() and path.stat().st_size == 0
-                reason = "an empty file" if empty else str(error).removeprefix(f"{path}: ")
+                reason = "an empty file" if _is_empty(path) else str(error).removeprefix(f"{path}: ")
                 return reason, np.zeros(4, np.uint64), 0.0
         thumbnail = _thumbnail(image)
         pixels = np.asarray(thumbnail)
@@ -149,6 +149,13 @@ class _InspectedImages(Dataset):
             thumbnail_digest=hashlib.sha256(pixels.tobytes()).digest()[:16],
         )
         return facts, perceptual_hash(thumbnail), float(pixels.std())
+
+
+def _is_empty(path: Path) -> bool:
+    try:
+        return path.is_file() and path.stat().st_size == 0
+    except OSError:  # its folder may be listed only, or the file is gone
+        return False
 
 
 def _thumbnail(image: Image.Image) -> Image.Image:

@@ -23,6 +23,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from localvit.ops.batch_norms import leaves_single_values
 from localvit.ops.stages import Convolution, Stages, is_plain, is_untouched, stages_of
@@ -137,6 +138,8 @@ def fits_kernels(stages: Stages, map_BCHW: Tensor) -> torch.dtype | None:
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else stages.first.weight.dtype
     if not _has_kernels(map_BCHW.device, dtype) or len(stages.stages) != 2 or map_BCHW.dtype not in MAP_DTYPES:
         return None
+    if is_in_torch_dispatch_mode():  # such as torch's FLOP counter, which has to see each of torch's operations
+        return None
     first, second = stages.stages
     if first.gate is not None or not _suits_kernel(first.conv) or second.conv.groups > 1 or stages.first.groups > 1:
         return None
@@ -190,7 +193,7 @@ def folded_path(conv: Convolution) -> Literal["operator", "onednn", "torch"]:
     """How a convolution with its batch norm folded, an activation and maybe a gate runs in a fused model."""
     weight = conv.weight
     has_kernel = conv.groups == 1 or _suits_kernel(conv)
-    if has_kernel and (_backend == "triton" or _has_kernels(weight.device, weight.dtype)):
+    if has_kernel and not _is_observed() and (_backend == "triton" or _has_kernels(weight.device, weight.dtype)):
         return "operator"
     if (
         _backend != "layers"
@@ -198,11 +201,24 @@ def folded_path(conv: Convolution) -> Literal["operator", "onednn", "torch"]:
         and weight.dtype in ONEDNN_DTYPES
         and torch.backends.mkldnn.enabled
         # oneDNN's fused convolution has no gradient, does not follow autocast, and torch.jit cannot record its scalars.
-        and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
+        and not (torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch.is_autocast_enabled("cpu"))
         and not (torch.compiler.is_exporting() or torch.jit.is_tracing())
     ):
         return "onednn"
     return "torch"
+
+
+def _is_observed() -> bool:
+    """Whether something has to see each of torch's operations: a function transform, a tracer, a dispatch mode.
+
+    torch.compile and torch.export see the operators instead.
+    """
+    return not torch.compiler.is_compiling() and (
+        torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or is_in_torch_dispatch_mode()
+    )
 
 
 def _suits_kernel(conv: Convolution) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from localvit.locality import EfficientChannelAttention, SqueezeExcite
 from localvit.ops import run_layers
@@ -71,6 +72,9 @@ class LocalityAdapter(nn.Module):
         ValueError: for a reduction larger than E.
     """
 
+    never_initialized = False
+    """Whether it was made on the meta device, and nothing is known to have given it values since."""
+
     def __init__(
         self,
         hidden_dim: int,
@@ -94,6 +98,7 @@ class LocalityAdapter(nn.Module):
         )
         self.gate = _gate(config, hidden_dim, factory)
         self.make_neutral()
+        self.never_initialized = self.conv.weight.is_meta
 
     def make_neutral(self) -> None:
         """Set the last weights of convolution and gate to zero, so that nothing is added."""
@@ -107,6 +112,7 @@ class LocalityAdapter(nn.Module):
                 if callable(reset := getattr(module, "reset_parameters", None)):
                     reset()
         self.make_neutral()
+        self.never_initialized = self.conv.weight.is_meta
 
     @property
     def is_neutral(self) -> bool:
@@ -118,7 +124,7 @@ class LocalityAdapter(nn.Module):
         """Describes the part that takes means over whole maps, for error messages; None if there is none."""
         if self.gate is not None:
             return f"the gate ({type(self.gate).__name__})"
-        return "norm='batchnorm'" if isinstance(self.norm, nn.BatchNorm2d) else None
+        return "norm='batchnorm'" if isinstance(self.norm, _BatchNorm) else None
 
     def _last_weights(self) -> list[Tensor]:
         weights = [self.conv.weight]

@@ -14,6 +14,7 @@ from localvit.surgery.projection import (
     LocalizedProjection,
     accept_state_dicts_without_locality,
     check_projection,
+    has_other_forward,
     localized_projections,
     refuse_state_dicts_without_locality,
     remove_locality,
@@ -137,7 +138,8 @@ def delocalize(model: Model, *, discard: bool = False, inplace: bool = False) ->
 
     Raises:
         ValueError: when the model has no locality, when it has the paper's module, which has replaced the
-            feed-forwards for good, or when an adapter is trained and `discard` is False. The model is then unchanged.
+            feed-forwards for good, when it was fused or something else has wrapped or parametrized the projections, or
+            when an adapter is trained and `discard` is False. The model is then unchanged.
     """
     refuse_wrapped(model, "delocalize")
     kind = type(model).__name__
@@ -149,6 +151,16 @@ def delocalize(model: Model, *, discard: bool = False, inplace: bool = False) ->
     projections = localized_projections(model)
     if not projections:
         raise ValueError(f"{kind} is not localized")
+    if wrapped := [name for name, projection in projections.items() if has_other_forward(projection)]:
+        raise ValueError(
+            f"the forward of {some(wrapped)} is wrapped, as fuse and accelerate's offloading do: delocalize the model "
+            "before that"
+        )
+    if changed := [name for name, projection in projections.items() if type(projection) is not LocalizedProjection]:
+        raise ValueError(
+            f"the class of {some(changed)} was changed, as parametrizations do: call remove_parametrizations before "
+            "delocalize"
+        )
     trained = [name for name, projection in projections.items() if not projection.locality.is_neutral]
     if trained and not discard:
         raise ValueError(

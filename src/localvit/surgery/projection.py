@@ -41,6 +41,7 @@ class LocalizedProjection(nn.Module):
     def __init__(self, projection: nn.Module, locality: LocalityAdapter, layout: Layout) -> None:
         super().__init__()
         vars(self).update(vars(projection))
+        vars(self).pop("forward", None)
         self._modules = dict(projection._modules)
         self.projection_class = type(projection)
         self.layout = layout
@@ -76,6 +77,7 @@ class LocalizedProjection(nn.Module):
         """The projection without locality, as a new module with the same parameters."""
         projection = self.projection_class.__new__(self.projection_class)
         vars(projection).update(vars(self))
+        vars(projection).pop("forward", None)
         projection._modules = dict(self._modules)
         del projection.projection_class, projection.layout, projection.locality
         return projection
@@ -97,7 +99,7 @@ def check_projection(projection: nn.Module, name: str) -> None:
     kind = f"{name} ({type(projection).__name__})"
     if not name:
         raise ValueError(f"{kind} is the model itself: put it into a module that calls it")
-    if "forward" in vars(projection):
+    if has_other_forward(projection):
         raise ValueError(f"another library has wrapped the forward of {kind}: localize the model before it does")
     if hasattr(projection, "base_layer"):
         raise ValueError(
@@ -110,6 +112,13 @@ def check_projection(projection: nn.Module, name: str) -> None:
             f"the forward of {kind} calls super(), so that nothing but an instance of its class can run it: use "
             "localvit.LocalityFeedForward in the code of the model instead"
         )
+
+
+def has_other_forward(module: nn.Module) -> bool:
+    """Whether an instance has a forward that is not its class's. accelerate sets the class's when it removes hooks."""
+    forward = vars(module).get("forward")
+    own = getattr(forward, "__self__", None) is module and getattr(forward, "__func__", None) is type(module).forward
+    return forward is not None and not own
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
@@ -149,13 +158,19 @@ def refuse_state_dicts_without_locality(model: nn.Module) -> None:
 def _keep_adapters(
     model: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *_: Any
 ) -> None:
+    adapters = [module for module in model.modules() if isinstance(module, LocalityAdapter)]
     if not _adapter_state(model, prefix).keys().isdisjoint(state_dict):
+        for adapter in adapters:
+            adapter.never_initialized = False
         return
-    if local_metadata.get("assign_to_params_buffers"):
-        device = next((value.device for key, value in state_dict.items() if key.startswith(prefix)), None)
-        for projection in localized_projections(model).values():
-            if device and any(weight.is_meta for weight in projection.locality.parameters()):
-                projection.locality.to_empty(device=device)
+    values = (value for key, value in state_dict.items() if key.startswith(prefix) and value.is_floating_point())
+    if local_metadata.get("assign_to_params_buffers") and (value := next(values, None)) is not None:
+        for adapter in adapters:
+            if any(weight.is_meta for weight in adapter.parameters()):
+                adapter.to_empty(device=value.device).to(value.dtype)
+    for adapter in adapters:
+        if adapter.never_initialized and not any(weight.is_meta for weight in adapter.parameters()):
+            adapter.reset_parameters()
     state_dict.update(_adapter_state(model, prefix))
 
 

@@ -55,12 +55,22 @@ def open_train_and_val(config: TrainConfig, record: Record | None = None) -> tup
         )
         return parts
     val_images = images_of("val")
-    if not train_images.root or train_images.root != val_images.root:
+    if not _share_images(train_images, val_images):
         return _recorded(config, train_images, val_images, record) if record else (train_images, val_images)
     raise DataError(
         f"{train_images.root} would be used for both training and evaluation: move the training images to train/ in "
         "this folder, and other images, for evaluation, to val/"
     )
+
+
+def _share_images(train_images: Images, val_images: Images) -> bool:
+    """Whether both contain the same file. Either folder may be a link to the other; iNaturalist has one for both."""
+    if not train_images.root or not val_images.root or train_images.root.resolve() != val_images.root.resolve():
+        return False
+    train_names, val_names = (
+        {images.name(index) for index in range(len(images))} for images in (train_images, val_images)
+    )
+    return not train_names.isdisjoint(val_names)
 
 
 def _recorded(config: TrainConfig, train_images: Images, val_images: Images, record: Record) -> tuple[Images, Images]:

@@ -275,3 +275,8 @@ def _load_state(training: Training, start: Start) -> None:
             f"the checkpoint was saved within an epoch with {before} images per step, and this run has "
             f"{training.images_per_step}: resume with the same --batch-size, --grad-accum and number of processes"
         )
+    if before != training.images_per_step:
+        logger.warning(
+            f"resuming with {training.images_per_step} images per step, over all processes; the run had {before}. The "
+            "learning rate is scaled along"
+        )

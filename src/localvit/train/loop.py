@@ -71,6 +71,7 @@ def fit(training: Training, *, progress: Progress = lambda done, note: None) -> 
         Stopped: after a signal; a checkpoint is saved.
         FileExistsError: if another process trains in the output folder, or did since the run was built.
         OSError: if the output folder cannot be written.
+        CheckpointError: if no epoch is left to train, and the weights or the accuracy of the last one are in no file.
         UnreadableImage: if an image cannot be decoded.
         RuntimeError: if a worker process dies.
     """
@@ -81,6 +82,8 @@ def fit(training: Training, *, progress: Progress = lambda done, note: None) -> 
             while not loop.is_over():
                 loop.train_epoch()
                 loop.evaluate_epoch()
+            if training.state.epoch < training.config.epochs:
+                logger.info(f"no better Acc@1 for {training.config.early_stopping} epochs: stopping early")
         finally:
             loop.close()
     if training.state.rows and training.state.best is None:
@@ -142,7 +145,7 @@ class _Loop:
         directory, ownership = self.config.output_dir, self.training.ownership
         prepare_folder(directory, self._entries(), self.config.keep)
         self.held.enter_context(ownership.held())
-        complete_folder(self.state, directory, self.description, ownership.source)
+        complete_folder(self.state, directory, self.description, ownership.source, is_over=self.is_over())
         self.trackers = Trackers(self.config, from_step=self._steps_done())
         self._save()
         write_config(self.config, directory, world_size())
@@ -154,13 +157,12 @@ class _Loop:
 
     def is_over(self) -> bool:
         """Whether the last epoch is finished, or early stopping applies."""
+        return self.state.epoch >= self.config.epochs or self._stops_early()
+
+    def _stops_early(self) -> bool:
+        """Whether too many epochs had no better accuracy."""
         state, patience = self.state, self.config.early_stopping
-        if state.epoch >= self.config.epochs:
-            return True
-        if patience is None or state.best is None or state.epoch - 1 - state.best["epoch"] < patience:
-            return False
-        logger.info(f"no better Acc@1 for {patience} epochs: stopping early")
-        return True
+        return patience is not None and state.best is not None and state.epoch - 1 - state.best["epoch"] >= patience
 
     def train_epoch(self) -> None:
         """Train on the remaining batches of the current epoch."""

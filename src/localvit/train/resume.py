@@ -98,6 +98,11 @@ def _start_from_file(path: Path, directory: Path) -> Start:
 
 
 def _another_run(directory: Path) -> FileExistsError:
+    if not states(directory):
+        return FileExistsError(
+            f"{directory} contains files of a run but no checkpoint to resume from: choose another --output-dir for a "
+            "new run, or remove the folder"
+        )
     return FileExistsError(
         f"{directory} contains another run: resume it with --resume auto, choose another --output-dir for a new run, "
         "or remove the folder"

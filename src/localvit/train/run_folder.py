@@ -66,8 +66,11 @@ def _name(number: int) -> str:
 
 def _count_states(directory: Path) -> int:
     """Number of checkpoints that `save_state` has written and kept; a person may have copied one beside them."""
+    newest = directory / STATE
+    if not newest.exists() and _numbered_states(directory):
+        newest = directory / _UNPLACED  # killed just before it was renamed
     try:
-        return int(read_weight_file(directory / STATE, mmap=True)[_COUNT])
+        return int(read_weight_file(newest, mmap=True)[_COUNT])
     except (OSError, CheckpointError, KeyError):  # none, damaged, or from before this number was saved
         return 0 if not (states := _numbered_states(directory)) else states[-1] + 1
 
@@ -151,6 +154,8 @@ def save_epoch(state: TrainState, directory: Path, description: Mapping[str, Any
     is_best = may_be_best(row) and (
         state.best is row or not _is_one_of(held, state.rows) or row["test_acc1"] > held["test_acc1"]
     )
+    if is_best and state.best is not None and state.best is not row and held and not _is_one_of(held, state.rows):
+        _warn_of_lost_best(state.best, directory)  # replaced by a later epoch, before which the run was resumed
     try:
         for name in (LAST, BEST) if is_best else (LAST,):
             save_model(state, directory / name, description)
@@ -172,7 +177,9 @@ def save_model(state: TrainState, path: Path, description: Mapping[str, Any]) ->
     )
 
 
-def complete_folder(state: TrainState, directory: Path, description: Mapping[str, Any], source: Path) -> None:
+def complete_folder(
+    state: TrainState, directory: Path, description: Mapping[str, Any], source: Path, *, is_over: bool
+) -> None:
     """Write the models and the log of a resumed run, as far as its folder does not contain them.
 
     Args:
@@ -180,26 +187,48 @@ def complete_folder(state: TrainState, directory: Path, description: Mapping[str
         directory: the folder of the run.
         description: as for `save_epoch`.
         source: folder of the checkpoint that was resumed.
+        is_over: whether no epoch will be trained.
+
+    Raises CheckpointError if the run is over, and the weights or the accuracy of its last epoch are in no file.
     """
-    if not state.rows or state.best is None:
+    if is_over and not state.rows:
+        raise CheckpointError(
+            f"no epoch is left to train, and the checkpoint does not contain the accuracy of its {state.epoch} epochs: "
+            f"resume with --epochs {state.epoch + 1} or more, or evaluate its weights with localvit eval --checkpoint"
+        )
+    if state.best is None:
         return
-    for name, row in ((LAST, state.rows[-1]), (BEST, state.best)):
+    last = state.rows[-1]
+    for name, row in ((LAST, last), (BEST, state.best)):
         held = saved_epoch(directory / name)
-        if _is_one_of(held, [row]) or (held and held["epoch"] > state.rows[-1]["epoch"]):
+        if _is_one_of(held, [row]) or (held and held["epoch"] > last["epoch"] and not is_over):
             continue  # a later epoch whose end was interrupted will be repeated
-        if row is state.rows[-1] and state.step == 0:
+        if row is last and state.step == 0:
             save_model(state, directory / name, description)
         elif _is_one_of(saved_epoch(source / name), [row]):
-            with atomic_write(directory / name) as file:
-                shutil.copyfile(source / name, file)
+            _copy(source / name, directory / name)
         elif name == BEST:
-            logger.warning(
-                f"the weights of the best epoch, {row['epoch'] + 1:.0f}, are not in {source}: {directory / BEST} will "
-                "be the best of the others"
+            _warn_of_lost_best(row, source)
+            if may_be_best(last) and _is_one_of(saved_epoch(directory / LAST), [last]):
+                _copy(directory / LAST, directory / BEST)
+        elif is_over:
+            raise CheckpointError(
+                f"no epoch is left to train, and the weights after epoch {last['epoch'] + 1:.0f} are not in {source}: "
+                f"the checkpoint is from a later step; resume with --epochs {state.epoch + 1} or more"
             )
-            if state.step == 0 and may_be_best(state.rows[-1]):
-                save_model(state, directory / name, description)
     write_log(state, directory)
+
+
+def _copy(source: Path, target: Path) -> None:
+    with atomic_write(target) as file:
+        shutil.copyfile(source, file)
+
+
+def _warn_of_lost_best(row: Row, directory: Path) -> None:
+    logger.warning(
+        f"the weights of the best epoch, {row['epoch'] + 1:.0f}, are not in {directory}: {BEST} will be the best of "
+        "the others"
+    )
 
 
 def saved_epoch(path: Path) -> Row | None:
@@ -211,9 +240,9 @@ def saved_epoch(path: Path) -> Row | None:
 
 
 def _is_one_of(row: Row | None, rows: Sequence[Row]) -> TypeGuard[Row]:
-    # Losses may be NaN, which is not equal to itself.
-    keys = ("epoch", "test_acc1")
-    return row is not None and any(all(row.get(key) == each.get(key) for key in keys) for each in rows)
+    # As text, because losses may be NaN, which is not equal to itself.
+    keys = ("epoch", "test_acc1", "test_loss", "train_loss")
+    return row is not None and any(all(str(row.get(key)) == str(each.get(key)) for key in keys) for each in rows)
 
 
 def write_log(state: TrainState, directory: Path) -> None:

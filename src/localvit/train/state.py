@@ -199,8 +199,9 @@ def _load_optimizer(state: TrainState, saved: Mapping[str, Any], names: list[str
         )
     number_of = {name: number for number, name in enumerate(names)}
     group_of = {number: group for group in saved["param_groups"] for number in group["params"]}
+    parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
     moments = {
-        number: saved["state"][number_of[name]]
+        number: _in_layout_of(parameters[number], saved["state"][number_of[name]])
         for number, name in enumerate(own_order)
         if number_of[name] in saved["state"]
     }
@@ -210,3 +211,17 @@ def _load_optimizer(state: TrainState, saved: Mapping[str, Any], names: list[str
         theirs = group_of[number_of[own_order[group["params"][0]]]]
         groups.append(group | {key: theirs[key] for key in kept if key in theirs})
     state.optimizer.load_state_dict({**saved, "state": moments, "param_groups": groups})
+
+
+def _in_layout_of(parameter: Tensor, moments: Mapping[str, Any]) -> dict[str, Any]:
+    """What an optimizer has computed for a parameter, in the memory format of the parameter.
+
+    Fused optimizers read all tensors in the order of memory, so moments of another format (channels_last) would be
+    those of other elements.
+    """
+    return {
+        name: torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
+        if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride()
+        else value
+        for name, value in moments.items()
+    }

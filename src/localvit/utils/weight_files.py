@@ -66,6 +66,14 @@ def read_weight_file(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
     return content
 
 
+def check_suffix(path: Path, *, safetensors: bool) -> None:
+    """Raise ValueError for a name under which `read_weight_file` would not recognize a file that is to be written."""
+    if safetensors and path.suffix != ".safetensors":
+        raise ValueError(f"{path} would be a safetensors file: let its name end in .safetensors, or it cannot be read")
+    if not safetensors and path.suffix == ".safetensors":
+        raise ValueError(f"{path} would be a torch file and not a safetensors file: let its name end in .pth")
+
+
 def read_header(path: str | Path, key: str) -> dict[str, Any] | None:
     """The JSON object under `key` in the metadata of a safetensors file; None if there is no such key.
 

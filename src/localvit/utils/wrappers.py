@@ -8,6 +8,7 @@ from timm.utils import ModelEmaV2, ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel, ModelEmaV2, ModelEmaV3)
 _COMPILED = "_orig_mod"
@@ -41,20 +42,29 @@ def is_sharded(state_dict: Mapping[str, Any]) -> bool:
     return any(hasattr(value, "full_tensor") for value in state_dict.values())
 
 
+def is_quantized(state_dict: Mapping[str, Any]) -> bool:
+    """Whether entries are not tensors, or tensors that another library represents in its own way, as torchao does."""
+    return any(_is_quantized(value) for value in state_dict.values())
+
+
+def _is_quantized(value: Any) -> bool:
+    return not isinstance(value, Tensor) or (is_traceable_wrapper_subclass(value) and not hasattr(value, "full_tensor"))
+
+
 def plain_weights(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     """Contiguous copies on the CPU, under the names of the model without wrappers.
 
     Sharded tensors are gathered, which every process must take part in.
 
-    Raises ValueError if the entries are not tensors with values, as those of a quantized model or of one on the meta
-    device.
+    Raises ValueError if the entries are not plain tensors with values, as those of a quantized model or of one on the
+    meta device.
     """
     named = without_wrappers(state_dict)
     for key, value in named.items():
-        if not isinstance(value, Tensor):
+        if _is_quantized(value):
             raise ValueError(
-                f"{key} is a {type(value).__name__} and not a tensor, as in a quantized model: save the model as it "
-                "was before that"
+                f"{key} is a {type(value).__name__} and not a plain tensor, as in a quantized model: save the model as "
+                "it was before that"
             )
         if value.is_meta:
             raise ValueError(f"{key} is on the meta device, where it has no values: load or initialize the model first")
