@@ -19,6 +19,7 @@ from localvit.data.recorded_images import Record, image_keys
 from localvit.data.training_batches import TrainingBatches
 from localvit.inference.runner import InferenceOptions
 from localvit.train.augmentation import build_mixup, open_train_and_val, samples_per_epoch, training_batches
+from localvit.train.buffers import SavedBuffers
 from localvit.train.config import TrainConfig
 from localvit.train.derived import derive_settings, images_per_step
 from localvit.train.losses import Criterion, DistillationLoss, Loss, cross_entropy, without_distillation
@@ -48,6 +49,8 @@ class Training:
     """All that changes during training: model, optimizer, progress."""
     wrapped_model: nn.Module
     """The state's model as a training step calls it: in DistributedDataParallel, compiled."""
+    saved_buffers: SavedBuffers
+    """The buffers from before a step, to undo it."""
     batches: TrainingBatches
     """The training images."""
     val_images: Images
@@ -220,6 +223,7 @@ def _assemble(
             scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         ),
         wrapped_model=wrap_model(config, model, device, preprocessing.input_size),
+        saved_buffers=SavedBuffers(model),
         batches=batches,
         val_images=val_images,
         record=record,

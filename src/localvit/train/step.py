@@ -18,7 +18,6 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from localvit.data.training_batches import RandomPurpose, seed_random
 from localvit.train.builder import Training
-from localvit.train.model import restore
 from localvit.utils.distributed import rank, world_size
 
 
@@ -46,12 +45,12 @@ def train_step(training: Training, batches: Iterator[tuple[Tensor, Tensor]], *, 
         stop: whether this process was asked to stop; shared with all processes.
     """
     state, scaler = training.state, training.state.scaler
-    buffers_before = [buffer.clone() for buffer in state.model.buffers()]
+    training.saved_buffers.save()
     state.optimizer.zero_grad()
     try:
         loss, stops = _forward_backward(training, batches, stop=stop)
     except BaseException:
-        restore(state.model.buffers(), buffers_before)
+        training.saved_buffers.restore()
         state.optimizer.zero_grad()
         raise
     nonfinite = None if math.isfinite(loss) else f"the loss is {loss}"
@@ -70,7 +69,7 @@ def train_step(training: Training, batches: Iterator[tuple[Tensor, Tensor]], *, 
             nonfinite = _describe_gradient(state.model, norm)
         scaler.update()
     if not is_applied:
-        restore(state.model.buffers(), buffers_before)
+        training.saved_buffers.restore()
         state.optimizer.zero_grad()
     return StepResult(loss=loss, stop=stops > 0, nonfinite=nonfinite)
 
