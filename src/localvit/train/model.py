@@ -15,6 +15,7 @@ from localvit.models.factory import create_model
 from localvit.models.published_names import published_key
 from localvit.train.buffers import SavedBuffers, copy_all
 from localvit.train.config import TrainConfig
+from localvit.train.cuda_graph import GraphedModel
 from localvit.train.finetune import load_pretrained
 from localvit.train.optimization import freeze
 from localvit.train.resume import Start
@@ -94,11 +95,19 @@ class _Average(ModelEmaV3):
         copy_all([pair[0] for pair in others], [pair[1] for pair in others])
 
 
-def wrap_model(config: TrainConfig, model: nn.Module, device: torch.device, size: tuple[int, int]) -> Any:
-    """The model in DistributedDataParallel if there are several processes, and compiled if configured.
+def wrap_model(
+    config: TrainConfig, model: nn.Module, device: torch.device, dtype: torch.dtype, size: tuple[int, int]
+) -> Any:
+    """The model in DistributedDataParallel if there are several processes, and compiled or captured if configured.
 
-    `size` is the height and width of the images in pixels.
+    `dtype` is that of autocast, and `size` the height and width of the images in pixels.
+
+    Raises ValueError if the model is to be captured in CUDA graphs, and cannot be.
     """
+    if config.cuda_graph:
+        layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        sample_BCHW = torch.zeros(config.batch_size, 3, *size, device=device).contiguous(memory_format=layout)
+        return GraphedModel(model, sample_BCHW, dtype)
     wrapped = model
     if world_size() > 1:
         wrapped = DistributedDataParallel(

@@ -18,6 +18,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from localvit.data.training_batches import RandomPurpose, seed_random
 from localvit.train.builder import Training
+from localvit.train.cuda_graph import GraphedModel
 from localvit.utils.distributed import rank, world_size
 
 
@@ -92,6 +93,8 @@ def _forward_backward(
             if is_last:
                 sums = _AsyncSum(torch.stack((total, torch.full_like(total, float(stop)))))
             state.scaler.scale(loss).backward()
+        if number == 0 and not is_last and isinstance(training.wrapped_model, GraphedModel):
+            training.wrapped_model.keep_gradients()
     loss_sum, stops = sums.read()
     return loss_sum / world_size(), stops
 
