@@ -1,6 +1,12 @@
-"""Measure the cost of the training loop and of loading images, compared with the bare model.
+"""Measure training steps, and the cost of the training loop and of loading images compared with the bare model.
 
     python benchmarks/train_speed.py loop|loader|memory --data-path FOLDER [--model localvit_tiny] [--rounds 5]
+    python benchmarks/train_speed.py step [--family T] [--batch-size 16] [--rounds 5] [--device cpu]
+        [--compile] [--cuda-graph]
+
+`step` compares training steps (forward, backward, update) of a LocalViT with those of its baseline, and of the same
+LocalViT in the implementation of `benchmarks/straightforward.py`. The three run in turn on random images, in float32
+and under bfloat16 autocast; ratios are taken within rounds.
 
 `loop` compares the CPU time of full steps of `localvit train` with that of only forward, backward and update of the
 same model on the same batches, in interleaved rounds. `loader` reads images with `localvit train`'s batches and with
@@ -12,16 +18,25 @@ import argparse
 import os
 import statistics
 import time
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
+from families_speed import FAMILIES, WARM_UP_CALLS, prepare_straightforward
 from timm.data import create_dataset, create_loader
 from torch import nn
 
+from localvit.bench.measure import time_rounds
+from localvit.bench.prepare import BenchModel, BenchOptions, prepare
+from localvit.bench.result import Quartiles
 from localvit.train.builder import Training, build
 from localvit.train.config import TrainConfig
+from localvit.train.cuda_graph import GraphedModel
 from localvit.train.step import train_step
+from localvit.utils.devices import choose_device
+from localvit_cli.allocator import keep_freed_memory
 
 
 def build_run(options: argparse.Namespace, **changes) -> Training:
@@ -130,18 +145,84 @@ def memory(options: argparse.Namespace) -> None:
                 return
 
 
+def step(options: argparse.Namespace) -> None:
+    """Seconds per training step of a LocalViT, its baseline, and the straightforward implementation."""
+    keep_freed_memory()
+    device, warning = choose_device(options.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"{warning or name}, torch {torch.__version__}, batch {options.batch_size}, {options.rounds} rounds")
+    print("| LocalViT | dtype | run | ms per step | of the baseline | of the straightforward one |")
+    print("|---|---|---|---|---|---|")
+    runs = ["eager", *(["compiled"] if options.compile else []), *(["CUDA graph"] if options.cuda_graph else [])]
+    for dtype in (torch.float32, torch.bfloat16):
+        for run in runs:
+            bench = BenchOptions(
+                device=device,
+                dtype=dtype,
+                train=True,
+                batch_sizes=(options.batch_size,),
+                rounds=options.rounds,
+                compile=run == "compiled",
+            )
+            seconds = step_seconds(options.family, bench, run, options.steps if device.type == "cuda" else 1)
+            own = seconds.pop("localvit")
+            ratios = [
+                Quartiles.of([mine / each for mine, each in zip(own, other, strict=True)]) for other in seconds.values()
+            ]
+            cells = [f"{each.median:.2f} ({each.first_quartile:.2f} to {each.third_quartile:.2f})" for each in ratios]
+            label = str(dtype).removeprefix("torch.")
+            milliseconds = f"{1000 * statistics.median(own):.1f}"
+            print(f"| {' | '.join([options.family, label, run, milliseconds, *cells])} |", flush=True)
+
+
+def step_seconds(family: str, bench: BenchOptions, run: str, calls_per_round: int) -> dict[str, list[float]]:
+    """Seconds per step and round of the three models."""
+    torch._dynamo.reset()  # torch.compile keeps the code of only a few models per class
+    name, baseline = FAMILIES[family]
+    models = {
+        "localvit": prepare(name, bench),
+        "baseline": prepare(baseline, bench),
+        "straightforward": prepare_straightforward(name, bench),
+    }
+    if run == "CUDA graph":
+        models = {label: graphed(model) for label, model in models.items()}
+    (batch_size,) = bench.batch_sizes
+    calls = {label: model.call(batch_size) for label, model in models.items()}
+    for call in calls.values():
+        for _ in range(WARM_UP_CALLS):
+            call()
+    return time_rounds(calls, dict.fromkeys(calls, calls_per_round), bench, lambda rounds: None)
+
+
+def graphed(model: BenchModel) -> BenchModel:
+    """The model with its forward and backward pass in CUDA graphs, as `localvit train --cuda-graph` runs it."""
+    (batch_size,) = model.options.batch_sizes
+    sample_BCHW = torch.zeros(batch_size, *model.input_size, device=model.options.device)
+    module: Any = GraphedModel(model.module, sample_BCHW, model.options.dtype)
+    module.num_classes = model.module.num_classes
+    return replace(model, module=module)
+
+
 def main() -> None:
     """Run one measurement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("measurement", choices=["loop", "loader", "memory"])
-    parser.add_argument("--data-path", type=Path, required=True)
+    parser.add_argument("measurement", choices=["step", "loop", "loader", "memory"])
+    parser.add_argument("--data-path", type=Path, help="folder of images; not for `step`")
     parser.add_argument("--model", default="localvit_tiny")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=8, help="steps per round of `loop`")
+    parser.add_argument("--steps", type=int, default=8, help="steps per round of `loop`, and of `step` on a GPU")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--family", choices=list(FAMILIES), default="T", help="LocalViT and baseline of `step`")
+    parser.add_argument("--device", help="device of `step`; default: CUDA if available, otherwise the CPU")
+    parser.add_argument("--compile", action="store_true", help="`step` also measures compiled models")
+    parser.add_argument("--cuda-graph", action="store_true", help="`step` also measures models in CUDA graphs")
     options = parser.parse_args()
-    {"loop": loop, "loader": loader, "memory": memory}[options.measurement](options)
+    if options.measurement != "step" and options.data_path is None:
+        parser.error(f"{options.measurement} needs --data-path")
+    if options.measurement == "step" and options.cuda_graph and not torch.cuda.is_available():
+        parser.error("--cuda-graph needs a CUDA device, and torch finds none")
+    {"step": step, "loop": loop, "loader": loader, "memory": memory}[options.measurement](options)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,14 @@ MOVES = {
 """Settings that change the weights: those of the run, and another value."""
 OTHER = {
     "how the same images are found": ("data_set", "data_path"),
-    "the same numbers, computed in another way": ("workers", "device", "compile", "channels_last", "ema_on_cpu"),
+    "the same numbers, computed in another way": (
+        "workers",
+        "device",
+        "compile",
+        "cuda_graph",
+        "channels_last",
+        "ema_on_cpu",
+    ),
     "the same numbers in one process, up to rounding": ("grad_checkpointing", "sync_bn"),
     "not a setting of the images that can be read": ("skip_unreadable",),
     "files and when the run ends": ("output_dir", "checkpoint_steps", "keep", "tensorboard", "wandb"),

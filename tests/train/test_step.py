@@ -1,15 +1,18 @@
 """A training step: options that must not change its result, and options that must."""
 
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from tiny import STILL, tiny_config, train
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import transforms
 
 import localvit
+import localvit.train.step as step_module
 from localvit.checkpoints import read_checkpoint, save_checkpoint
 from localvit.train.builder import build
 from localvit.train.loop import fit
@@ -22,6 +25,31 @@ DETERMINISTIC = STILL | {
     "lr": 0.5,
     "weight_decay": 0.0,
 }
+
+
+class Counting(TorchDispatchMode):
+    """Counts the calls of each operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+        self.is_paused = False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls[str(function)] += not self.is_paused
+        return function(*args, **(kwargs or {}))
+
+    def pausing_in(self, function):
+        """The function, whose calls are not counted."""
+
+        def uncounted(*args, **kwargs):
+            self.is_paused = True
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.is_paused = False
+
+        return uncounted
 
 
 def after_one_step(tiny_digits, folder, **changes):
@@ -135,3 +163,26 @@ def test_distillation_with_alpha_1_trains_only_the_distillation_head(tiny_digits
     assert torch.equal(after["head.weight"], before["head.weight"])
     assert not torch.equal(after["head_dist.weight"], before["head_dist.weight"])
     assert after.keys() == training.state.model.state_dict().keys()
+
+
+def test_operations_outside_the_passes_do_not_grow_with_the_model(tiny_digits, tmp_path, monkeypatch):
+    """Copies of buffers, the update and the moving average: as many calls for two blocks as for one.
+
+    On a GPU each call is a launch, which takes longer than the work of most of them.
+    """
+    counts = {}
+    for depth in (1, 2):
+        config = tiny_config(tiny_digits, tmp_path / str(depth), model_args={"depth": depth}, clip_grad=0.5)
+        training = build(config)
+        counted = Counting()
+        monkeypatch.setattr(step_module, "_forward_backward", counted.pausing_in(step_module._forward_backward))
+        batches = training.batches.epoch(0)
+        train_step(training, batches, stop=False)  # the optimizer allocates its state
+        counted.calls.clear()
+        with counted:
+            assert train_step(training, batches, stop=False).nonfinite is None
+        monkeypatch.undo()
+        counts[depth] = counted.calls
+    assert counts[2] == counts[1]
+    assert counts[1]["aten._foreach_copy_.default"] == 3  # buffers in float32 and int64; the average's in int64
+    assert counts[1]["aten._foreach_lerp_.Scalar"] == 1

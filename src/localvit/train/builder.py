@@ -19,7 +19,9 @@ from localvit.data.recorded_images import Record, image_keys
 from localvit.data.training_batches import TrainingBatches
 from localvit.inference.runner import InferenceOptions
 from localvit.train.augmentation import build_mixup, open_train_and_val, samples_per_epoch, training_batches
+from localvit.train.buffers import SavedBuffers
 from localvit.train.config import TrainConfig
+from localvit.train.cuda_graph import check_graph_support
 from localvit.train.derived import derive_settings, images_per_step
 from localvit.train.losses import Criterion, DistillationLoss, Loss, cross_entropy, without_distillation
 from localvit.train.model import build_average, build_model, wrap_model
@@ -47,7 +49,9 @@ class Training:
     state: TrainState
     """All that changes during training: model, optimizer, progress."""
     wrapped_model: nn.Module
-    """The state's model as a training step calls it: in DistributedDataParallel, compiled."""
+    """The state's model as a training step calls it: in DistributedDataParallel, compiled, or as CUDA graphs."""
+    saved_buffers: SavedBuffers
+    """The buffers from before a step, to undo it."""
     batches: TrainingBatches
     """The training images."""
     val_images: Images
@@ -123,7 +127,7 @@ def build(config: TrainConfig, *, criterion: Loss | None = None, resume: str | N
     Raises:
         DataError: if the data set cannot be trained on, or has other classes than the run to resume.
         ValueError: for an unknown model, optimizer or device, a batch larger than the data set, class weights for a
-            `criterion` of your own, or processes with different settings or images.
+            `criterion` of your own, processes with different settings or images, or `cuda_graph` where it cannot work.
         FileExistsError: if the output folder contains another run.
         FileNotFoundError, CheckpointError: if a file to resume or fine-tune from cannot be used, or a setting cannot
             change on resume.
@@ -146,6 +150,7 @@ def build(config: TrainConfig, *, criterion: Loss | None = None, resume: str | N
         logger.warning(warning)
     else:
         logger.info(f"device: {device}")
+    check_graph_support(config, device)
     if config.warmup_epochs >= config.epochs:
         logger.warning(
             f"the learning rate never reaches its peak: the run has {config.epochs} epochs, and the warm-up takes "
@@ -219,7 +224,8 @@ def _assemble(
             scheduler=build_scheduler(config, optimizer, len(batches) // config.grad_accum),
             scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         ),
-        wrapped_model=wrap_model(config, model, device, preprocessing.input_size),
+        wrapped_model=wrap_model(config, model, device, dtype, preprocessing.input_size),
+        saved_buffers=SavedBuffers(model),
         batches=batches,
         val_images=val_images,
         record=record,

@@ -232,6 +232,10 @@ class RunSettings(SettingsGroup):
     float32."""
     compile: bool = False
     """Compile the model with torch.compile."""
+    cuda_graph: bool = False
+    """Capture the forward and backward pass once as CUDA graphs, and replay them in each step. Faster where launching
+    kernels takes longer than running them: small models and batches. For one process on a CUDA device; not together
+    with compile or grad_checkpointing."""
     channels_last: bool = False
     """Use the channels-last memory format for images and weights."""
     workers: Annotated[int, Field(ge=0)] = 2
@@ -280,6 +284,13 @@ class TrainConfig(
             raise ValueError(f"batch_size={self.batch_size} must be even to mix images in pairs (mixup, cutmix)")
         if self.sched == "plateau" and self.sched_on_updates:
             raise ValueError("sched=plateau depends on the accuracy of each epoch, so sched_on_updates must be false")
+        if self.cuda_graph and self.compile:
+            raise ValueError("cuda_graph captures the model's own kernels, so compile must be false")
+        if self.cuda_graph and self.grad_checkpointing:
+            raise ValueError(
+                "grad_checkpointing sets the random generator in the backward pass, which cuda_graph cannot capture, "
+                "so one of them must be false"
+            )
         return self
 
     @property

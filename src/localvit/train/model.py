@@ -1,19 +1,21 @@
 """The model in training: creation, initial weights, frozen parameters, moving average, and data parallelism."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from localvit.data.preprocessing import Preprocessing
 from localvit.data.training_batches import RandomPurpose, seed_random
 from localvit.models.factory import create_model
 from localvit.models.published_names import published_key
+from localvit.train.buffers import SavedBuffers, copy_all
 from localvit.train.config import TrainConfig
+from localvit.train.cuda_graph import GraphedModel
 from localvit.train.finetune import load_pretrained
 from localvit.train.optimization import freeze
 from localvit.train.resume import Start
@@ -74,14 +76,38 @@ def build_average(config: TrainConfig, model: nn.Module) -> ModelEmaV3 | None:
     """The moving average of parameters and buffers; None if it is off."""
     if config.ema_decay is None:
         return None
-    return ModelEmaV3(model, decay=config.ema_decay, device=torch.device("cpu") if config.ema_on_cpu else None)
+    return _Average(model, decay=config.ema_decay, device=torch.device("cpu") if config.ema_on_cpu else None)
 
 
-def wrap_model(config: TrainConfig, model: nn.Module, device: torch.device, size: tuple[int, int]) -> Any:
-    """The model in DistributedDataParallel if there are several processes, and compiled if configured.
+class _Average(ModelEmaV3):
+    """timm's average, with one call for the integers too: timm copies the step counters of batch norms one by one."""
 
-    `size` is the height and width of the images in pixels.
+    def apply_update_(self, model: nn.Module, decay: float) -> None:
+        if not self.foreach:  # on another device than the model
+            super().apply_update_(model, decay)
+            return
+        # Without keep_vars, a state dict detaches each of its tensors.
+        averaged, current = (each.state_dict(keep_vars=True).values() for each in (self.module, model))
+        pairs = list(zip(averaged, current, strict=True))
+        floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        others = [pair for pair in pairs if not pair[0].is_floating_point()]
+        torch._foreach_lerp_([pair[0] for pair in floats], [pair[1] for pair in floats], weight=1 - decay)
+        copy_all([pair[0] for pair in others], [pair[1] for pair in others])
+
+
+def wrap_model(
+    config: TrainConfig, model: nn.Module, device: torch.device, dtype: torch.dtype, size: tuple[int, int]
+) -> Any:
+    """The model in DistributedDataParallel if there are several processes, and compiled or captured if configured.
+
+    `dtype` is that of autocast, and `size` the height and width of the images in pixels.
+
+    Raises ValueError if the model is to be captured in CUDA graphs, and cannot be.
     """
+    if config.cuda_graph:
+        layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        sample_BCHW = torch.zeros(config.batch_size, 3, *size, device=device).contiguous(memory_format=layout)
+        return GraphedModel(model, sample_BCHW, dtype)
     wrapped = model
     if world_size() > 1:
         wrapped = DistributedDataParallel(
@@ -94,16 +120,10 @@ def wrap_model(config: TrainConfig, model: nn.Module, device: torch.device, size
 
 def _has_unused_parameters(model: nn.Module, size: tuple[int, int], device: torch.device) -> bool:
     """Whether some parameter gets no gradient (the tokenizer of LocalViT-T2T has a published norm without a use)."""
-    buffers_before = [buffer.clone() for buffer in model.buffers()]
+    buffers_before = SavedBuffers(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     outputs = model.train()(torch.zeros(2, 3, *size, device=device))
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     gradients = torch.autograd.grad([output.sum() for output in outputs], parameters, allow_unused=True)
-    restore(model.buffers(), buffers_before)
+    buffers_before.restore()
     return any(gradient is None for gradient in gradients)
-
-
-def restore(tensors: Iterable[Tensor], values: Iterable[Tensor]) -> None:
-    """Copy the earlier `values` back into `tensors`."""
-    for tensor, value in zip(tensors, values, strict=True):
-        tensor.copy_(value)

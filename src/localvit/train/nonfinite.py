@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from localvit.train.buffers import SavedBuffers
 from localvit.train.builder import Training
-from localvit.train.model import restore
 from localvit.train.step import StepResult, prepare_batch
 from localvit.utils.distributed import all_gather
 
@@ -36,7 +36,7 @@ def explain(training: Training, result: StepResult) -> str:
         return f"{place}: {names[0]} is not finite, because of an earlier step"
     if math.isfinite(result.loss):
         return f"{place}, although the loss is {result.loss:.4g}"
-    buffers_before = [buffer.clone() for buffer in state.model.buffers()]
+    buffers_before = SavedBuffers(state.model)
     findings = []
     for number in range(state.step * config.grad_accum, (state.step + 1) * config.grad_accum):
         images_BCHW, labels_B, names = training.batches.batch(state.epoch, number)
@@ -46,7 +46,7 @@ def explain(training: Training, result: StepResult) -> str:
             more = f" and {len(affected) - _MAX_NAMES} more" if len(affected) > _MAX_NAMES else ""
             images = ", ".join(affected[:_MAX_NAMES])
             findings.append(f"{module} is the first whose output is not finite, on {images}{more}")
-    restore(state.model.buffers(), buffers_before)
+    buffers_before.restore()
     findings = [finding for of_rank in all_gather(findings) for finding in of_rank]
     return f"{place}: {'; '.join(findings) or 'repeating the forward pass gives finite numbers'}"
 

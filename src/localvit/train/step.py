@@ -18,7 +18,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from localvit.data.training_batches import RandomPurpose, seed_random
 from localvit.train.builder import Training
-from localvit.train.model import restore
+from localvit.train.cuda_graph import GraphedModel
 from localvit.utils.distributed import rank, world_size
 
 
@@ -46,12 +46,12 @@ def train_step(training: Training, batches: Iterator[tuple[Tensor, Tensor]], *, 
         stop: whether this process was asked to stop; shared with all processes.
     """
     state, scaler = training.state, training.state.scaler
-    buffers_before = [buffer.clone() for buffer in state.model.buffers()]
+    training.saved_buffers.save()
     state.optimizer.zero_grad()
     try:
         loss, stops = _forward_backward(training, batches, stop=stop)
     except BaseException:
-        restore(state.model.buffers(), buffers_before)
+        training.saved_buffers.restore()
         state.optimizer.zero_grad()
         raise
     nonfinite = None if math.isfinite(loss) else f"the loss is {loss}"
@@ -70,7 +70,7 @@ def train_step(training: Training, batches: Iterator[tuple[Tensor, Tensor]], *, 
             nonfinite = _describe_gradient(state.model, norm)
         scaler.update()
     if not is_applied:
-        restore(state.model.buffers(), buffers_before)
+        training.saved_buffers.restore()
         state.optimizer.zero_grad()
     return StepResult(loss=loss, stop=stops > 0, nonfinite=nonfinite)
 
@@ -93,6 +93,8 @@ def _forward_backward(
             if is_last:
                 sums = _AsyncSum(torch.stack((total, torch.full_like(total, float(stop)))))
             state.scaler.scale(loss).backward()
+        if number == 0 and not is_last and isinstance(training.wrapped_model, GraphedModel):
+            training.wrapped_model.keep_gradients()
     loss_sum, stops = sums.read()
     return loss_sum / world_size(), stops
 
