@@ -1,7 +1,7 @@
 """The README's commands and snippets, run unchanged and in order, in a folder with the files that they name.
 
-They run in this process, because most of a short command's time is the import of torch; `tests/cli/test_start.py` and
-`tests/evaluation` start commands as processes.
+They run in this process, because most of a short command's time is the import of torch. `tests/cli/test_start.py` and
+`tests/train/test_processes.py` start them as a shell and torchrun do.
 """
 
 import re
