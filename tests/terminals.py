@@ -29,9 +29,9 @@ def run_on_terminal(
     termios.tcsetwinsize(theirs, (24, columns))
     file = folder / "other output"
     file.touch()
-    streams = {name: os.ttyname(theirs) if name in outputs else file for name in ("out", "err")}
+    out, err = (os.ttyname(theirs) if name in outputs else file for name in ("out", "err"))
     environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"} | {"TERM": "xterm"}
-    process = start(run_source, program, **streams, environment=environment)
+    process = start(run_source, program, out=out, err=err, environment=environment)
     with ThreadPoolExecutor() as pool:  # a terminal holds a few kB only
         reading = pool.submit(_read_all, ours)
         status = status_of(process)

@@ -69,7 +69,8 @@ def uninterrupted(tiny_digits, tmp_path_factory):
 
 
 def run_config(data, folder, **changes):
-    settings = {"epochs": 3, "batch_size": 12, "checkpoint_steps": 1, "label_smoothing": 0.0} | changes
+    small = {"epochs": 3, "batch_size": 12, "model_args": {"depth": 2}}
+    settings = small | {"checkpoint_steps": 1, "label_smoothing": 0.0} | changes
     return tiny_config(data, folder, **settings)
 
 
