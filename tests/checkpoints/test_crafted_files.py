@@ -2,8 +2,6 @@
 
 import argparse
 import json
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -15,6 +13,7 @@ import localvit
 from localvit.checkpoints import make_header, read_checkpoint
 from localvit.checkpoints.arguments import architecture_arguments
 from localvit.utils.weight_files import CheckpointError
+from processes import run_source, start, status_of
 
 NANO = "localvit_nano_patch4_32"
 
@@ -109,13 +108,13 @@ def test_a_crafted_file_opens_no_connection_and_no_other_file(nano, tmp_path):
             (tmp_path / f"{layout} {number}").mkdir()
             paths.append(write(tmp_path / f"{layout} {number}", nano, layout, args=args))
     try:
-        command = [sys.executable, "-c", READS_EACH_FILE, *map(str, paths)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        out, err = tmp_path / "out", tmp_path / "err"
+        status = status_of(start(run_source, READS_EACH_FILE, *paths, out=out, err=err))
     finally:
         server.shutdown()
         server.server_close()
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("was refused") == len(paths) == 8
+    assert status == 0, err.read_text()
+    assert out.read_text().count("was refused") == len(paths) == 8
     assert requested == []
 
 

@@ -66,8 +66,8 @@ run(work, debug=False)
 """
 
 
-def test_the_bar_keeps_messages_readable_and_leaves_redirected_results_alone():
-    shown, out = run_on_terminal(PROGRAM, columns=80, outputs=("stderr",))
+def test_the_bar_keeps_messages_readable_and_leaves_redirected_results_alone(tmp_path):
+    shown, out = run_on_terminal(PROGRAM, tmp_path, columns=80, outputs=("err",))
     assert out == "a result\n"
     lines = [line for line in shown.replace("\r", "\n").splitlines() if "no GPU" in line]
     assert [line.removeprefix("\x1b[2K") for line in lines] == ["warning: no GPU"]

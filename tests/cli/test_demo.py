@@ -1,4 +1,4 @@
-"""The demo, shortened to a quarter of the digits and three epochs. `make demo` runs it in full."""
+"""The demo, shortened to a network of two blocks, five digits and three epochs. `make demo` runs it in full."""
 
 import json
 import os
@@ -17,13 +17,13 @@ from localvit_cli.demo import run_demo
 
 
 def test_the_demo_trains_and_writes_the_files_that_it_names(tmp_path, capsys):
-    digits = write_some_digits(tmp_path, classes=10, train=40, val=20)
-    shortened = {"data_path": digits, "output_dir": tmp_path / "run", "epochs": 3, "batch_size": 16, "workers": 0}
-    own = shortened | {"lr": 0.032, "warmup_lr": 0.001, "device": "cpu"}
+    digits = write_some_digits(tmp_path, classes=5, train=40, val=20)
+    shortened = {"data_path": digits, "output_dir": tmp_path / "run", "epochs": 3, "batch_size": 8, "workers": 0}
+    own = shortened | {"lr": 0.032, "warmup_lr": 0.001, "device": "cpu", "model_args": {"depth": 2}}
     with log_to_stderr():
         acc1 = run_demo(TrainConfig(**(read_recipe("digits") | own)))
-    # Chance is 10, with a deviation of 2 on 200 images; three seeds reached 77, 78 and 90.
-    assert acc1 >= 50
+    # Chance is 20, with a deviation of 4 on 100 images.
+    assert acc1 >= 40
 
     printed = capsys.readouterr()
     run = tmp_path / "run"
@@ -32,7 +32,7 @@ def test_the_demo_trains_and_writes_the_files_that_it_names(tmp_path, capsys):
         assert path.exists()
     assert json.loads((run / "report" / "results.json").read_text())["acc1"] == acc1
     assert f"Acc@1 {acc1:.3f}" in printed.out
-    assert read_checkpoint(run / "last.safetensors").class_names == [str(digit) for digit in range(10)]
+    assert read_checkpoint(run / "last.safetensors").class_names == ["0", "1", "2", "3", "4"]
     with Image.open(run / "curves.png") as image:
         image.verify()
     assert "images" in printed.err  # progress lines

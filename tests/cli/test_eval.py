@@ -178,12 +178,12 @@ def test_unknown_flags_exit_with_2(capsys):
     assert exit_.value.code == 2
 
 
-def test_a_terminal_shows_a_progress_bar(workplace):
+def test_a_terminal_shows_a_progress_bar(workplace, tmp_path):
     """On a pseudo terminal, progress is a bar that is redrawn."""
     command = ["eval", str(workplace / "good.safetensors"), "--data-set", "FOLDER"]
     command += ["--data-path", str(workplace / "good"), "--device", "cpu", "--workers", "0"]
     program = f"import sys; from localvit_cli import main; sys.exit(main({command!r}))"
-    shown, out = run_on_terminal(program, columns=80, outputs=("stderr",))
+    shown, out = run_on_terminal(program, tmp_path, columns=80, outputs=("err",))
     assert out.startswith("* Acc@1")
     assert "\x1b[" in shown
     assert "3/3" in shown

@@ -103,10 +103,9 @@ def test_parameter_counts_are_the_published_ones(listed):
 
 
 def test_stated_counts_are_those_of_the_models(listed):
-    """The list states them, because building every model takes seconds; each would otherwise be wrong in silence."""
+    """Multiply-adds; `tests/models/test_registry.py` checks the parameters. Building the models takes seconds."""
     for model in listed:
         made = create_model(model["name"], device="meta")
-        assert model["parameters"] == count_parameters(made)
         assert model["multiply_adds"] == count_multiply_adds(made, tuple(model["input_size"])), model["name"]
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 
@@ -12,6 +11,7 @@ import yaml
 from tiny import tiny_config, write_some_digits
 
 from localvit_cli import main
+from processes import run_localvit, start, status_of
 
 
 @pytest.fixture(scope="module")
@@ -42,21 +42,15 @@ def test_a_dry_run_describes_the_run_and_writes_nothing(digits, tmp_path, capsys
 def test_an_interrupted_run_resumes_with_its_own_settings(digits, tmp_path, capsys):
     """The command to resume names only the folder."""
     config = settings(tmp_path, digits, epochs=40)
-    run = subprocess.Popen(
-        [sys.executable, "-m", "localvit", "train", "--config", config],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    out, err = tmp_path / "out", tmp_path / "err"
+    run = start(run_localvit, "train", "--config", config, out=out, err=err)
     log = tmp_path / "run" / "log.txt"
-    while run.poll() is None and not log.exists():
+    while run.is_alive() and not log.exists():
         time.sleep(0.02)
-    run.send_signal(signal.SIGINT)
-    out, err = run.communicate(timeout=60)
-    assert run.returncode == 130
-    assert (out, "Traceback" in err) == ("", False)
-    assert err.splitlines()[-1].startswith("localvit: stopped in epoch ")
+    os.kill(run.pid, signal.SIGINT)
+    assert status_of(run) == 130
+    assert (out.read_text(), "Traceback" in err.read_text()) == ("", False)
+    assert err.read_text().splitlines()[-1].startswith("localvit: stopped in epoch ")
     done = len(log.read_text().splitlines())
 
     assert main(["train", "--resume", "auto", "--output-dir", str(tmp_path / "run"), "--epochs", str(done + 1)]) == 0

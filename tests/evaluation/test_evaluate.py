@@ -3,8 +3,7 @@
 import copy
 import json
 import os
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from localvit.data.preprocessing import Preprocessing
 from localvit.evaluation.evaluate import Evaluation, evaluate
 from localvit.evaluation.metrics import real_accuracy
 from localvit.inference.runner import InferenceOptions, load_model
+from processes import run_localvit, start_group, status_of
 from published import SHARED, published_state
 
 ROOT = Path(__file__).parents[2]
@@ -70,11 +70,13 @@ def run(nano, images, **arguments) -> Evaluation:
 
 
 @needs_sample
-def test_published_result_to_the_digit(published_file):
+def test_published_result_to_the_digit(published_file, monkeypatch, capsys):
     command = ["main.py", "--model", "localvit_tiny_mlp4_act3_r192", "--eval", "--resume", str(published_file)]
     options = ["--data-path", str(SAMPLE), "--output_dir", "unused", "--num_workers", "1", "--device", "cpu"]
-    done = subprocess.run([sys.executable, *command, *options], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == json.loads((FIXTURE / "expected.json").read_text())["line"]
+    monkeypatch.setattr("sys.argv", [*command, *options])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        runpy.run_path(str(ROOT / "main.py"), run_name="__main__")
+    assert capsys.readouterr().out.splitlines()[-1] == json.loads((FIXTURE / "expected.json").read_text())["line"]
 
 
 @needs_sample
@@ -136,15 +138,12 @@ def test_the_number_of_processes_does_not_change_the_result(nano, folder, tmp_pa
     checkpoint = localvit.save_checkpoint(
         nano, tmp_path / "nano.safetensors", class_names=NAMES, preprocessing=PREPROCESSING.to_dict()
     )
-    command = ["-m", "localvit", "eval", str(checkpoint), "--data-set", "FOLDER", "--data-path", str(folder)]
-    options = ["--device", "cpu", "--batch-size", "4", "--workers", "0", "--report", str(tmp_path / "report")]
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *launch, *command, *options], capture_output=True, text=True, env=environment, timeout=200
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [run(nano, open_images("FOLDER", folder)).line()]
+    command = ["eval", checkpoint, "--data-set", "FOLDER", "--data-path", folder]
+    options = ["--device", "cpu", "--batch-size", 4, "--workers", 0, "--report", tmp_path / "report"]
+    out, err = tmp_path / "out", tmp_path / "err"
+    group = start_group(processes, run_localvit, *command, *options, out=out, err=err)
+    assert [status_of(each) for each in group] == [0] * processes, err.read_text()
+    assert out.read_text().splitlines() == [run(nano, open_images("FOLDER", folder)).line()]
     assert json.loads((tmp_path / "report" / "results.json").read_text())["count"] == 17
 
 
@@ -156,16 +155,11 @@ def test_an_unreadable_image_stops_all_processes(nano, folder, tmp_path):
     (root / "ape" / "a.png").write_bytes((folder / "ape" / "00.png").read_bytes())
     (root / "bat" / "broken.png").write_bytes(b"not an image")
     checkpoint = localvit.save_checkpoint(nano, tmp_path / "nano.safetensors", class_names=NAMES)
-    command = ["-m", "localvit", "eval", str(checkpoint), "--data-set", "FOLDER", "--data-path", str(root)]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
-    options = ["--device", "cpu", "--workers", "0"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *launch, *command, *options], capture_output=True, text=True, env=environment, timeout=200
-    )
-    assert done.returncode != 0
-    assert "broken.png" in done.stderr
-    assert "* Acc@1" not in done.stdout
+    command = ["eval", checkpoint, "--data-set", "FOLDER", "--data-path", root, "--device", "cpu", "--workers", 0]
+    group = start_group(3, run_localvit, *command, out=tmp_path / "out", err=tmp_path / "err")
+    assert [status_of(each) for each in group] == [1, 1, 1]
+    assert "broken.png" in (tmp_path / "err").read_text()
+    assert (tmp_path / "out").read_text() == ""
 
 
 def test_labels_are_matched_by_class_name(folder):

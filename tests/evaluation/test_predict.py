@@ -5,8 +5,6 @@ import io
 import json
 import os
 import signal
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from localvit.inference.runner import InferenceOptions
 from localvit_cli import main
 from localvit_cli.predict import Predict, _open_output
 from localvit_cli.prediction_formats import WRITERS
+from processes import run_localvit, start, status_of
 
 NAMES = ["ant", 'a "big" crow, black', "bée\nor wasp"]
 CPU = torch.device("cpu")
@@ -447,16 +446,12 @@ def test_the_error_of_a_missing_file_names_it_once(tmp_path):
         load_image(images, 1)
 
 
-def _command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "localvit", "predict", *map(str, arguments), "--device", "cpu"]
-
-
-def test_the_command_with_worker_processes(checkpoint, tmp_path):
+def test_the_command_with_worker_processes(checkpoint, tmp_path, capfd):
     bad = _bad_files(tmp_path)
-    plain = subprocess.run(_command(checkpoint, tmp_path, "--format", "jsonl"), capture_output=True, text=True)
-    assert plain.returncode == 1
-    assert "Traceback" not in plain.stderr
-    rows = [json.loads(line) for line in plain.stdout.splitlines()]
+    assert main(["predict", str(checkpoint), str(tmp_path), "--format", "jsonl", "--device", "cpu"]) == 1
+    printed = capfd.readouterr()
+    assert "Traceback" not in printed.err
+    rows = [json.loads(line) for line in printed.out.splitlines()]
     assert [Path(row["file"]).name for row in rows] == sorted(
         [*(name for name in bad if (tmp_path / name).is_file() or name == "gone.png"), "good.png"]
     )
@@ -465,22 +460,18 @@ def test_the_command_with_worker_processes(checkpoint, tmp_path):
 
 def test_a_closed_pipe_ends_silently_and_an_interrupt_prints_one_line(checkpoint, tmp_path):
     path = save(tmp_path / "1.png", noise(1))
-    arguments = [checkpoint, *[path] * 20_000, "--format", "csv", "--batch-size", 1]
+    arguments = [checkpoint, *[path] * 20_000, "--format", "csv", "--batch-size", 1, "--device", "cpu"]
     for stop in ("close", "interrupt"):
-        process = subprocess.Popen(
-            _command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
-        assert process.stdout is not None
-        assert process.stderr is not None
-        assert process.stdout.readline().startswith('"file"')
-        if stop == "close":
-            process.stdout.close()
-            errors, status = process.stderr.read(), process.wait(60)
-            assert status == 0
-        else:
-            os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the worker processes get it too
-            errors, status = process.communicate(timeout=60)[1], process.returncode
-            assert errors.endswith("localvit: interrupted\n")
-            assert status == 130
+        pipe, err = tmp_path / f"{stop} pipe", tmp_path / f"{stop} err"
+        os.mkfifo(pipe)
+        process = start(run_localvit, "predict", *arguments, out=pipe, err=err, own_session=True)
+        with pipe.open() as out:
+            assert out.readline().startswith('"file"')
+            if stop == "interrupt":
+                os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the worker processes get it too
+                out.read()
+        assert status_of(process, 60) == (130 if stop == "interrupt" else 0)
+        errors = err.read_text()
+        assert errors.endswith("localvit: interrupted\n") or stop == "close"
         assert "Traceback" not in errors
         assert "Exception" not in errors

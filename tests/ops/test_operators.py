@@ -1,8 +1,5 @@
 """The registered operators: gradients, what torch.compile and torch.export see, and the switch."""
 
-import subprocess
-import sys
-
 import launches
 import pytest
 import torch
@@ -10,6 +7,7 @@ from torch import nn
 
 from localvit.ops import dispatch, operators, reference, use_backend
 from localvit.ops.activations import ACTIVATIONS
+from processes import run_source, start, status_of
 
 SIZE = (2, 3, 5, 4)
 OPERATORS = torch.ops.localvit
@@ -155,11 +153,12 @@ def test_meta_device():
     assert (out.shape, mean.shape, variance.shape) == (SIZE, SIZE[3:], SIZE[3:])
 
 
-def test_triton_is_imported_only_where_a_kernel_runs():
+def test_triton_is_imported_only_where_a_kernel_runs(tmp_path):
     program = (
         "import sys, torch; from localvit import ops; "
         "torch.ops.localvit.depthwise_act_pool(torch.ones(1, 2, 2, 1), torch.ones(1, 3, 3), torch.ones(1), 'hs'); "
         "print(ops.backend(), [name for name in sys.modules if 'localvit.ops.triton.' in name])"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "torch []"
+    out, err = tmp_path / "out", tmp_path / "err"
+    assert status_of(start(run_source, program, out=out, err=err)) == 0, err.read_text()
+    assert out.read_text().strip() == "torch []"

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,23 +10,19 @@ import time
 import pytest
 import torch
 import yaml
-from tiny import tiny_config
+from tiny import tiny_config, train
 
 from localvit.data.datasets import open_images
 from localvit.evaluation.evaluate import evaluate
 from localvit.inference.runner import InferenceOptions, load_model
+from processes import free_port, run_localvit, start_group, status_of
 
 STILL = {"mixup": 0.0, "cutmix": 0.0, "drop_path_rate": 0.0}
 """Without random numbers per batch, which differ if the batch is split over processes."""
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def launched(processes, config_file, *flags, restarts=0):
+    """The command under torchrun."""
     launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
     address = ["--master-addr=127.0.0.1", f"--master-port={free_port()}"]
     return subprocess.Popen(
@@ -46,9 +41,12 @@ def written(path, config):
 
 def log_of(processes, data, folder, **changes):
     config = tiny_config(data, folder / f"run{processes}", batch_size=12 // processes, **changes)
-    run = launched(processes, written(folder / f"c{processes}.yaml", config))
-    out, _ = run.communicate(timeout=180)
-    assert run.returncode == 0, out
+    if processes == 1:
+        train(config)
+    else:
+        file, err = written(folder / f"c{processes}.yaml", config), folder / f"err{processes}"
+        group = start_group(processes, run_localvit, "train", "--config", file, out=folder / "out", err=err)
+        assert [status_of(each) for each in group] == [0] * processes, err.read_text()
     return [json.loads(line) for line in (config.output_dir / "log.txt").read_text().splitlines()]
 
 
@@ -56,13 +54,12 @@ def test_processes_compute_the_same_as_one_process(tiny_digits, tmp_path):
     """The same global batch, BatchNorm over all of it: equal to rounding."""
     changes = dict(STILL, sync_bn=True, opt="momentum", lr=0.5)
     one = log_of(1, tiny_digits, tmp_path, **changes)
-    for processes in (2, 4):
-        rows = log_of(processes, tiny_digits, tmp_path, **changes)
-        for row, expected in zip(rows, one, strict=True):
-            assert row["train_lr"] == expected["train_lr"]
-            # float32 sums in another order, through six BatchNorm networks and six steps
-            assert row["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-3)
-            assert row["test_loss"] == pytest.approx(expected["test_loss"], rel=1e-2)
+    rows = log_of(4, tiny_digits, tmp_path, **changes)
+    for row, expected in zip(rows, one, strict=True):
+        assert row["train_lr"] == expected["train_lr"]
+        # float32 sums in another order, through six BatchNorm networks and six steps
+        assert row["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-3)
+        assert row["test_loss"] == pytest.approx(expected["test_loss"], rel=1e-2)
 
 
 def test_without_sync_bn_all_processes_use_the_statistics_of_rank_0(tiny_digits, tmp_path):
@@ -93,24 +90,20 @@ def test_a_killed_process_resumes_automatically(tiny_digits, tmp_path):
     assert [json.loads(line) for line in log.read_text().splitlines()] == expected
 
 
+def run_with_own_settings(folder):
+    run_localvit("train", "--config", folder / f"settings{os.environ['RANK']}.yaml")
+
+
 def test_processes_with_different_settings_stop_and_name_them(tiny_digits, tmp_path):
     """Each process reads another settings file."""
     for rank, lr in enumerate((0.1, 0.2)):
         written(tmp_path / f"settings{rank}.yaml", tiny_config(tiny_digits, tmp_path / "run", lr=lr))
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-m", "localvit", "train", "--config", str(tmp_path / f"settings{rank}.yaml")],
-            env=os.environ | address | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    for run in runs:
-        _, out = run.communicate(timeout=120)
-        assert run.returncode == 1
-        assert "the processes differ in the setting lr" in out
-        assert "0.1" in out
-        assert "0.2" in out
+    err = tmp_path / "err"
+    group = start_group(2, run_with_own_settings, tmp_path, out=tmp_path / "out", err=err)
+    assert [status_of(each) for each in group] == [1, 1]
+    lines = [line for line in err.read_text().splitlines() if "the processes differ in the setting lr" in line]
+    assert len(lines) == 2
+    for line in lines:
+        assert "0.1" in line
+        assert "0.2" in line
     assert not (tmp_path / "run").exists()

@@ -1,8 +1,7 @@
 """Tables: what fits is left as it is, what does not wraps or moves below, and nothing is lost."""
 
+import os
 import random
-import subprocess
-import sys
 from collections import Counter
 from textwrap import dedent
 
@@ -10,6 +9,7 @@ import pytest
 from rich.cells import cell_len
 
 from localvit.utils.tables import format_table
+from processes import run_source, start, status_of
 from terminals import run_on_terminal
 
 ROWS = [
@@ -94,16 +94,15 @@ LONG = PROGRAM.replace("another", "another " * 20)
 
 
 @pytest.mark.parametrize("columns", [80, 200])
-def test_a_terminal_decides_the_width(columns):
-    shown, _ = run_on_terminal(LONG, columns=columns)
+def test_a_terminal_decides_the_width(tmp_path, columns):
+    shown, _ = run_on_terminal(LONG, tmp_path, columns=columns)
     assert columns - 8 <= max(map(len, shown.splitlines())) <= columns  # a word is 8 characters with its space
     assert "\x1b" not in shown
 
 
 @pytest.mark.parametrize(("environment", "columns"), [({}, 80), ({"COLUMNS": "200"}, 200)])
-def test_a_pipe_has_80_columns_unless_the_environment_gives_another_number(monkeypatch, environment, columns):
-    monkeypatch.delenv("COLUMNS", raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    out = subprocess.run([sys.executable, "-c", LONG], capture_output=True, text=True, check=True).stdout
-    assert columns - 8 <= max(map(len, out.splitlines())) <= columns
+def test_a_file_has_80_columns_unless_the_environment_gives_another_number(tmp_path, environment, columns):
+    others = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    assert status_of(start(run_source, LONG, out=tmp_path / "out", environment=others | environment)) == 0
+    shown = (tmp_path / "out").read_text()
+    assert columns - 8 <= max(map(len, shown.splitlines())) <= columns

@@ -119,6 +119,7 @@ def make_header(
             "only plain arguments of the architecture"
         )
     img_size = img_size_of(model)
+    arguments |= plain(_changed_patches(model, made_from["name"], arguments))
     arguments |= _changed_pool(model, made_from["name"], arguments)
     info = find_model(made_from["name"])
     header = {
@@ -146,6 +147,15 @@ def _changed_arguments(model: Any, made_from: Mapping[str, Any]) -> dict[str, An
     recorded = getattr(model, "_model_args", {})  # timm's, from 1.0.31 on
     changed |= {key: recorded[key] for key in ("patch_size", "window_size") if key in recorded and key in allowed}
     return changed
+
+
+def _changed_patches(model: Any, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The patch size that `set_input_size` has given the model, which timm does not record before 1.0.31."""
+    made = described_model(name, json.dumps(arguments, sort_keys=True))
+    now, before = (getattr(getattr(each, "patch_embed", None), "patch_size", None) for each in (model, made))
+    if now is None or before is None or now == before or "patch_size" not in architecture_arguments(name):
+        return {}
+    return {"patch_size": now}
 
 
 def _changed_pool(model: Any, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:

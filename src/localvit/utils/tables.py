@@ -85,14 +85,18 @@ def _fitted(columns: Sequence[_Column], width: int) -> list[int]:
 
 
 def _render(columns: Sequence[_Column], width: int, show_header: bool) -> str:
-    table = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, show_header=show_header, header_style="")
+    # Gaps are columns, because the widths of padded columns differ between versions of rich.
+    table = Table(box=None, padding=0, pad_edge=False, show_header=show_header, header_style="")
     widths = _fitted(columns, width)
-    for column, own_width in zip(columns, widths, strict=True):
+    for index, (column, own_width) in enumerate(zip(columns, widths, strict=True)):
+        if index:
+            table.add_column(width=_GAP)
         table.add_column(
             Text(column.heading), justify="right" if column.right else "left", width=own_width, overflow="fold"
         )
     for row in zip(*(column.cells for column in columns), strict=True):
-        table.add_row(*map(Text, row))
+        first, *others = map(Text, row)
+        table.add_row(first, *(cell for other in others for cell in (None, other)))
     console = Console(file=io.StringIO(), width=_total(widths), color_system=None, legacy_windows=False)
     with console.capture() as captured:
         console.print(table)
