@@ -129,7 +129,7 @@ def fits_kernels(stages: Stages, map_BCHW: Tensor) -> torch.dtype | None:
         return None
     first, second = stages.stages
     fits = first.gate is None and _suits_kernel(first.conv) and second.conv.groups == stages.first.groups == 1
-    return dtype if (fits and torch.is_autocast_enabled(kind)) or map_BCHW.dtype == dtype else None
+    return dtype if fits and (torch.is_autocast_enabled(kind) or map_BCHW.dtype == dtype) else None
 
 
 def _has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
