@@ -73,7 +73,7 @@ class FusedConvolutions(nn.Sequential):
     def tokens(self, x_BNC: Tensor, grid_size: tuple[int, int], num_prefix_tokens: int) -> Tensor:
         """As forward for the map of the tokens after the prefix tokens; as tokens (B, P + H * W, C), zero for these."""
         first, *others, last = self
-        if not (first.runs_rows() and last.runs_rows()):
+        if not (first.runs_rows() and last.runs_rows()) or first.gate is not None:
             map_BHWC = x_BNC[:, num_prefix_tokens:].unflatten(1, grid_size)
             return F.pad(self(map_BHWC).flatten(1, 2), (0, 0, num_prefix_tokens, 0))
         # The operators leave out prefix tokens and put zeros for them where they are, which needs no copies.
@@ -113,7 +113,8 @@ class FusedConvolution(nn.Module):
             gate_BC: factors of its channels.
         """
         if self.runs_rows():
-            return self.rows(x_BHWC.flatten(1, 2), gate_BC).unflatten(1, x_BHWC.shape[1:3]), None
+            y_BHWE = self.rows(x_BHWC.flatten(1, 2), gate_BC).unflatten(1, x_BHWC.shape[1:3])
+            return y_BHWE, None if self.gate is None else self.gate.scale(channel_means(y_BHWE))
         if gate_BC is not None:
             x_BHWC = x_BHWC.mul_(gate_BC[:, None, None])  # Nothing else reads the map of the convolution before.
         path = folded_path(self)
@@ -125,7 +126,7 @@ class FusedConvolution(nn.Module):
 
     def runs_rows(self) -> bool:
         """Whether `rows` computes the convolution."""
-        return self.groups == 1 and self.gate is None and folded_path(self) == "operator"
+        return self.groups == 1 and folded_path(self) == "operator"
 
     def rows(
         self, x_BSC: Tensor, gate_BC: Tensor | None = None, *, skipped: int = 0, num_prefix_tokens: int = 0
