@@ -13,6 +13,7 @@ from torch._dynamo import lookup_backend
 from torch.utils.flop_counter import FlopCounterMode
 
 import localvit
+from localvit import ops
 from localvit.inference.last_block import BLOCKS
 from localvit.locality import ACTS, LocalityFeedForward
 from localvit.surgery.localize import locality_modules, localize_with_options
@@ -94,6 +95,18 @@ def test_module(act, form, memory_format):
     assert not any(isinstance(layer, nn.BatchNorm2d) for layer in fused.modules())
     module.conv[1].running_mean += 1.0  # The negative control: another module computes something else.
     assert not torch.allclose(fused(map_BCHW), module(map_BCHW))
+
+
+@pytest.mark.parametrize("name", [name for name in SMALL if name.startswith("localvit")])
+@pytest.mark.parametrize(
+    "changes", [{}, {"depthwise": False}, {"depthwise_first": True}, {"act": "hs+eca"}, {"act": "hs"}], ids=str
+)
+def test_model_by_the_operators(name, changes):
+    """They run the reference here: for a map or for tokens, with and without prefix tokens."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    model = small(name, **changes)
+    with torch.no_grad(), ops.use_backend("triton"):
+        torch.testing.assert_close(localvit.fuse(model)(images(name)), model(images(name)), **CLOSE)
 
 
 @pytest.mark.parametrize("act", ACTS)

@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrizations
 
 from localvit import LocalityFeedForward, ops
-from localvit.locality import SqueezeExcite
+from localvit.locality import ACTS, SqueezeExcite
+from localvit.ops import dispatch
 from localvit.ops.stages import stages_of
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-11}
@@ -280,8 +282,10 @@ def test_a_subclass_of_the_module_is_not_folded():
     torch.testing.assert_close(made.fuse()(image()), made(image()), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("backend", ["layers", "torch"])
+@pytest.mark.parametrize("backend", get_args(dispatch.Backend))
 def test_backends_give_the_same(backend):
+    if backend == "triton":
+        pytest.importorskip("triton", reason="Triton is not installed")
     expected = module().train()
     map_BCHW = image()
     out = map_BCHW + Layers(*copy.deepcopy(expected.conv))(map_BCHW)
@@ -289,7 +293,7 @@ def test_backends_give_the_same(backend):
     with ops.use_backend(backend):
         assert ops.backend() == backend
         found = module().train()(map_BCHW)
-    assert recomputes(found) == (backend == "torch")
+    assert recomputes(found) == (backend != "layers")
     torch.testing.assert_close(found, out, **CLOSE)
     assert ops.backend() == before
 
@@ -297,20 +301,20 @@ def test_backends_give_the_same(backend):
 def test_a_context_ends_where_its_block_raises():
     with pytest.raises(KeyError), ops.use_backend("layers"):
         raise KeyError
-    assert ops.backend() == "torch"
+    assert ops.backend() == "auto"
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match="backend='cuda' is not known; choose one of layers, torch, triton"):
+    with pytest.raises(ValueError, match="backend='cuda' is not known; choose one of auto, layers, torch, triton"):
         ops.set_backend("cuda")
-    assert ops.backend() == "torch"
+    assert ops.backend() == "auto"
 
 
 def test_triton_that_is_not_installed(monkeypatch):
     monkeypatch.setattr("localvit.ops.dispatch.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="pip install triton"):
         ops.set_backend("triton")
-    assert ops.backend() == "torch"
+    assert ops.backend() == "auto"
 
 
 @pytest.mark.parametrize(("value", "printed"), [("layers", "layers"), ("fast", "LOCALVIT_BACKEND='fast' is not known")])
@@ -319,6 +323,33 @@ def test_the_environment_sets_the_backend(value, printed):
     program = "from localvit import ops; print(ops.backend())"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert printed in done.stdout + done.stderr
+
+
+FORMS = {
+    "as the paper has it": ({}, True),
+    "depth-wise first": ({"dp_first": True}, False),
+    "no depth-wise convolution": ({"wo_dp_conv": True}, False),
+    "stride": ({"stride": 2}, False),
+    "larger neighborhood": ({"kernel_size": 5}, False),
+}
+
+
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("way", ["bfloat16", "autocast"])
+def test_only_the_papers_form_trains_by_the_kernels(act, form, way, monkeypatch):
+    """The rule alone, where no GPU is: the kernels read depth-wise 3x3 convolutions between 1x1 convolutions."""
+    monkeypatch.setattr(dispatch, "_has_kernels", lambda device, dtype: dtype in dispatch.KERNEL_DTYPES)
+    arguments, fits = FORMS[form]
+    made = module(act=act, **arguments).to(torch.bfloat16 if way == "bfloat16" else torch.float32)
+    map_BCHW = image().to(made.conv[0].weight.dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
+        assert dispatch.fits_kernels(stages_of(made.conv), map_BCHW) == (torch.bfloat16 if fits else None)
+        assert dispatch.fits_kernels(stages_of(made.conv), map_BCHW.double()) is None
+    if way == "bfloat16":
+        assert dispatch.fits_kernels(stages_of(made.conv), map_BCHW.float()) is None
+    else:
+        assert dispatch.fits_kernels(stages_of(made.conv), map_BCHW) is None
 
 
 def test_stages_are_read_in_order():

@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 
 from localvit.bench.prepare import saved_bytes
 from localvit.locality import ACTS, LocalityFeedForward
-from localvit.ops import use_backend
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-11}
 """float64: the map before a norm is normalized twice, by statistics that were rounded once more."""
@@ -103,21 +102,6 @@ def test_gradcheck(act, form):
         return out
 
     assert torch.autograd.gradcheck(function, (image(batch=2).requires_grad_(), *parameters), fast_mode=True)
-
-
-@pytest.mark.parametrize("act", ACTS)
-@pytest.mark.parametrize("form", FORMS)
-def test_with_the_operators(act, form):
-    """They run the reference here; the kernels have tests of their own."""
-    pytest.importorskip("triton", reason="Triton is not installed")
-    lean = module(act, **form)
-    plain = layer_by_layer(lean)
-    with use_backend("triton"):
-        if form.get("stride", 1) == 1 and not form.get("wo_dp_conv") and not form.get("dp_first"):
-            assert "_NormActDepthwiseBackward" in names(lean(image()).grad_fn)
-            lean = module(act, **form)
-        for mine, expected in zip(results(lean, image()), results(plain, image()), strict=True):
-            torch.testing.assert_close(mine, expected, **CLOSE)
 
 
 @pytest.mark.parametrize("times", [2, 3])

@@ -38,6 +38,7 @@ def pointwise(
     """As `localvit.ops.operators.pointwise`, for rows in bfloat16 or float16 with contiguous channels."""
     batch, rows, inner = x_BSK.shape
     columns = weight_NK.shape[0]
+    weight_NK, gate_BK = weight_NK.contiguous(), None if gate_BK is None else gate_BK.contiguous()
     out_BRN = weight_NK.new_empty((batch, rows - skipped + num_prefix_tokens, columns))
     blocks = blocks or (WIDENING if columns > inner else NARROWING)
     _launch(x_BSK, weight_NK, None, gate_BK, bias_N, out_BRN, None, skipped, num_prefix_tokens, None, act, blocks)

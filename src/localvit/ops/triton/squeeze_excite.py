@@ -27,7 +27,10 @@ def squeeze_excite(
     launch(
         squeeze_excite_kernel,
         batch,
-        (sum_BE, weight_QE, bias_Q, weight_EQ, bias_E, gate_BE, sum_BE.stride(0), 1 / positions),
+        (
+            *(sum_BE, weight_QE.contiguous(), bias_Q, weight_EQ.contiguous(), bias_E, gate_BE),
+            *(sum_BE.stride(0), 1 / positions),
+        ),
         (channels, bottleneck, block_e, block_q),
     )
     return gate_BE

@@ -1,0 +1,157 @@
+"""Every kernel compiled for NVIDIA's architectures, which needs no GPU: what is launched, and what it takes of a chip.
+
+The launches of localvit_tiny are recorded rather than run, so that a kernel is compiled for the sizes, dtypes and tiles
+that it runs with.
+"""
+
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from localvit.locality import LocalityFeedForward
+
+pytestmark = pytest.mark.skipif(
+    find_spec("triton") is None or sys.platform != "linux", reason="Triton is not installed"
+)
+
+BATCH, GRID, CHANNELS, HIDDEN = 2, (14, 14), 192, 768
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Shared memory of a block, from NVIDIA's table of compute capabilities."""
+REGISTERS = 65536
+"""Of a multiprocessor, for all threads of a block."""
+SPILLED_BYTES = {("normalized_gradient", 90): 192, ("pointwise 3", 100): 128}
+"""Of a thread: what the compiler may keep in local memory, where that is more than `FEW_BYTES`."""
+FEW_BYTES = 32
+
+
+def training():
+    """One step of the locality module under autocast: its kernels in their order."""
+    from localvit.ops.kernel_training import feed_forward
+    from localvit.ops.stages import stages_of
+
+    module = LocalityFeedForward(CHANNELS, CHANNELS, reduction=CHANNELS).train()
+    x = torch.randn(BATCH, CHANNELS, *GRID, requires_grad=True)
+    feed_forward(stages_of(module.conv), x, torch.bfloat16).float().sum().backward()
+
+
+def inference():
+    from localvit.ops.triton import inference, pointwise, squeeze_excite
+
+    def values(*shape):
+        return torch.zeros(shape, dtype=torch.bfloat16)
+
+    tokens = values(BATCH, 1 + GRID[0] * GRID[1], CHANNELS)
+    pointwise.pointwise(tokens, values(HIDDEN, CHANNELS), values(HIDDEN), "hs", None, 1)
+    hidden = values(BATCH, *GRID, HIDDEN)
+    inference.depthwise_act_pool(hidden, values(HIDDEN, 3, 3), values(HIDDEN), "hs")
+    layers = values(4, HIDDEN), values(4), values(HIDDEN, 4), values(HIDDEN)
+    gate = squeeze_excite.squeeze_excite(torch.zeros(BATCH, HIDDEN), 196, *layers)
+    rows, weight, bias = hidden.flatten(1, 2), values(CHANNELS, HIDDEN), values(CHANNELS)
+    pointwise.pointwise(rows, weight, bias, None, gate, 0, 1)
+
+
+@pytest.fixture(scope="module")
+def launches():
+    """The kernel, arguments, constants and options of each launch, by a name of its own."""
+    from localvit.ops.triton import batch_norm, pointwise, pointwise_backward, squeeze_excite, training_backward
+    from localvit.ops.triton import inference as inference_module
+    from localvit.ops.triton import training as training_module
+    from localvit.ops.triton.launch import DEFAULT
+
+    recorded = {}
+
+    def record(kernel, programs, arguments, constants, options=DEFAULT):
+        name = kernel.__name__.removesuffix("_kernel")
+        number = sum(other.split(" ")[0] == name for other in recorded)
+        recorded[f"{name} {number}" if number else name] = kernel, arguments, constants, options
+
+    kernels = batch_norm, pointwise, pointwise_backward, squeeze_excite, training_backward, inference_module
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (*kernels, training_module):
+            patch.setattr(module, "launch", record)
+        inference()
+        training()
+    return recorded
+
+
+IN_ORDER = [
+    *("pointwise", "depthwise_act_pool", "squeeze_excite", "pointwise 1"),
+    *("pointwise 2", "norm_vectors", "norm_act_depthwise", "norm_vectors 1", "channel_means", "pointwise 3"),
+    *("projection_gradients", "normalized_gradient", "norm_gradients", "norm_act_depthwise_backward"),
+    *("norm_gradients 1", "expansion_gradients"),
+]
+"""In inference: expansion, depth-wise convolution, gate, projection. In training: forward pass, backward pass."""
+
+
+def test_launches(launches):
+    assert list(launches) == IN_ORDER
+
+
+AGAIN = {"norm_vectors 1", "norm_gradients 1"}
+"""Compiled before, with the same sizes."""
+
+
+@pytest.mark.parametrize(
+    ("name", "capability"),
+    [
+        *((name, 90) for name in IN_ORDER if name not in AGAIN),
+        *((name, capability) for name in ("pointwise 3", "norm_act_depthwise_backward") for capability in (80, 100)),
+    ],
+)
+def test_compiled_for_nvidia(launches, name, capability, tmp_path, monkeypatch):
+    """The compiler accepts less than the interpreter."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel, arguments, constants, options = launches[name]
+    given = {option: value for option, value in options._asdict().items() if value is not None}
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source_of(kernel, arguments, constants), target=target, options=given)
+    used = resources(compiled.asm["cubin"], tmp_path)
+    assert used["STACK"] + used["LOCAL"] <= SPILLED_BYTES.get((name, capability), FEW_BYTES), used
+    assert used["REG"] * 32 * options.num_warps <= REGISTERS, used
+    assert compiled.metadata.shared <= SHARED_BYTES[capability]
+
+
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", int: "i32", float: "fp32"}
+
+
+def source_of(kernel, arguments, constants):
+    """What Triton compiles for these arguments: it specializes on None, on ones and on multiples of 16."""
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    assert len(names) == len(arguments) + len(constants)
+    signature, values, aligned = {}, dict(zip(names[len(arguments) :], constants, strict=True)), []
+    for name, value in zip(names, arguments, strict=False):
+        if value is None or (type(value) is int and value == 1):
+            values[name] = value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = TYPES[value.dtype]
+            aligned.append(name)
+        else:
+            signature[name] = TYPES[type(value)]
+            aligned += [name] * (isinstance(value, int) and value % 16 == 0)
+    signature |= dict.fromkeys(values, "constexpr")
+    return ASTSource(
+        kernel,
+        {name: signature[name] for name in names},
+        {(names.index(name),): value for name, value in values.items()},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+
+
+def resources(cubin, folder):
+    """Registers, and bytes of stack and local memory, of each thread."""
+    from triton import knobs
+
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    command = [knobs.nvidia.cuobjdump.path, "-res-usage", path]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", done.stdout)}

@@ -1,0 +1,157 @@
+"""A training step of the locality module by the Triton kernels, and by the layers in float64.
+
+Shapes: B batch, P prefix tokens, C channels, H and W the grid.
+"""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from launches import Draw
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from localvit.locality import LocalityFeedForward
+from localvit.ops import dispatch
+
+
+class Layers(nn.Sequential):
+    """The same layers, which run one by one: only a plain nn.Sequential takes a faster path."""
+
+
+def layer_by_layer(module):
+    plain = copy.deepcopy(module)
+    plain.conv = Layers(*plain.conv)
+    return plain
+
+
+def feed_forward(draw, channels, **arguments):
+    """A module in training mode, all weights and running statistics off their initial values."""
+    module = LocalityFeedForward(channels, channels, reduction=4, **arguments)
+    with torch.no_grad():
+        for entry in (*module.parameters(), *module.buffers()):
+            if entry.is_floating_point():
+                noise = draw.values(*entry.shape, dtype=torch.float32)
+                # Inputs of convolutions are of size 1, and so are their outputs.
+                entry.copy_(noise / entry[0].numel() ** 0.5 if entry.dim() > 1 else entry + 0.3 * noise)
+    return module.to(draw.device).train()
+
+
+def tokens_as_map(draw, batch, channels, grid, dtype):
+    """A map as hosts give it: tokens behind prefix tokens, which are NaN."""
+    return draw.map(batch, *grid, channels, dtype).permute(0, 3, 1, 2)
+
+
+def step(module, map_BCHW, weights_BCHW, context=contextlib.nullcontext, run=None, times=1):
+    """By name: output, the gradients of the map and of every parameter that has one, and the running statistics."""
+    map_BCHW = map_BCHW.detach().requires_grad_()
+    with context():
+        out_BCHW = (run or module)(map_BCHW)
+    for _ in range(times):
+        (out_BCHW * weights_BCHW.to(out_BCHW.dtype)).sum().backward(retain_graph=times > 1)
+    gradients = {f"gradient of {name}": each.grad for name, each in module.named_parameters()}
+    results = {"output": out_BCHW.detach(), "gradient of the input": map_BCHW.grad} | gradients
+    return {name: each for name, each in results.items() if each is not None} | dict(module.named_buffers())
+
+
+def steps_by_the_kernels(out):
+    """How many times the kernels' training step is in an output's graph."""
+    seen, nodes = set(), [out.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [parent for parent, _ in node.next_functions]
+    return sum(type(node).__name__ == "_FeedForwardBackward" for node in seen)
+
+
+def off_by(found, wanted):
+    """The difference of each entry, relative to the norm of what it should be; 0 or infinity for counts."""
+    assert found.keys() == wanted.keys()
+    errors = {}
+    for name, value in wanted.items():
+        difference = (found[name].double().cpu() - value.double().cpu()).norm()
+        errors[name] = float(difference / value.double().norm().cpu()) if difference else 0.0
+    return errors
+
+
+@contextlib.contextmanager
+def kernels_on_the_cpu():
+    """Interpreted kernels run for float32 as well, and for tensors of the CPU."""
+    before = dispatch._has_kernels
+    dispatch._has_kernels = lambda device, dtype: True
+    try:
+        yield
+    finally:
+        dispatch._has_kernels = before
+
+
+def checkpointed(module):
+    return lambda map_BCHW: checkpoint(module, map_BCHW, use_reentrant=False)
+
+
+def interpreted_step(act, way):
+    """A whole step, interpreted in float32, against float64: a fixed seed, whose values keep off the kinks."""
+    draw = Draw(7)
+    module = feed_forward(draw, 23, act=act, expand_ratio=2)
+    map_BCHW = tokens_as_map(draw, 3, 23, (5, 7), torch.float32)
+    if way == "frozen gate":
+        module.conv[6].requires_grad_(False)
+    if way == "frozen layers":
+        for layer in (module.conv[0], module.conv[4], module.conv[7]):
+            layer.requires_grad_(False)
+    plain = layer_by_layer(module).double()
+    weights_BCHW = draw.values(3, 23, 5, 7)
+    times = 2 if way == "backward twice" else 1
+    with kernels_on_the_cpu():
+        assert steps_by_the_kernels(copy.deepcopy(module)(map_BCHW)) == 1
+        run = checkpointed(module) if way == "checkpointed" else None
+        found = step(module, map_BCHW, weights_BCHW, run=run, times=times)
+    assert all(value.dtype == torch.float32 for name, value in found.items() if "num_batches" not in name)
+    errors = off_by(found, step(plain, map_BCHW.double(), weights_BCHW, times=times))
+    # Sums of up to a hundred products in float32, and gradients that cancel in part.
+    assert max(errors.values()) < 1e-5, errors
+    assert module.conv[1].num_batches_tracked.item() == module.conv[4].num_batches_tracked.item() == 1
+
+
+def interpreted_autocast(act):
+    """float16 within a module in float32: results and gradients in float32, as near to float64 as the layers bring."""
+    draw = Draw(8)
+    module = feed_forward(draw, 23, act=act, expand_ratio=2)
+    map_BCHW, weights_BCHW = tokens_as_map(draw, 3, 23, (5, 7), torch.float32), draw.values(3, 23, 5, 7)
+    plain = layer_by_layer(module)
+    wanted = step(layer_by_layer(module).double(), map_BCHW.double(), weights_BCHW)
+
+    def autocast():
+        return torch.autocast("cpu", torch.float16)
+
+    with kernels_on_the_cpu():
+        found = step(module, map_BCHW, weights_BCHW, autocast)
+    as_near_as_the_layers(found, step(plain, map_BCHW, weights_BCHW, autocast), wanted, torch.float16)
+
+
+def as_near_as_the_layers(found, by_layers, wanted, dtype):
+    """The error against float64 is that of the layers in the same dtype, but for the luck of rounding."""
+    assert {name: value.dtype for name, value in found.items()} == {n: value.dtype for n, value in by_layers.items()}
+    errors, allowed = off_by(found, wanted), off_by(by_layers, wanted)
+    # Twice the layers' error, and the rounding of one operand where they happen to be nearer than that.
+    limits = {name: 2 * error + _room(name, dtype) for name, error in allowed.items()}
+    far = {name: (error, limits[name]) for name, error in errors.items() if error > limits[name]}
+    assert not far, far
+
+
+def _room(name, dtype):
+    return 0.0 if "num_batches_tracked" in name else 2 * torch.finfo(dtype).eps
+
+
+def interpreted_weights_changed_in_between():
+    """The backward pass refuses weights changed after the forward pass, as autograd does."""
+    draw = Draw(9)
+    module = feed_forward(draw, 11, act="hs+se", expand_ratio=2)
+    with kernels_on_the_cpu():
+        out = module(tokens_as_map(draw, 2, 11, (3, 5), torch.float32))
+    with torch.no_grad():
+        module.conv[3].weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
