@@ -56,9 +56,11 @@ def drawn_weight(draw, rows, columns, dtype):
 
 
 def map_sizes(draw, ranges, large):
-    """Batch, height and width, and channels: of one block or of two."""
+    """Batch, height and width, and channels: of one block or, in small maps, of two."""
     batch, height, width = (draw.number(*ends) for ends in ranges)
-    return (30 * batch if large else batch, height, width), 768 if large else draw.one_of(3, 31, 67)
+    return (30 * batch if large else batch, height, width), 768 if large else draw.one_of(3, 31) if max(
+        height, width
+    ) > 14 else draw.one_of(3, 31, 67)
 
 
 def expansion(draw, dtype, *, act, positions, large=False):
