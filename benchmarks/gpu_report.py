@@ -1,6 +1,7 @@
 """What one GPU says of this package: tests, models beside their baselines, operators, and the training loop.
 
     python benchmarks/gpu_report.py [--minutes 8] [--output DIR] [--batch-size 256]
+        [--parts models tests operators loop]
 
 Prints each result as it is measured, and writes them as `gpu_report.md` and `gpu_report.json` into the output folder.
 What matters most comes first; what does not fit into the minutes is left out and named. It needs CUDA and the core
@@ -39,6 +40,7 @@ import localvit  # noqa: E402
 from localvit.ops import use_backend  # noqa: E402
 
 CLASSES = 1000
+PARTS = ["models", "tests", "operators", "loop"]
 
 
 class Report:
@@ -232,26 +234,26 @@ def training_loop(report: Report, batch_size: int) -> None:
         report.row("loop", captured=bool(extra), **asdict(timing))
 
 
-def sections(report: Report, batch_size: int) -> Iterator[tuple[str, float, Callable[[], object]]]:
-    """Name, seconds that it may take, and function of each part, the most important first."""
+def sections(report: Report, batch_size: int) -> Iterator[tuple[str, str, float, Callable[[], object]]]:
+    """Kind, name, seconds that it may take, and function of each part, the most important first."""
 
     def models(family: str, what: str, mode: str) -> Callable[[], object]:
         return partial(compare, report, family, what, mode, batch_size)
 
     for what, seconds in (("inference", 10.0), ("training step", 15.0)):
         for mode in ("eager", "graph"):
-            yield f"T, {what}, {mode}", seconds, models("T", what, mode)
-    yield "tests", 60.0, partial(run_tests, report, 90.0)
-    yield "T, inference, compiled", 40.0, models("T", "inference", "compiled")
-    yield "operators", 30.0, partial(measure_operators, report, batch_size)
-    yield "T, training step, compiled", 90.0, models("T", "training step", "compiled")
+            yield "models", f"T, {what}, {mode}", seconds, models("T", what, mode)
+    yield "tests", "tests", 60.0, partial(run_tests, report, 90.0)
+    yield "models", "T, inference, compiled", 40.0, models("T", "inference", "compiled")
+    yield "operators", "operators", 30.0, partial(measure_operators, report, batch_size)
+    yield "models", "T, training step, compiled", 90.0, models("T", "training step", "compiled")
     for family in ("S", "PVT", "Swin", "TNT", "T2T"):
-        yield f"{family}, inference, eager", 15.0, models(family, "inference", "eager")
+        yield "models", f"{family}, inference, eager", 15.0, models(family, "inference", "eager")
     for family in ("S", "PVT", "Swin", "TNT", "T2T"):
-        yield f"{family}, training step, eager", 20.0, models(family, "training step", "eager")
-    yield "training loop", 20.0, partial(training_loop, report, batch_size)
+        yield "models", f"{family}, training step, eager", 20.0, models(family, "training step", "eager")
+    yield "loop", "training loop", 20.0, partial(training_loop, report, batch_size)
     for family in ("S", "PVT", "Swin", "TNT", "T2T"):
-        yield f"{family}, inference, compiled", 60.0, models(family, "inference", "compiled")
+        yield "models", f"{family}, inference, compiled", 60.0, models(family, "inference", "compiled")
 
 
 @contextmanager
@@ -269,6 +271,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8.0, help="leave out what does not fit")
     parser.add_argument("--output", type=Path, default=Path("runs/gpu_report"), help="folder for the report")
     parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("this report needs a CUDA GPU, and torch finds none: nothing was measured")
@@ -279,7 +282,9 @@ def main() -> None:
     report.row("about", text=about, command=" ".join(sys.argv))
     report.line(MODEL_HEADER)
     left_out = []
-    for name, seconds, part in sections(report, args.batch_size):
+    for kind, name, seconds, part in sections(report, args.batch_size):
+        if kind not in args.parts:
+            continue
         if seconds > report.seconds_left:
             left_out.append(name)
             continue
