@@ -66,8 +66,11 @@ def kernels_of(call: Call) -> tuple[float, float]:
     return sum(each.self_device_time_total for each in events) / 1e3, sum(each.count for each in events)
 
 
-def captured(call: Call) -> tuple[torch.cuda.CUDAGraph, Call]:
-    """A call captured as a CUDA graph, and its replay. Keep both; the graph's memory lives with it."""
+def captured(call: Call) -> tuple[object, Call]:
+    """A call captured as a CUDA graph: what has to be kept as long as it is replayed, and the replay.
+
+    The graph reads what the call refers to, such as weights and the state of an optimizer, but does not keep it.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -77,4 +80,4 @@ def captured(call: Call) -> tuple[torch.cuda.CUDAGraph, Call]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    return graph, graph.replay
+    return (graph, call), graph.replay

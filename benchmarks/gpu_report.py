@@ -135,8 +135,8 @@ def compare(report: Report, family: str, what: str, mode: str, batch_size: int) 
     if mode == "graph":
         calls = {label: call for label, call in calls.items() if label in ("baseline", "kernels", "plain")}
         for label in calls:
-            graph, calls[label] = captured(calls[label])
-            graphs.append(graph)
+            kept, calls[label] = captured(calls[label])
+            graphs.append(kept)
     timings = in_turn(calls, rounds=5 if what == "inference" else 3, calls_per_round=5 if what == "inference" else 2)
     for label, timing in timings.items():
         report.line(_model_row(family, what, mode, label, timing, timings["baseline"], batch_size))
@@ -213,7 +213,7 @@ def training_loop(report: Report, batch_size: int) -> None:
         "data_set": "FOLDER",
         "data_path": data_path,
         "batch_size": batch_size,
-        "amp": "bfloat16",
+        "dtype": "bfloat16",
     }
     for number, extra in enumerate(({}, {"cuda_graph": True})):
         run = build(TrainConfig(**settings, **extra, output_dir=report.folder / f"run {number}"))

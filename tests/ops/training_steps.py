@@ -32,7 +32,7 @@ def feed_forward(draw, channels, **arguments):
     with torch.no_grad():
         for entry in (*module.parameters(), *module.buffers()):
             if entry.is_floating_point():
-                noise = draw.values(*entry.shape, dtype=torch.float32)
+                noise = draw.values(*entry.shape, dtype=torch.float32).to(entry.device)
                 # Inputs of convolutions are of size 1, and so are their outputs.
                 entry.copy_(noise / entry[0].numel() ** 0.5 if entry.dim() > 1 else entry + 0.3 * noise)
     return module.to(draw.device).train()
