@@ -53,6 +53,16 @@ class SqueezeExcite(ops.ChannelGate):
         """The factor (B, E) of each channel, given the mean of each channel over the map."""
         return self.fc(mean_BE)
 
+    def linear_layers(self) -> tuple[nn.Linear, nn.Linear] | None:
+        layers: list[Any] = list(self.fc)
+        known = [nn.Linear, nn.ReLU, nn.Linear, nn.Hardsigmoid]
+        # A subclass may compute something else of the same layers.
+        if type(self) is not SqueezeExcite or [type(layer) for layer in layers] != known:
+            return None
+        narrow, _, wide, _ = layers
+        plain = all(map(ops.is_untouched, (self, self.fc, *layers))) and None not in (narrow.bias, wide.bias)
+        return (narrow, wide) if plain else None
+
 
 class EfficientChannelAttention(ops.ChannelGate):
     """Channel gate from a 1-D convolution over the channel means (ECA-Net, arXiv 1910.03151).

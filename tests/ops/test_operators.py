@@ -9,7 +9,7 @@ from launches import Draw
 from samples import SAMPLES, as_tuple, expected, sample
 from torch import nn
 
-from localvit.locality import LocalityFeedForward
+from localvit.locality import LocalityFeedForward, SqueezeExcite
 from localvit.ops import dispatch, operators, reference, use_backend
 from processes import run_source, start, status_of
 
@@ -162,3 +162,37 @@ def test_triton_is_imported_only_where_a_kernel_runs(tmp_path):
     out, err = tmp_path / "out", tmp_path / "err"
     assert status_of(start(run_source, program, out=out, err=err)) == 0, err.read_text()
     assert out.read_text().strip() == "auto []"
+
+
+class Halved(SqueezeExcite):
+    """Other factors of the same layers."""
+
+    def scale(self, mean_BE):
+        return super().scale(mean_BE) / 2
+
+
+@pytest.mark.parametrize("way", ["subclass", "hook", "no bias", "as written"])
+def test_only_the_papers_gate_runs_the_operator(triton_backend, way, monkeypatch):
+    torch.manual_seed(0)
+    made = LocalityFeedForward(6, 6, reduction=2, expand_ratio=3, dtype=torch.float64).eval()
+    if way == "subclass":
+        made.conv[6] = Halved(18, 2, dtype=torch.float64)
+    layers = made.conv[6].fc
+    if way == "no bias":
+        layers[0].bias = None
+    fused = made.fuse().conv
+    if way == "hook":
+        for of in (made, fused):
+            gate = next(part for part in of.modules() if isinstance(part, SqueezeExcite))
+            gate.fc[1].register_forward_hook(lambda module, inputs, output: 2 * output)
+    calls = []
+
+    def form(*given):
+        calls.append(given)
+        return reference.squeeze_excite(*given)
+
+    monkeypatch.setattr(operators.SQUEEZE_EXCITE, "form", form)
+    x_BHWC = Draw(3).values(2, 3, 5, 6)
+    wanted = made.conv(x_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    torch.testing.assert_close(fused(x_BHWC), wanted, rtol=1e-10, atol=1e-10)  # float64 sums in another order
+    assert bool(calls) == (way == "as written")

@@ -9,7 +9,7 @@ from localvit.ops.batch_norms import run_layers
 from localvit.ops.dispatch import backend, set_backend, stages_to_fold, use_backend
 from localvit.ops.folded import FusedConvolutions, FusedFeedForward
 from localvit.ops.recompute import feed_forward
-from localvit.ops.stages import ChannelGate, Stages
+from localvit.ops.stages import ChannelGate, Stages, is_untouched
 
 __all__ = [
     "ChannelGate",
@@ -18,6 +18,7 @@ __all__ = [
     "Stages",
     "backend",
     "feed_forward",
+    "is_untouched",
     "run_layers",
     "set_backend",
     "stages_to_fold",

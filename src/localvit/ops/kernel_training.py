@@ -79,7 +79,8 @@ class _FeedForward(torch.autograd.Function):
         if gate is not None:
             mean_BE = batch_norm.channel_means(z2_BHWE, norm2_4E, act2)
             with _full_precision(mean_BE):
-                gate_BE = gate.scale(mean_BE.to(gate_parameters[0].dtype))
+                mean_BE = mean_BE.to(gate_parameters[0].dtype) if gate_parameters else mean_BE
+                gate_BE = gate.scale(mean_BE)
         out_BSC, _ = pointwise.pointwise_with_statistics(z2_BHWE.flatten(1, 2), projection_CE, norm2_4E, act2, gate_BE)
 
         ctx.stages, ctx.dtype = stages, x_BHWC.dtype
@@ -109,7 +110,7 @@ class _FeedForward(torch.autograd.Function):
         if gate is not None:
             assert grad_gate_BE is not None
             with _full_precision(mean_BE):
-                scale = scale_with(gate, gate_parameters, mean_BE.to(gate_parameters[0].dtype))
+                scale = scale_with(gate, gate_parameters, mean_BE)
                 grad_mean_BE, gate_gradients = scale.backward(grad_gate_BE)
         grad_BHWE, sums_T2E = pointwise_backward.normalized_gradient(
             grad_out_BHWC, z2_BHWE, norm2_4E, projection_CE, act2, gate_BE, grad_mean_BE

@@ -24,6 +24,10 @@ class ChannelGate(nn.Module):
         """The factor (B, E) of each channel, given the mean of each channel over the map."""
         raise NotImplementedError
 
+    def linear_layers(self) -> tuple[nn.Linear, nn.Linear] | None:
+        """The layers of a squeeze-and-excitation gate with ReLU between and a hard sigmoid after them; else None."""
+        return None
+
     def forward(self, map_BEHW: Tensor) -> Tensor:
         return map_BEHW * self.scale(map_BEHW.mean((2, 3)))[:, :, None, None]
 
@@ -93,15 +97,6 @@ def stages_of(layers: nn.Sequential) -> Stages | None:
         stages.append(stage)
         norm = next(remaining, None)
     return None
-
-
-def squeeze_excite_layers(gate: nn.Module) -> tuple[nn.Linear, nn.Linear] | None:
-    """The two linear layers of a squeeze-and-excitation gate with a hard sigmoid; None for any other gate."""
-    layers = list(getattr(gate, "fc", ()))
-    if [type(layer) for layer in layers] != [nn.Linear, nn.ReLU, nn.Linear, nn.Hardsigmoid]:
-        return None
-    narrow, wide = layers[0], layers[2]
-    return None if narrow.bias is None or wide.bias is None else (narrow, wide)
 
 
 def is_untouched(module: nn.Module) -> bool:
