@@ -38,8 +38,9 @@ def test_workers_without_a_folder_for_sockets_are_refused(monkeypatch, no_folder
     assert [batch.tolist() for batch in workers.iterate_batches(DataLoader([1, 2], num_workers=0))] == [[1], [2]]
 
 
-def test_a_removed_folder_of_sockets_is_created_again():
+def test_a_removed_folder_of_sockets_is_created_again(no_folder_yet):
     """Cleaners of old temporary files remove it during long runs."""
+    # A new folder: an old one may hold the socket of the server that other tests start processes from.
     list(workers.iterate_batches(DataLoader([1, 2], num_workers=1)))
     folder = Path(workers.get_temp_dir())
     folder.rmdir()
