@@ -123,13 +123,12 @@ def _trains(norm: nn.BatchNorm2d) -> bool:
 
 
 def _is_traced_or_transformed(x: Tensor) -> bool:
-    return (
-        torch.compiler.is_compiling()
-        or not is_plain(x)  # an fx proxy among others
-        or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
+    return torch.compiler.is_compiling() or not is_plain(x) or _sees_operations()  # an fx proxy is not plain either
+
+
+def _sees_operations() -> bool:
+    """Whether torch.jit traces, or a function transform or forward-mode differentiation is active."""
+    return torch.jit.is_tracing() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def fits_kernels(stages: Stages, map_BCHW: Tensor) -> torch.dtype | None:
@@ -213,12 +212,7 @@ def _is_observed() -> bool:
 
     torch.compile and torch.export see the operators instead.
     """
-    return not torch.compiler.is_compiling() and (
-        torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or is_in_torch_dispatch_mode()
-    )
+    return not torch.compiler.is_compiling() and (_sees_operations() or is_in_torch_dispatch_mode())
 
 
 def _suits_kernel(conv: Convolution) -> bool:
