@@ -39,11 +39,15 @@ class Operator(NamedTuple):
 
 
 TILES = [
-    (rows, columns, inner, warps, stages)
-    for rows, columns, warps in ((64, 64, 4), (64, 128, 4), (64, 256, 4), (128, 64, 4), (128, 128, 4), (128, 256, 8))
-    for inner, stages in ((32, 3), (32, 4), (64, 3))
+    *((64, 64, inner, 4, 3, registers) for inner in (32, 64) for registers in (None, 128)),
+    *((64, 32, 64, 4, stages, None) for stages in (3, 4)),
+    *((64, 128, inner, 4, 3, registers) for inner in (32, 64) for registers in (None, 128)),
+    *((128, 32, 32, 8, 3, 128), (128, 64, 32, 4, 3, None), (128, 64, 64, 8, 3, None), (128, 64, 32, 8, 4, 128)),
+    *((rows, 128, inner, 8, 3, registers) for rows in (64, 128) for inner in (32, 64) for registers in (None, 128)),
+    *((128, 128, 32, 4, 4, None), (64, 256, 32, 4, 4, None), (64, 256, 32, 8, 4, None), (64, 256, 64, 8, 3, None)),
+    *((128, 256, 64, 8, 3, None), (128, 256, 32, 8, 4, None), (256, 64, 32, 8, 3, None), (256, 128, 32, 8, 3, None)),
 ]
-"""Rows, columns and inner size of a tile, warps and stages: what `--tiles` tries."""
+"""Rows, columns and inner size of a tile, warps, stages and registers: what `--tiles` tries."""
 
 
 class Sizes(NamedTuple):
@@ -105,7 +109,7 @@ def operators(batch: int, sizes: Sizes, dtype: torch.dtype, act: str) -> dict[st
         ),
         "norm, gate's means": Operator(partial(batch_norm.channel_means, map_BHWE, norm_4E, act), large),
         "norm, gate, projection": Operator(
-            partial(pointwise.pointwise_with_statistics, rows_BSE, narrowing_CE, norm_4E, act, gate_BE), small + large
+            partial(pointwise.normalized_pointwise, rows_BSE, narrowing_CE, norm_4E, act, gate_BE), small + large
         ),
         "gradients of projection": Operator(
             partial(

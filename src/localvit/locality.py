@@ -60,8 +60,8 @@ class SqueezeExcite(ops.ChannelGate):
         if type(self) is not SqueezeExcite or [type(layer) for layer in layers] != known:
             return None
         narrow, _, wide, _ = layers
-        plain = all(map(ops.is_untouched, (self, self.fc, *layers))) and None not in (narrow.bias, wide.bias)
-        return (narrow, wide) if plain else None
+        untouched = all(map(ops.is_untouched, (self, self.fc, *layers)))
+        return (narrow, wide) if untouched and narrow.bias is not None and wide.bias is not None else None
 
 
 class EfficientChannelAttention(ops.ChannelGate):

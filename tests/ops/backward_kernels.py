@@ -86,7 +86,30 @@ def projection_gradients(draw, dtype, *, gated, positions, large=False):
     wanted_weight, wanted_gate = torch.autograd.grad(out, (double_weight, factors), grad_out.double())
     close("the weight's gradient", grad_weight, wanted_weight, dtype)
     if gated:
-        close("the gate's gradient", grad_gate, wanted_gate, dtype)
+        close("the gate's gradient", grad_gate.sum(0), wanted_gate, dtype)
+
+
+def squeeze_excite_backward(draw, dtype, *, bottleneck, large=False):
+    """Against the layers' own gradients: both kinks of the hard sigmoid and that of the ReLU are passed."""
+    from localvit.ops.triton.squeeze_excite import squeeze_excite_backward
+
+    batch, channels, summands = (draw.prime(100, 200), 1536, 3) if large else (3, draw.prime(300, 400), 2)
+    means = 2 * draw.values(batch, channels, dtype=torch.float32)
+    shapes = (bottleneck, channels), (bottleneck,), (channels, bottleneck), (channels,)
+    layers = [draw.values(*shape, dtype=dtype) / shape[-1] ** 0.5 for shape in shapes]
+    layers[2:] = [3 * each for each in layers[2:]]
+    layers[0::2] = [draw.one_of(weight, weight.t().contiguous().t()) for weight in layers[0::2]]
+    grad_gate = draw.values(summands, batch, channels, dtype=torch.float32)
+    found = launched(squeeze_excite_backward, grad_gate, means, *layers)
+
+    read, *exact = (each.double().requires_grad_() for each in (means, *layers))
+    squeezed = F.linear(read, exact[0], exact[1])
+    excited = F.linear(F.relu(squeezed), exact[2], exact[3])
+    assert all(values.any() for values in (squeezed < 0, excited < -3, excited > 3))
+    wanted = torch.autograd.grad(F.hardsigmoid(excited), (read, *exact), grad_gate.double().sum(0))
+    names = "the means", "the first weight", "the first bias", "the second weight", "the second bias"
+    for name, each, other in zip(names, found, wanted, strict=True):
+        close(f"the gradient of {name}", each, other, torch.float32)
 
 
 def normalized_gradient(draw, dtype, *, gated, positions, large=False):
@@ -130,6 +153,8 @@ CASES = {
     "norm_gradients": norm_gradients,
     "projection_gradients, few positions": partial(projection_gradients, gated=True, positions="few"),
     "projection_gradients, many positions": partial(projection_gradients, gated=True, positions="many"),
+    "squeeze_excite_backward, narrow": partial(squeeze_excite_backward, bottleneck=2),
+    "squeeze_excite_backward, wide": partial(squeeze_excite_backward, bottleneck=37),
     "projection_gradients without gate": partial(projection_gradients, gated=False, positions="few"),
     "normalized_gradient, few positions": partial(normalized_gradient, gated=True, positions="few"),
     "normalized_gradient, many positions": partial(normalized_gradient, gated=True, positions="many"),

@@ -95,30 +95,42 @@ def projection(draw, dtype, *, gated, positions, large=False):
     close("the rows", out[:, prefix:], wanted, dtype)
 
 
-def in_training(draw, dtype, *, prologue, gated, positions, large=False):
-    """With statistics: of the input, or of a batch norm, an activation and a gate of it."""
-    from localvit.ops.triton.pointwise import NARROWING_IN_TRAINING, WIDENING, pointwise_with_statistics
+def expansion_in_training(draw, dtype, *, positions, large=False):
+    """The product and its statistics."""
+    from localvit.ops.triton.pointwise import WIDENING, pointwise_with_statistics
 
-    (batch, height, width), sizes = image_sizes(draw, positions, large), channel_sizes(draw, large)
-    columns, inner = sizes if prologue else sizes[::-1]
+    (batch, height, width), (inner, columns) = image_sizes(draw, positions, large), channel_sizes(draw, large)
     rows = draw.values(batch, height * width, inner, dtype=dtype)
     weight = draw.values(columns, inner, dtype=dtype)
-    norm, act = (draw.norm(inner, dtype), draw.one_of("hs", "relu6")) if prologue else (None, None)
-    gate = draw.values(batch, inner, dtype=draw.one_of(dtype, torch.float32)) if gated else None
-    blocks = blocks_for(draw, large)
-    out, statistics = launched(pointwise_with_statistics, rows, weight, norm, act, gate, blocks=blocks)
+    blocks = blocks_for(draw, large) or WIDENING
+    out, statistics = launched(pointwise_with_statistics, rows, weight, blocks=blocks)
     assert out.dtype == dtype
-    read = rows.double() if norm is None else activation(normalized(rows, norm), act)
-    close("the map", out, F.linear(read if gate is None else read * gate.double()[:, None], weight.double()), dtype)
+    close("the map", out, F.linear(rows.double(), weight.double()), dtype)
     # Of the rounded map, which the next batch norm normalizes: tile by tile.
-    values = out.double().flatten(0, 1)
-    tiles = values.split((blocks or (NARROWING_IN_TRAINING if prologue else WIDENING)).rows)
+    tiles = out.double().flatten(0, 1).split(blocks.rows)
     counts = torch.tensor([len(tile) for tile in tiles], dtype=torch.float64, device=out.device)
     assert torch.equal(statistics.counts_T.double(), counts)
     means = torch.stack([tile.mean(0) for tile in tiles])
     close("the means", statistics.means_TN, means, torch.float32)
     squares = torch.stack([(tile - tile.mean(0)).square().sum(0) for tile in tiles])
     close("the squared deviations", statistics.squares_TN, squares, torch.float32)
+
+
+def projection_in_training(draw, dtype, *, gated, positions, large=False):
+    """Of a batch norm, an activation and a gate of the map."""
+    from localvit.ops.triton.pointwise import NARROWING_IN_TRAINING, normalized_pointwise
+
+    (batch, height, width), (columns, inner) = image_sizes(draw, positions, large), channel_sizes(draw, large)
+    rows = draw.values(batch, height * width, inner, dtype=dtype)
+    weight = draw.values(columns, inner, dtype=dtype)
+    norm, act = draw.norm(inner, dtype), draw.one_of("hs", "relu6")
+    gate = draw.values(batch, inner, dtype=draw.one_of(dtype, torch.float32)) if gated else None
+    blocks = blocks_for(draw, large) or NARROWING_IN_TRAINING
+    out = launched(normalized_pointwise, rows, weight, norm, act, gate, blocks=blocks)
+    assert out.dtype == dtype
+    factors = 1 if gate is None else gate.double()[:, None]
+    wanted = F.linear(activation(normalized(rows, norm), act) * factors, weight.double())
+    close("the map", out, wanted, dtype)
 
 
 def depthwise_act_pool(draw, dtype, *, act, ranges, large=False):
@@ -264,10 +276,10 @@ CASES = {
     "projection, few positions": partial(projection, gated=True, positions="few"),
     "projection, many positions": partial(projection, gated=True, positions="many"),
     "projection without gate": partial(projection, gated=False, positions="few"),
-    "expansion in training": partial(in_training, prologue=False, gated=False, positions="few"),
-    "projection in training, few positions": partial(in_training, prologue=True, gated=True, positions="few"),
-    "projection in training, many positions": partial(in_training, prologue=True, gated=True, positions="many"),
-    "projection in training without gate": partial(in_training, prologue=True, gated=False, positions="few"),
+    "expansion in training": partial(expansion_in_training, positions="few"),
+    "projection in training, few positions": partial(projection_in_training, gated=True, positions="few"),
+    "projection in training, many positions": partial(projection_in_training, gated=True, positions="many"),
+    "projection in training without gate": partial(projection_in_training, gated=False, positions="few"),
     "squeeze_excite, narrow": partial(squeeze_excite, bottleneck=1),
     "squeeze_excite, wide": partial(squeeze_excite, bottleneck=37),
     "norm_vectors": partial(norm_vectors, offset=0),

@@ -80,9 +80,9 @@ def launches():
 
 IN_ORDER = [
     *("pointwise", "depthwise_act_pool", "squeeze_excite", "pointwise 1"),
-    *("pointwise 2", "norm_vectors", "norm_act_depthwise", "norm_vectors 1", "channel_means", "pointwise 3"),
-    *("projection_gradients", "normalized_gradient", "norm_gradients", "norm_act_depthwise_backward"),
-    *("norm_gradients 1", "expansion_gradients"),
+    *("pointwise 2", "norm_vectors", "norm_act_depthwise", "norm_vectors 1", "channel_means", "squeeze_excite 1"),
+    *("pointwise 3", "projection_gradients", "squeeze_excite_backward", "normalized_gradient", "norm_gradients"),
+    *("norm_act_depthwise_backward", "norm_gradients 1", "expansion_gradients"),
 ]
 """In inference: expansion, depth-wise convolution, gate, projection. In training: forward pass, backward pass."""
 

@@ -26,7 +26,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from localvit.ops.batch_norms import leaves_single_values
-from localvit.ops.stages import Convolution, Stages, is_plain, is_untouched, stages_of
+from localvit.ops.stages import ChannelGate, Convolution, Stages, is_plain, is_untouched, stages_of
 
 Backend = Literal["auto", "layers", "torch", "triton"]
 ENVIRONMENT_VARIABLE = "LOCALVIT_BACKEND"
@@ -39,6 +39,8 @@ LEAST_CAPABILITY = (8, 0)
 """The first NVIDIA GPUs with matrix products in bfloat16."""
 LEAST_SHARED_MEMORY = 160 * 1024
 """What the largest tiles need, in bytes for a block of threads."""
+WIDEST_BOTTLENECK = 64
+"""Of the gates that a kernel computes image by image; for others, matrix products of the batch are faster."""
 
 _logger = logging.getLogger(__name__)
 
@@ -186,6 +188,12 @@ def _missing_for_kernels(index: int) -> str | None:
 def runs_triton(*maps: Tensor) -> bool:
     """Whether an operator runs its Triton kernel on these maps, rather than the reference."""
     return all(_has_kernels(x.device, x.dtype) and x.numel() > 0 and x.stride(-1) == 1 for x in maps)
+
+
+def squeeze_excite_layers(gate: ChannelGate) -> tuple[nn.Linear, nn.Linear] | None:
+    """The layers of a gate that the kernels compute image by image; None where the gate itself runs."""
+    layers = gate.linear_layers()
+    return None if layers is None or layers[0].out_features > WIDEST_BOTTLENECK else layers
 
 
 def folded_path(conv: Convolution) -> Literal["operator", "onednn", "torch"]:

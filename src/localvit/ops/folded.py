@@ -15,16 +15,12 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from localvit.ops.activations import activate
-from localvit.ops.dispatch import folded_path
+from localvit.ops.dispatch import folded_path, squeeze_excite_layers
 from localvit.ops.operators import DEPTHWISE_ACT_POOL, POINTWISE, SQUEEZE_EXCITE
 from localvit.ops.stages import ChannelGate, Stages, channel_means
 
 PART_BYTES = 2**24
 """The largest map that is computed at once on the CPU, where memory beyond the caches, and new memory, is slow."""
-
-
-WIDEST_BOTTLENECK = 64
-"""Of the gates that an operator computes image by image; for others, matrix products of the batch are faster."""
 
 
 class FusedFeedForward(nn.Module):
@@ -143,7 +139,7 @@ class FusedConvolution(nn.Module):
         if self.gate is None or sum_BE is None:
             return None if self.gate is None else self.gate.scale(channel_means(y_BHWE))
         positions = y_BHWE.shape[1] * y_BHWE.shape[2]
-        if (layers := self.gate.linear_layers()) is None or layers[0].out_features > WIDEST_BOTTLENECK:
+        if (layers := squeeze_excite_layers(self.gate)) is None:
             return self.gate.scale((sum_BE / positions).to(y_BHWE.dtype))
         narrow, wide = layers
         return SQUEEZE_EXCITE.run(sum_BE, positions, narrow.weight, narrow.bias, wide.weight, wide.bias)

@@ -12,6 +12,7 @@ computed again rather than stored. So a step passes 16 times over a hidden map, 
 Shapes: B batch, C channels outside, E hidden channels, H and W the grid.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from localvit.ops.batch_norms import is_recomputation
+from localvit.ops.dispatch import squeeze_excite_layers
 from localvit.ops.gates import scale_with
-from localvit.ops.stages import Stages
+from localvit.ops.stages import ChannelGate, Stages
 
 
 def feed_forward(stages: Stages, map_BCHW: Tensor, dtype: torch.dtype) -> Tensor:
@@ -40,7 +42,7 @@ def feed_forward(stages: Stages, map_BCHW: Tensor, dtype: torch.dtype) -> Tensor
         second.norm.weight,
         second.norm.bias,
         second.conv.weight,
-        *(() if second.gate is None else second.gate.parameters()),
+        *(() if second.gate is None else _gate_parameters(second.gate)),
     )
     out_BHWC = _FeedForward.apply(stages, dtype, map_BCHW.permute(0, 2, 3, 1), *tensors)
     return out_BHWC.permute(0, 3, 1, 2)
@@ -78,10 +80,8 @@ class _FeedForward(torch.autograd.Function):
         mean_BE = gate_BE = None
         if gate is not None:
             mean_BE = batch_norm.channel_means(z2_BHWE, norm2_4E, act2)
-            with _full_precision(mean_BE):
-                mean_BE = mean_BE.to(gate_parameters[0].dtype) if gate_parameters else mean_BE
-                gate_BE = gate.scale(mean_BE)
-        out_BSC, _ = pointwise.pointwise_with_statistics(z2_BHWE.flatten(1, 2), projection_CE, norm2_4E, act2, gate_BE)
+            gate_BE = _factors(gate, mean_BE, gate_parameters)
+        out_BSC = pointwise.normalized_pointwise(z2_BHWE.flatten(1, 2), projection_CE, norm2_4E, act2, gate_BE)
 
         ctx.stages, ctx.dtype = stages, x_BHWC.dtype
         ctx.shapes = [weight.shape for weight in (expansion, projection)]
@@ -102,16 +102,14 @@ class _FeedForward(torch.autograd.Function):
         grad_out_BHWC = grad_out_BHWC.contiguous()
         count = z1_BHWE.numel() // z1_BHWE.shape[3]
 
-        grad_projection_CE, grad_gate_BE = pointwise_backward.projection_gradients(
+        grad_projection_CE, grad_gate_TBE = pointwise_backward.projection_gradients(
             grad_out_BHWC, z2_BHWE, norm2_4E, projection_CE, act2, gate_BE
         )
         grad_mean_BE: Tensor | None = None
         gate_gradients: list[Tensor | None] = []
         if gate is not None:
-            assert grad_gate_BE is not None
-            with _full_precision(mean_BE):
-                scale = scale_with(gate, gate_parameters, mean_BE)
-                grad_mean_BE, gate_gradients = scale.backward(grad_gate_BE)
+            assert grad_gate_TBE is not None
+            grad_mean_BE, gate_gradients = _through_gate(gate, mean_BE, gate_parameters, grad_gate_TBE)
         grad_BHWE, sums_T2E = pointwise_backward.normalized_gradient(
             grad_out_BHWC, z2_BHWE, norm2_4E, projection_CE, act2, gate_BE, grad_mean_BE
         )
@@ -136,9 +134,44 @@ class _FeedForward(torch.autograd.Function):
         )
 
 
+def _gate_parameters(gate: ChannelGate) -> tuple[Tensor, ...]:
+    if (layers := squeeze_excite_layers(gate)) is None:
+        return tuple(gate.parameters())
+    narrow, wide = layers
+    return narrow.weight, narrow.bias, wide.weight, wide.bias
+
+
+def _factors(gate: ChannelGate, mean_BE: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
+    from localvit.ops.triton.squeeze_excite import squeeze_excite
+
+    if squeeze_excite_layers(gate) is not None:
+        return squeeze_excite(mean_BE, 1, *parameters)
+    with _full_precision(mean_BE):
+        return gate.scale(_converted(mean_BE, parameters))
+
+
+def _through_gate(
+    gate: ChannelGate, mean_BE: Tensor, parameters: list[Tensor], grad_gate_TBE: Tensor
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The gradients of the means and of the gate's parameters, of those of the forward pass."""
+    from localvit.ops.triton.squeeze_excite import squeeze_excite_backward
+
+    if squeeze_excite_layers(gate) is not None:
+        grad_mean_BE, *found = squeeze_excite_backward(grad_gate_TBE, mean_BE, *parameters)
+        pairs = zip(found, parameters, strict=True)
+        return grad_mean_BE, [grad.to(each.dtype) if each.requires_grad else None for grad, each in pairs]
+    with _full_precision(mean_BE):
+        return scale_with(gate, parameters, _converted(mean_BE, parameters)).backward(grad_gate_TBE.sum(0))
+
+
 def _full_precision(x: Tensor) -> torch.autocast:
     """No autocast: the gate's layers are small, and casting their weights would take longer than they do."""
     return torch.autocast(x.device.type, enabled=False)
+
+
+def _converted(mean_BE: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """The means in the dtype of the gate's parameters, if it has any."""
+    return mean_BE.to(parameters[0].dtype) if parameters else mean_BE
 
 
 def _running(norm: Any) -> tuple[Any, float, float]:

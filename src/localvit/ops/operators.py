@@ -91,7 +91,7 @@ def depthwise_act_pool(x_BHWE: Tensor, weight_E33: Tensor, bias_E: Tensor, act: 
 
     Args:
         x_BHWE: a map in any floating dtype, possibly a view, such as the tokens after the prefix tokens.
-        weight_E33: (E, 3, 3) or (E, 1, 3, 3). With channels last (`stride(0) == 1`) the kernel needs no copy of it.
+        weight_E33: (E, 3, 3) or (E, 1, 3, 3).
         bias_E: one value per channel.
         act: `hs` (h-swish) or `relu6`.
 

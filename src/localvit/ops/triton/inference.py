@@ -11,7 +11,6 @@ from localvit.ops.reference import accumulate_dtype, check
 from localvit.ops.triton.launch import launch
 from localvit.ops.triton.tiles import (
     OPTIONS,
-    Tiles,
     activate,
     add_taps,
     channel_values,
@@ -21,8 +20,8 @@ from localvit.ops.triton.tiles import (
     four_columns,
     load_four,
     tile_of,
+    tiles_of,
     weight_row,
-    weight_rows,
 )
 
 TILE_AREA = 512
@@ -33,13 +32,13 @@ def depthwise_act_pool(x_BHWE: Tensor, weight_E33: Tensor, bias_E: Tensor, act: 
     """As `localvit.ops.operators.depthwise_act_pool`, for a non-empty map with channels last."""
     check(x_BHWE, weight_E33, act, bias=bias_E)
     check_layout(x_BHWE)
-    tiles = Tiles(TILE_AREA, *x_BHWE.shape)
+    tiles = tiles_of(TILE_AREA, x_BHWE.shape)
     y_BHWE = x_BHWE.new_empty(x_BHWE.shape)
     sums_BTE = x_BHWE.new_empty((tiles.batch, tiles.per_image, tiles.channels), dtype=accumulate_dtype(x_BHWE))
     launch(
         depthwise_act_pool_kernel,
         tiles.programs,
-        (x_BHWE, weight_rows(weight_E33), bias_E, y_BHWE, sums_BTE, *tiles.sizes, *x_BHWE.stride()[:3]),
+        (x_BHWE, weight_E33.contiguous(), bias_E, y_BHWE, sums_BTE, *tiles.sizes, *x_BHWE.stride()[:3]),
         tiles.constants(x_BHWE, act),
         OPTIONS,
     )

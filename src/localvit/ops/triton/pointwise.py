@@ -45,27 +45,29 @@ def pointwise(
     return out_BRN
 
 
-def pointwise_with_statistics(
-    x_BSK: Tensor,
-    weight_NK: Tensor,
-    norm_4K: Tensor | None = None,
-    act: str | None = None,
-    gate_BK: Tensor | None = None,
-    blocks: Blocks | None = None,
-) -> tuple[Tensor, Statistics]:
-    """`gate * act(norm(x))` times the weight (B, S, N), and the statistics of its tiles.
-
-    `norm_4K` are vectors of `localvit.ops.triton.batch_norm`. Without them x itself is multiplied, in the dtype of the
-    weight.
-    """
-    batch, rows, inner = x_BSK.shape
+def pointwise_with_statistics(x_BSK: Tensor, weight_NK: Tensor, blocks: Blocks = WIDENING) -> tuple[Tensor, Statistics]:
+    """The product with the weight (B, S, N), in its dtype, and the statistics of the product's tiles."""
+    batch, rows, _ = x_BSK.shape
     columns = weight_NK.shape[0]
-    blocks = blocks or (WIDENING if columns > inner else NARROWING_IN_TRAINING)
     out_BSN = weight_NK.new_empty((batch, rows, columns))
     tiles = ceil_div(batch * rows, blocks.rows)
     statistics = Statistics.empty(tiles, columns, weight_NK.new_empty(0, dtype=torch.float32))
-    _launch(x_BSK, weight_NK, norm_4K, gate_BK, None, out_BSN, statistics, 0, 0, act, None, blocks)
+    _launch(x_BSK, weight_NK, None, None, None, out_BSN, statistics, 0, 0, None, None, blocks)
     return out_BSN, statistics
+
+
+def normalized_pointwise(
+    z_BSK: Tensor,
+    weight_NK: Tensor,
+    norm_4K: Tensor,
+    act: str,
+    gate_BK: Tensor | None,
+    blocks: Blocks = NARROWING_IN_TRAINING,
+) -> Tensor:
+    """`gate * act(norm(z))` times the weight (B, S, N), where `norm_4K` are vectors of `ops.triton.batch_norm`."""
+    out_BSN = weight_NK.new_empty((*z_BSK.shape[:2], weight_NK.shape[0]))
+    _launch(z_BSK, weight_NK, norm_4K, gate_BK, None, out_BSN, None, 0, 0, act, None, blocks)
+    return out_BSN
 
 
 def _launch(

@@ -12,7 +12,8 @@ and the third:
 Roofline for maps of M tokens, C and E channels (E = 4 C), in a dtype of 2 bytes: step 1 reads 2 M (C + E) bytes, step 2
 reads as much and writes 2 M E, step 3 reads 4 M E and writes 2 M (E + C); each computes 2 M C E operations.
 
-Shapes: B batch, H and W the grid, C channels outside, E hidden channels, G groups of images, T tiles.
+Shapes: B batch, H and W the grid, C channels outside, E hidden channels, G groups of images, T tiles or
+blocks.
 """
 
 import torch
@@ -42,10 +43,11 @@ def projection_gradients(
     blocks: Blocks = PROJECTION_BLOCKS,
     group_images: int = GROUP_IMAGES,
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradients of the projection's weight (C, E) and of the gate's factors (B, E), in float32.
+    """The gradients of the projection's weight (C, E) and of the gate's factors, in float32.
 
-    Both follow from one product per image, of the output's gradient and the activated map, over positions: the weight's
-    gradient is its sum over images, times the factors; a factor's its sum over output channels, times the weight.
+    The second is (T, B, E), to be summed over blocks of output channels. Both follow from one product per image, of the
+    output's gradient and the activated map, over positions: the weight's gradient is its sum over images, times the
+    factors; a factor's its sum over output channels, times the weight.
     """
     batch, height, width, hidden = z_BHWE.shape
     channels = grad_out_BHWC.shape[3]
@@ -63,7 +65,7 @@ def projection_gradients(
         (channels, hidden, act == "hs", block_c, block_e, blocks.inner),
         blocks.options,
     )
-    return grad_weight_GCE.sum(0), None if grad_gate_TBE is None else grad_gate_TBE.sum(0)
+    return grad_weight_GCE.sum(0), grad_gate_TBE
 
 
 @triton.jit

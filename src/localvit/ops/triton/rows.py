@@ -23,10 +23,12 @@ class Blocks(NamedTuple):
     inner: int
     num_warps: int
     num_stages: int
+    registers: int | None = None
+    """Of a thread, at most: fewer let more warps run at once; None leaves them to Triton."""
 
     @property
     def options(self) -> Options:
-        return Options(self.num_warps, self.num_stages)
+        return Options(self.num_warps, self.num_stages, self.registers)
 
 
 class Statistics(NamedTuple):

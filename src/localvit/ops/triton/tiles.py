@@ -9,6 +9,7 @@ Shapes: B batch, H and W the grid, E channels, T tiles.
 """
 
 from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -41,37 +42,37 @@ class Tiles:
     channels: int
     """E."""
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Rows of a tile, as equal as possible."""
         return ceil_div(self.height, ceil_div(self.height, TILE_ROWS))
 
-    @property
+    @cached_property
     def pairs(self) -> int:
         """Pairs of columns of a tile: 8, or 4 where that leaves fewer columns idle."""
         return 8 if (self.width - 1) % 16 >= 8 else 4
 
-    @property
+    @cached_property
     def block(self) -> int:
         """Channels of a tile."""
         return min(self.area // self.pairs, power_of_2(self.channels))
 
-    @property
+    @cached_property
     def per_image(self) -> int:
         """Tiles of one image's map."""
         return ceil_div(self.height, self.rows) * ceil_div(self.width, 2 * self.pairs)
 
-    @property
+    @cached_property
     def number(self) -> int:
         """T, tiles of all maps."""
         return self.batch * self.per_image
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, int, int, int]:
         """The kernels' size arguments: height, width, channels, and rows of a tile."""
         return self.height, self.width, self.channels, self.rows
 
-    @property
+    @cached_property
     def programs(self) -> int:
         """Their number: blocks of channels within tiles, so that neighboring programs read nearby memory."""
         return self.number * ceil_div(self.channels, self.block)
@@ -92,9 +93,10 @@ def check_layout(*maps: Tensor) -> None:
             )
 
 
-def weight_rows(weight: Tensor) -> Tensor:
-    """(E, 3, 3) or (E, 1, 3, 3) as (9, E), so that channels are contiguous; no copy of channels-last weights."""
-    return weight.reshape(-1, 9).t().contiguous()
+@cache
+def tiles_of(area: int, shape: tuple[int, int, int, int]) -> Tiles:
+    """The tiles of maps of one shape, computed once."""
+    return Tiles(area, *shape)
 
 
 @triton.jit
@@ -120,10 +122,11 @@ def channel_values(pointer, e, channels, ACCUMULATE: tl.constexpr):
 
 @triton.jit
 def weight_row(weight, row, e, channels, ACCUMULATE: tl.constexpr):
-    """The three weights of a row of the convolution's kernel, from (9, E)."""
-    left = channel_values(weight + 3 * row * channels, e, channels, ACCUMULATE)
-    center = channel_values(weight + (3 * row + 1) * channels, e, channels, ACCUMULATE)
-    right = channel_values(weight + (3 * row + 2) * channels, e, channels, ACCUMULATE)
+    """The three weights of a row of the convolution's kernel, from (E, 9)."""
+    weight += 9 * e + 3 * row
+    left = tl.load(weight, e < channels, 0.0).to(ACCUMULATE)
+    center = tl.load(weight + 1, e < channels, 0.0).to(ACCUMULATE)
+    right = tl.load(weight + 2, e < channels, 0.0).to(ACCUMULATE)
     return left, center, right
 
 

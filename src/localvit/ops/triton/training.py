@@ -11,7 +11,6 @@ from localvit.ops.triton.launch import launch
 from localvit.ops.triton.rows import Statistics
 from localvit.ops.triton.tiles import (
     OPTIONS,
-    Tiles,
     activate,
     add_taps,
     channel_values,
@@ -20,8 +19,8 @@ from localvit.ops.triton.tiles import (
     converted,
     load_four,
     tile_of,
+    tiles_of,
     weight_row,
-    weight_rows,
 )
 
 TILE_AREA = 512
@@ -41,13 +40,13 @@ def norm_act_depthwise(z_BHWE: Tensor, norm_4E: Tensor, weight_E33: Tensor, act:
         The convolution's map in the dtype of z, and the statistics of its tiles.
     """
     check_layout(z_BHWE)
-    tiles = Tiles(TILE_AREA, *z_BHWE.shape)
+    tiles = tiles_of(TILE_AREA, z_BHWE.shape)
     out_BHWE = z_BHWE.new_empty(z_BHWE.shape)
     statistics = Statistics.empty(tiles.number, tiles.channels, norm_4E)
     launch(
         norm_act_depthwise_kernel,
         tiles.programs,
-        (z_BHWE, norm_4E, weight_rows(weight_E33), out_BHWE, *statistics, *tiles.sizes, *z_BHWE.stride()[:3]),
+        (z_BHWE, norm_4E, weight_E33.contiguous(), out_BHWE, *statistics, *tiles.sizes, *z_BHWE.stride()[:3]),
         tiles.constants(z_BHWE, act),
         OPTIONS,
     )

@@ -10,7 +10,6 @@ from torch import Tensor
 from localvit.ops.triton.launch import launch
 from localvit.ops.triton.tiles import (
     OPTIONS,
-    Tiles,
     activate,
     activation_slope,
     add_taps,
@@ -19,9 +18,9 @@ from localvit.ops.triton.tiles import (
     columns_of,
     load_four,
     tile_of,
+    tiles_of,
     two_columns,
     weight_row,
-    weight_rows,
 )
 
 TILE_AREA = 256
@@ -51,7 +50,7 @@ def norm_act_depthwise_backward(
         `norm_4E`, and (T, 2, E): the sums over each tile of the first, and of it times (z - mean).
     """
     check_layout(grad_BHWE, out_BHWE, z_BHWE)
-    tiles = Tiles(TILE_AREA, *z_BHWE.shape)
+    tiles = tiles_of(TILE_AREA, z_BHWE.shape)
     grad_u_BHWE = z_BHWE.new_empty(z_BHWE.shape)
     weight_sums_T9E = norm_4E.new_empty((tiles.number, 9, tiles.channels))
     sums_T2E = norm_4E.new_empty((tiles.number, 2, tiles.channels))
@@ -59,7 +58,7 @@ def norm_act_depthwise_backward(
         norm_act_depthwise_backward_kernel,
         tiles.programs,
         (
-            *(grad_BHWE, out_BHWE, out_norm_4E, slopes_3E, z_BHWE, norm_4E, weight_rows(weight_E33)),
+            *(grad_BHWE, out_BHWE, out_norm_4E, slopes_3E, z_BHWE, norm_4E, weight_E33.contiguous()),
             *(grad_u_BHWE, weight_sums_T9E, sums_T2E, *tiles.sizes, *z_BHWE.stride()[:3]),
         ),
         tiles.constants(z_BHWE, act),
