@@ -8,7 +8,7 @@ What matters most comes first; what does not fit into the minutes is left out an
 dependencies of this package (and pytest for the tests), and runs from a copy of the source that is not installed.
 
 Every model is measured beside its baseline, in turn, in bfloat16 (training under autocast) with random weights and
-images of 224 pixels, in three modes: eager, captured as a CUDA graph, and compiled by torch.compile. `kernels` is this
+images of 224 pixels: eager or compiled by torch.compile, either also captured as a CUDA graph. `kernels` is this
 package as it runs by default, `plain` is without its Triton kernels, `straightforward` the module as the paper reads
 (`benchmarks/straightforward.py`). The ratio is the baseline's time over the model's.
 """
@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -128,11 +129,13 @@ def compare(report: Report, family: str, what: str, mode: str, batch_size: int) 
     """Measure one family in one mode, and add its rows."""
     torch._dynamo.reset()
     torch.cuda.empty_cache()
-    make = inference_calls if what == "inference" else training_calls
-    extra = {"in_graph": True} if mode == "graph" and what == "training step" else {}
-    calls = make(family, batch_size, compiled=mode == "compiled", **extra)
+    compiled, in_graph = mode.startswith("compiled"), mode.endswith("graph")
+    if what == "inference":
+        calls = inference_calls(family, batch_size, compiled=compiled)
+    else:
+        calls = training_calls(family, batch_size, compiled=compiled, in_graph=in_graph)
     graphs = []
-    if mode == "graph":
+    if in_graph:
         calls = {label: call for label, call in calls.items() if label in ("baseline", "kernels", "plain")}
         for label in calls:
             kept, calls[label] = captured(calls[label])
@@ -161,12 +164,12 @@ MODEL_HEADER = (
 
 def run_tests(report: Report, seconds: float) -> None:
     """The GPU tests of the suite."""
-    try:
-        import pytest  # noqa: F401
-    except ModuleNotFoundError:
+    if find_spec("pytest") is None:
         report.line("The tests were not run: pytest is not installed.")
         return
     command = [sys.executable, "-m", "pytest", "tests", "-q", "-k", "gpu", "--continue-on-collection-errors"]
+    if find_spec("xdist"):
+        command += ["-n", "6", "--dist", "worksteal"]
     paths = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     try:
         done = subprocess.run(
@@ -245,8 +248,10 @@ def sections(report: Report, batch_size: int) -> Iterator[tuple[str, str, float,
             yield "models", f"T, {what}, {mode}", seconds, models("T", what, mode)
     yield "tests", "tests", 60.0, partial(run_tests, report, 90.0)
     yield "models", "T, inference, compiled", 40.0, models("T", "inference", "compiled")
+    yield "models", "T, inference, compiled graph", 15.0, models("T", "inference", "compiled graph")
     yield "operators", "operators", 30.0, partial(measure_operators, report, batch_size)
     yield "models", "T, training step, compiled", 90.0, models("T", "training step", "compiled")
+    yield "models", "T, training step, compiled graph", 20.0, models("T", "training step", "compiled graph")
     for family in ("S", "PVT", "Swin", "TNT", "T2T"):
         yield "models", f"{family}, inference, eager", 15.0, models(family, "inference", "eager")
     for family in ("S", "PVT", "Swin", "TNT", "T2T"):

@@ -9,8 +9,8 @@ several sets of tensors, so that no input is in the cache. The graphs run in tur
 The share of the copy's speed is the median over rounds. Results are not checked here: run `pytest tests/ops -k gpu` on
 the same GPU first.
 
-With `--tiles`, the kernels that multiply matrices are measured with several sizes of tiles instead: the fastest should
-stand in `localvit.ops.triton`.
+With `--tiles`, each kernel is measured with several sizes of tiles instead: the fastest should stand in
+`localvit.ops.triton`.
 """
 
 import argparse
@@ -47,7 +47,12 @@ TILES = [
     *((128, 128, 32, 4, 4, None), (64, 256, 32, 4, 4, None), (64, 256, 32, 8, 4, None), (64, 256, 64, 8, 3, None)),
     *((128, 256, 64, 8, 3, None), (128, 256, 32, 8, 4, None), (256, 64, 32, 8, 3, None), (256, 128, 32, 8, 3, None)),
 ]
-"""Rows, columns and inner size of a tile, warps, stages and registers: what `--tiles` tries."""
+"""Rows, columns and inner size of a tile, warps, stages and registers: what `--tiles` tries for matrix products."""
+AREAS = [
+    *((values, 4, registers) for values in (256, 512) for registers in (80, 96, 128, 168, None)),
+    *((1024, 8, 128), (512, 8, 64), (512, 8, 96), (512, 8, 128), (256, 2, 128), (128, 2, 128), (128, 4, 96)),
+]
+"""Values of a tile, warps and registers, for the depth-wise convolution."""
 
 
 class Sizes(NamedTuple):
@@ -192,23 +197,26 @@ def measure(sets: list[Operator], rounds: int) -> Share:
 def measure_tiles(
     name: str, batch: int, dtype: torch.dtype, act: str, rounds: int, line: Callable[[str], object]
 ) -> None:
-    """Measure every kernel that multiplies matrices with each of `TILES`, the fastest first."""
+    """Measure every kernel with each size of its tiles, the fastest first."""
     from triton.runtime.errors import OutOfResources
 
     from localvit.ops.triton.rows import Blocks
+    from localvit.ops.triton.tiles import Area
 
+    choices = {"blocks": [Blocks(*tile) for tile in TILES], "area": [Area(*tile) for tile in AREAS]}
     for sizes in sizes_of(name):
         sets = [operators(batch, sizes, dtype, act) for _ in range(SETS)]
         for kernel, operator in sets[0].items():
-            if "blocks" not in inspect.signature(operator.call).parameters:
-                continue
-            found = []
-            for blocks in (Blocks(*tile) for tile in TILES):
-                tiled = [each[kernel]._replace(call=partial(each[kernel].call, blocks=blocks)) for each in sets]
-                with contextlib.suppress(OutOfResources):
-                    found.append((measure(tiled, rounds).milliseconds, blocks))
-            for milliseconds_of_tile, blocks in sorted(found)[:5]:
-                line(f"{kernel}: {milliseconds_of_tile:.3f} ms with {blocks}")
+            for option in choices.keys() & inspect.signature(operator.call).parameters.keys():
+                found = []
+                for choice in choices[option]:
+                    tiled = [
+                        each[kernel]._replace(call=partial(each[kernel].call, **{option: choice})) for each in sets
+                    ]
+                    with contextlib.suppress(OutOfResources):
+                        found.append((measure(tiled, rounds).milliseconds, choice))
+                for milliseconds_of_tile, choice in sorted(found, key=lambda each: each[0])[:5]:
+                    line(f"{kernel}: {milliseconds_of_tile:.3f} ms with {choice}")
 
 
 HEADER = "| kernel | maps | ms | TB/s | share of a copy |\n|---|---|---|---|---|"

@@ -97,12 +97,12 @@ def projection(draw, dtype, *, gated, positions, large=False):
 
 def expansion_in_training(draw, dtype, *, positions, large=False):
     """The product and its statistics."""
-    from localvit.ops.triton.pointwise import WIDENING, pointwise_with_statistics
+    from localvit.ops.triton.pointwise import WIDENING_IN_TRAINING, pointwise_with_statistics
 
     (batch, height, width), (inner, columns) = image_sizes(draw, positions, large), channel_sizes(draw, large)
     rows = draw.values(batch, height * width, inner, dtype=dtype)
     weight = draw.values(columns, inner, dtype=dtype)
-    blocks = blocks_for(draw, large) or WIDENING
+    blocks = blocks_for(draw, large) or WIDENING_IN_TRAINING
     out, statistics = launched(pointwise_with_statistics, rows, weight, blocks=blocks)
     assert out.dtype == dtype
     close("the map", out, F.linear(rows.double(), weight.double()), dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 from localvit.ops.reference import accumulate_dtype, check
 from localvit.ops.triton.launch import launch
 from localvit.ops.triton.tiles import (
-    OPTIONS,
+    Area,
     activate,
     add_taps,
     channel_values,
@@ -24,15 +24,17 @@ from localvit.ops.triton.tiles import (
     weight_row,
 )
 
-TILE_AREA = 512
+AREA = Area(512)
 """Four pairs of positions per thread."""
 
 
-def depthwise_act_pool(x_BHWE: Tensor, weight_E33: Tensor, bias_E: Tensor, act: str) -> tuple[Tensor, Tensor]:
+def depthwise_act_pool(
+    x_BHWE: Tensor, weight_E33: Tensor, bias_E: Tensor, act: str, area: Area = AREA
+) -> tuple[Tensor, Tensor]:
     """As `localvit.ops.operators.depthwise_act_pool`, for a non-empty map with channels last."""
     check(x_BHWE, weight_E33, act, bias=bias_E)
     check_layout(x_BHWE)
-    tiles = tiles_of(TILE_AREA, x_BHWE.shape)
+    tiles = tiles_of(area.values, x_BHWE.shape)
     y_BHWE = x_BHWE.new_empty(x_BHWE.shape)
     sums_BTE = x_BHWE.new_empty((tiles.batch, tiles.per_image, tiles.channels), dtype=accumulate_dtype(x_BHWE))
     launch(
@@ -40,7 +42,7 @@ def depthwise_act_pool(x_BHWE: Tensor, weight_E33: Tensor, bias_E: Tensor, act: 
         tiles.programs,
         (x_BHWE, weight_E33.contiguous(), bias_E, y_BHWE, sums_BTE, *tiles.sizes, *x_BHWE.stride()[:3]),
         tiles.constants(x_BHWE, act),
-        OPTIONS,
+        area.options,
     )
     return y_BHWE, sums_BTE.sum(1) if tiles.per_image > 1 else sums_BTE[:, 0]
 

@@ -21,6 +21,7 @@ from localvit.ops.triton.rows import Blocks, Statistics, dot_block, factors_of_r
 from localvit.ops.triton.tiles import activate
 
 WIDENING = Blocks(rows=128, columns=128, inner=32, num_warps=4, num_stages=4)
+WIDENING_IN_TRAINING = WIDENING
 NARROWING = Blocks(rows=128, columns=256, inner=64, num_warps=8, num_stages=3)
 NARROWING_IN_TRAINING = Blocks(rows=64, columns=256, inner=32, num_warps=4, num_stages=4)
 

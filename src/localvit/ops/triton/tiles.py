@@ -10,7 +10,7 @@ Shapes: B batch, H and W the grid, E channels, T tiles.
 
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,8 +23,19 @@ from localvit.ops.triton.launch import Options, ceil_div, power_of_2
 TILE_ROWS = 14
 """The largest number of rows of a tile: all rows of a 224-pixel image with 16-pixel patches."""
 
-OPTIONS = Options(num_warps=4, maxnreg=128)
-"""With 128 registers per thread, 16 warps fit an NVIDIA multiprocessor: enough to overlap memory and arithmetic."""
+
+class Area(NamedTuple):
+    """The size of a kernel's tiles and how it is compiled: data, measured by `benchmarks/kernels_speed.py --tiles`."""
+
+    values: int
+    """Pairs of columns times channels; each thread computes an equal part."""
+    num_warps: int = 4
+    registers: int | None = 128
+    """Of a thread, at most: with 128, 16 warps fit an NVIDIA multiprocessor, which overlaps memory and arithmetic."""
+
+    @property
+    def options(self) -> Options:
+        return Options(self.num_warps, maxnreg=self.registers)
 
 
 @dataclass(frozen=True)
@@ -32,7 +43,7 @@ class Tiles:
     """How maps (B, H, W, E) are divided into tiles, numbered column by column, row by row, image by image."""
 
     area: int
-    """Pairs of columns times channels of a tile; each of 128 threads computes an equal part."""
+    """Pairs of columns times channels of a tile."""
     batch: int
     """B."""
     height: int

@@ -10,7 +10,7 @@ from torch import Tensor
 from localvit.ops.triton.launch import launch
 from localvit.ops.triton.rows import Statistics
 from localvit.ops.triton.tiles import (
-    OPTIONS,
+    Area,
     activate,
     add_taps,
     channel_values,
@@ -23,11 +23,13 @@ from localvit.ops.triton.tiles import (
     weight_row,
 )
 
-TILE_AREA = 512
+AREA = Area(512)
 """Four pairs of positions per thread: as many as 128 registers hold."""
 
 
-def norm_act_depthwise(z_BHWE: Tensor, norm_4E: Tensor, weight_E33: Tensor, act: str) -> tuple[Tensor, Statistics]:
+def norm_act_depthwise(
+    z_BHWE: Tensor, norm_4E: Tensor, weight_E33: Tensor, act: str, area: Area = AREA
+) -> tuple[Tensor, Statistics]:
     """The depth-wise 3x3 convolution of `act(norm(z))`, with zeros around the activated map, and its statistics.
 
     Args:
@@ -40,7 +42,7 @@ def norm_act_depthwise(z_BHWE: Tensor, norm_4E: Tensor, weight_E33: Tensor, act:
         The convolution's map in the dtype of z, and the statistics of its tiles.
     """
     check_layout(z_BHWE)
-    tiles = tiles_of(TILE_AREA, z_BHWE.shape)
+    tiles = tiles_of(area.values, z_BHWE.shape)
     out_BHWE = z_BHWE.new_empty(z_BHWE.shape)
     statistics = Statistics.empty(tiles.number, tiles.channels, norm_4E)
     launch(
@@ -48,7 +50,7 @@ def norm_act_depthwise(z_BHWE: Tensor, norm_4E: Tensor, weight_E33: Tensor, act:
         tiles.programs,
         (z_BHWE, norm_4E, weight_E33.contiguous(), out_BHWE, *statistics, *tiles.sizes, *z_BHWE.stride()[:3]),
         tiles.constants(z_BHWE, act),
-        OPTIONS,
+        area.options,
     )
     return out_BHWE, statistics
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from localvit.ops.triton.launch import launch
 from localvit.ops.triton.tiles import (
-    OPTIONS,
+    Area,
     activate,
     activation_slope,
     add_taps,
@@ -23,7 +23,7 @@ from localvit.ops.triton.tiles import (
     weight_row,
 )
 
-TILE_AREA = 256
+AREA = Area(256)
 """Two pairs of positions per thread, since more partial sums are live: four would need 204 registers."""
 
 
@@ -36,6 +36,7 @@ def norm_act_depthwise_backward(
     norm_4E: Tensor,
     weight_E33: Tensor,
     act: str,
+    area: Area = AREA,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Through the batch norm after `norm_act_depthwise`, the convolution, and the activation.
 
@@ -50,7 +51,7 @@ def norm_act_depthwise_backward(
         `norm_4E`, and (T, 2, E): the sums over each tile of the first, and of it times (z - mean).
     """
     check_layout(grad_BHWE, out_BHWE, z_BHWE)
-    tiles = tiles_of(TILE_AREA, z_BHWE.shape)
+    tiles = tiles_of(area.values, z_BHWE.shape)
     grad_u_BHWE = z_BHWE.new_empty(z_BHWE.shape)
     weight_sums_T9E = norm_4E.new_empty((tiles.number, 9, tiles.channels))
     sums_T2E = norm_4E.new_empty((tiles.number, 2, tiles.channels))
@@ -62,7 +63,7 @@ def norm_act_depthwise_backward(
             *(grad_u_BHWE, weight_sums_T9E, sums_T2E, *tiles.sizes, *z_BHWE.stride()[:3]),
         ),
         tiles.constants(z_BHWE, act),
-        OPTIONS,
+        area.options,
     )
     return grad_u_BHWE, weight_sums_T9E.sum(0).t().reshape(-1, 3, 3), sums_T2E
 
