@@ -207,6 +207,16 @@ def test_adapters_of_projections_that_timm_folds_are_kept():
         torch.testing.assert_close(fused(image), model(image), rtol=1e-5, atol=1e-5)
 
 
+def test_narrow_heads_use_fused_attention_on_the_cpu_only():
+    """TNT's heads over pixels have width 5 here, those over patches 11; a meta model stands for other devices."""
+    block = localvit.fuse(small("tnt_tiny")).blocks[0]
+    assert block.attn_in.fused_attn
+    assert block.attn_out.fused_attn
+    block.to("meta")
+    assert not block.attn_in.fused_attn
+    assert block.attn_out.fused_attn
+
+
 def multiply_adds(model, name):
     """Multiply-adds of one image by torch's counter, which does not count fused attention on the CPU."""
     model = copy.deepcopy(model).requires_grad_(False)

@@ -97,12 +97,12 @@ def projection(draw, dtype, *, gated, positions, large=False):
 
 def expansion_in_training(draw, dtype, *, positions, large=False):
     """The product and its statistics."""
-    from localvit.ops.triton.pointwise import WIDENING_IN_TRAINING, pointwise_with_statistics
+    from localvit.ops.triton.pointwise import WIDENING, pointwise_with_statistics
 
     (batch, height, width), (inner, columns) = image_sizes(draw, positions, large), channel_sizes(draw, large)
     rows = draw.values(batch, height * width, inner, dtype=dtype)
     weight = draw.values(columns, inner, dtype=dtype)
-    blocks = blocks_for(draw, large) or WIDENING_IN_TRAINING
+    blocks = blocks_for(draw, large) or WIDENING
     out, statistics = launched(pointwise_with_statistics, rows, weight, blocks=blocks)
     assert out.dtype == dtype
     close("the map", out, F.linear(rows.double(), weight.double()), dtype)
@@ -118,14 +118,14 @@ def expansion_in_training(draw, dtype, *, positions, large=False):
 
 def projection_in_training(draw, dtype, *, gated, positions, large=False):
     """Of a batch norm, an activation and a gate of the map."""
-    from localvit.ops.triton.pointwise import NARROWING_IN_TRAINING, normalized_pointwise
+    from localvit.ops.triton.pointwise import NARROWING, normalized_pointwise
 
     (batch, height, width), (columns, inner) = image_sizes(draw, positions, large), channel_sizes(draw, large)
     rows = draw.values(batch, height * width, inner, dtype=dtype)
     weight = draw.values(columns, inner, dtype=dtype)
     norm, act = draw.norm(inner, dtype), draw.one_of("hs", "relu6")
     gate = draw.values(batch, inner, dtype=draw.one_of(dtype, torch.float32)) if gated else None
-    blocks = blocks_for(draw, large) or NARROWING_IN_TRAINING
+    blocks = blocks_for(draw, large) or NARROWING
     out = launched(normalized_pointwise, rows, weight, norm, act, gate, blocks=blocks)
     assert out.dtype == dtype
     factors = 1 if gate is None else gate.double()[:, None]

@@ -99,6 +99,25 @@ def _folds_as_written(module: nn.Module, method: str) -> bool:
     )
 
 
+NARROWEST_HEAD = 8
+"""The width of a head from which scaled_dot_product_attention runs without padding on CUDA."""
+
+
+class _NarrowAttention(Attention):
+    """Attention whose heads are narrower than CUDA's fused kernels take: it uses them on the CPU only.
+
+    With them TNT, whose heads over pixels have width 4, was slower fused than unfused on one H100.
+    """
+
+    @property  # type: ignore[misc]  # timm declares an attribute
+    def fused_attn(self) -> bool:
+        return self._fused_attn and self.qkv.weight.device.type == "cpu"
+
+    @fused_attn.setter
+    def fused_attn(self, value: bool) -> None:
+        self._fused_attn = value
+
+
 def _by_sdpa(attn: tnt.Attention) -> nn.Module:
     """TNT's attention, which computes its softmax in steps, as timm's `Attention`, which uses torch's fused kernel.
 
@@ -108,7 +127,8 @@ def _by_sdpa(attn: tnt.Attention) -> nn.Module:
     plain_projections = {type(qk), type(v)} == {nn.Linear} and attn.hidden_dim == v.out_features
     if not plain_projections or (qk.bias is None) != (v.bias is None) or not _is_unchanged(attn):
         return attn
-    plain = Attention(v.in_features, attn.num_heads, qkv_bias=v.bias is not None, device="meta")
+    cls = _NarrowAttention if v.out_features // attn.num_heads < NARROWEST_HEAD else Attention
+    plain = cls(v.in_features, attn.num_heads, qkv_bias=v.bias is not None, device="meta")
     plain.qkv.weight = _stacked(qk.weight, v.weight)
     if v.bias is not None:
         plain.qkv.bias = _stacked(qk.bias, v.bias)

@@ -41,9 +41,8 @@ def random_feature_attention(query_BND: Tensor, key_BND: Tensor, value_BND: Tens
     and keys.
     """
     kind = query_BND.device.type
-    # The meta device, which has no values, has no autocast either.
-    available = torch.amp.is_autocast_available(kind)
-    with torch.autocast(kind, enabled=False) if available else contextlib.nullcontext():
+    # The meta device, which has no values, has no autocast either. Asking torch would break the compiler's graph.
+    with contextlib.nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):
         precise = torch.promote_types(value_BND.dtype, torch.float32)
         query, key, value = query_BND.to(precise), key_BND.to(precise), value_BND.to(precise)
         features = features_MD.to(precise)

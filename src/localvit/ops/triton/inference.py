@@ -24,7 +24,7 @@ from localvit.ops.triton.tiles import (
     weight_row,
 )
 
-AREA = Area(512)
+AREA = Area(512, registers=96)
 """Four pairs of positions per thread."""
 
 

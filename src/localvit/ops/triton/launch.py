@@ -2,7 +2,7 @@
 
 Triton looks at each argument of each launch to find the compiled kernel: 50 microseconds and more for a dozen
 arguments, longer than many of the kernels here run. Here the compiled kernel is found by the sizes and dtypes of the
-first launch.
+first launch, and its launcher called with addresses in place of tensors, which it would ask the driver about.
 """
 
 from typing import Any, NamedTuple
@@ -30,6 +30,8 @@ def launch(
 ) -> None:
     """Run `programs` programs of a kernel on the device of its first argument.
 
+    Triton's hooks around a launch, which its profiler Proton uses, see the first launch only.
+
     Args:
         kernel: a function decorated with `triton.jit`.
         programs: their number, one-dimensional.
@@ -41,16 +43,27 @@ def launch(
     if device is not None and device != torch.cuda.current_device():
         with torch.cuda.device(device):
             return launch(kernel, programs, arguments, constants, options)
+    values: list[Any] = []
+    key: list[Any] = [id(kernel), device, constants, options]
     # Triton compiles for dtypes, for addresses and integers that are multiples of 16, and for ones.
-    facts = [(each.dtype, each.data_ptr() % 16) if isinstance(each, Tensor) else each for each in arguments]
-    key = (id(kernel), device, constants, options, *facts)
-    if (compiled := _compiled.get(key)) is not None:
-        compiled[(programs, 1, 1)](*arguments, *constants)
+    for each in arguments:
+        if isinstance(each, Tensor):
+            address = each.data_ptr()
+            values.append(address)
+            key += (each.dtype, address % 16)
+        else:
+            values.append(each)
+            key.append(each)
+    if (compiled := _compiled.get(found := tuple(key))) is not None:
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        compiled.run(
+            programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *values, *constants
+        )
         return None
     given = {name: value for name, value in options._asdict().items() if value is not None}
     compiled = kernel[(programs,)](*arguments, *constants, **given)
     if isinstance(kernel, JITFunction):  # and not interpreted
-        _compiled[key] = compiled
+        _compiled[found] = compiled
     return None
 
 

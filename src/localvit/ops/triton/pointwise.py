@@ -21,9 +21,7 @@ from localvit.ops.triton.rows import Blocks, Statistics, dot_block, factors_of_r
 from localvit.ops.triton.tiles import activate
 
 WIDENING = Blocks(rows=128, columns=128, inner=32, num_warps=4, num_stages=4)
-WIDENING_IN_TRAINING = WIDENING
 NARROWING = Blocks(rows=128, columns=256, inner=64, num_warps=8, num_stages=3)
-NARROWING_IN_TRAINING = Blocks(rows=64, columns=256, inner=32, num_warps=4, num_stages=4)
 
 
 def pointwise(
@@ -63,7 +61,7 @@ def normalized_pointwise(
     norm_4K: Tensor,
     act: str,
     gate_BK: Tensor | None,
-    blocks: Blocks = NARROWING_IN_TRAINING,
+    blocks: Blocks = NARROWING,
 ) -> Tensor:
     """`gate * act(norm(z))` times the weight (B, S, N), where `norm_4K` are vectors of `ops.triton.batch_norm`."""
     out_BSN = weight_NK.new_empty((*z_BSK.shape[:2], weight_NK.shape[0]))

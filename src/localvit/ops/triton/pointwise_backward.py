@@ -29,8 +29,8 @@ PROJECTION_BLOCKS = Blocks(rows=64, columns=64, inner=32, num_warps=4, num_stage
 """`rows` are output channels, `columns` hidden channels, `inner` positions."""
 GROUP_IMAGES = 8
 """Images whose gradients of the weight one program adds up."""
-NORMALIZED_BLOCKS = Blocks(rows=64, columns=128, inner=64, num_warps=4, num_stages=3)
-EXPANSION_BLOCKS = Blocks(rows=64, columns=256, inner=32, num_warps=4, num_stages=3)
+NORMALIZED_BLOCKS = Blocks(rows=64, columns=64, inner=64, num_warps=4, num_stages=3, registers=128)
+EXPANSION_BLOCKS = Blocks(rows=64, columns=256, inner=32, num_warps=4, num_stages=4)
 
 
 def projection_gradients(

@@ -23,7 +23,7 @@ from localvit.ops.triton.tiles import (
     weight_row,
 )
 
-AREA = Area(512)
+AREA = Area(256, num_warps=2)
 """Four pairs of positions per thread: as many as 128 registers hold."""
 
 
