@@ -134,6 +134,7 @@ def training_batches(
         "process": rank(),
     }
     if config.cache:
+        _check_size(preprocessing.input_size)
         cached = _cached_with_transform(config, images, transform, device)
         return CachedBatches(cached, batch_size=config.batch_size, **order)
     first = augmentation(config, preprocessing, 0.0) if config.resplit else None
@@ -142,6 +143,14 @@ def training_batches(
     return LoadedBatches(
         augmented, batch_size=config.batch_size, workers=config.workers, pin_memory=pin_memory, **order
     )
+
+
+def _check_size(size: tuple[int, int]) -> None:
+    if max(size) > SMALL:
+        raise ValueError(
+            f"cache: is for inputs of at most {SMALL} pixels, and the input size is {size[0]} x {size[1]}: turn it off "
+            "(--no-cache)"
+        )
 
 
 def _cached_with_transform(
