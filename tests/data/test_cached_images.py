@@ -10,7 +10,7 @@ from timm.data.transforms import MaybeToTensor
 from torchvision import transforms
 
 from localvit.data.batch_augmentation import BatchAugmentation
-from localvit.data.cached_batches import CachedBatches, RandomlyTransformedCache
+from localvit.data.cached_batches import CachedBatches, RandomlyTransformedCache, ahead
 from localvit.data.cached_images import cache_for_evaluation, cache_images
 from localvit.data.datasets import open_images
 from localvit.data.images import DataError, PreparedImages, UnreadableImage
@@ -138,3 +138,24 @@ def test_the_first_repeat_is_not_erased_with_resplit(folder):
     is_erased_B = (images_BCHW != whole_BCHW).flatten(1).any(1)
     assert not is_erased_B[repeat_B == 0].any()
     assert 0.1 < is_erased_B[repeat_B > 0].double().mean() < 0.4
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_the_thread_is_at_most_one_result_ahead(count):
+    started = []
+
+    def square(number):
+        started.append(number)
+        return number * number
+
+    for number, result in enumerate(ahead(square, range(count))):
+        assert result == number**2
+        assert len(started) <= number + 2
+    assert started == list(range(count))
+
+
+def test_an_error_in_the_thread_reaches_the_caller():
+    results = ahead(lambda number: 1 // number, [2, 0, 1])
+    assert next(results) == 0
+    with pytest.raises(ZeroDivisionError):
+        next(results)

@@ -25,8 +25,8 @@ from localvit.data.resized_crop import ResizedCrop
 
 _ATTEMPTS = 10
 """How often timm tries to find a rectangle to erase that is smaller than the image."""
-_NOISE = 1
-"""Distinguishes the keys of noise, whose numbers are made on the device, from those of all other numbers."""
+_PLACES, _NOISE = 1, 2
+"""Distinguish the keys for erasing, which only some images need, from those for all other random numbers."""
 
 _Step = Callable[[Tensor, ImageRandomness], Tensor]
 
@@ -274,21 +274,21 @@ class _Erasing:
         is_erased_B = randomness.uniform() < self.settings.probability
         if is_erasable_B is not None:
             is_erased_B &= is_erasable_B
-        size = image_BCHW.shape[2:]
-        rectangles = self._rectangles(randomness, is_erased_B, size[0], size[1])
         rows = is_erased_B.nonzero().flatten()
         if not len(rows):
             return image_BCHW
-        rectangles = _Rectangles(rectangles.begin_BN2[rows], rectangles.end_BN2[rows])
-        device = image_BCHW.device
-        noise = ImageRandomness(combined(keys_B[rows], torch.tensor(_NOISE)).to(device))
+        size, device = image_BCHW.shape[2:], image_BCHW.device
+        places, noise = (combined(keys_B[rows], torch.tensor(purpose)) for purpose in (_PLACES, _NOISE))
+        rectangles = self._rectangles(ImageRandomness(places), size[0], size[1])
+        noise_randomness = ImageRandomness(noise.to(device))
         rows = rows.to(device)
         erased = image_BCHW.index_select(0, rows)
         for number in range(self.settings.max_count):
-            erased = torch.where(rectangles.mask(number, size, device), self._fill(noise, image_BCHW.shape), erased)
+            fill = self._fill(noise_randomness, image_BCHW.shape)
+            erased = torch.where(rectangles.mask(number, size, device), fill, erased)
         return image_BCHW.index_copy_(0, rows, erased)
 
-    def _rectangles(self, randomness: ImageRandomness, is_erased_B: Tensor, height: int, width: int) -> _Rectangles:
+    def _rectangles(self, randomness: ImageRandomness, height: int, width: int) -> _Rectangles:
         settings = self.settings
         most = settings.max_count
         count_B1 = (settings.min_count + randomness.below(most - settings.min_count + 1))[:, None]
@@ -301,7 +301,7 @@ class _Erasing:
         fits_BNA = (sides_BNA2[..., 0] < height) & (sides_BNA2[..., 1] < width)
         first_BN11 = fits_BNA.int().argmax(2)[..., None, None]
         sides_BN2 = sides_BNA2.gather(2, first_BN11.expand(-1, -1, 1, 2)).squeeze(2)
-        exists_BN = fits_BNA.any(2) & (torch.arange(most) < count_B1) & is_erased_B[:, None]
+        exists_BN = fits_BNA.any(2) & (torch.arange(most) < count_B1)
         sides_BN2 = sides_BN2 * exists_BN[..., None]
         begin_BN2 = randomness.below(torch.tensor([height, width]) - sides_BN2 + 1, most, 2)
         return _Rectangles(begin_BN2, begin_BN2 + sides_BN2)

@@ -4,7 +4,9 @@ As with decoded images, all random numbers depend on the seed, the epoch and the
 depend on the batch size, on the number of processes or on where a run was interrupted.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +16,9 @@ from localvit.data.batch_augmentation import BatchAugmentation
 from localvit.data.cached_images import CachedImages
 from localvit.data.image_randomness import combined
 from localvit.data.training_batches import RandomImages, RandomPurpose, SampleKey, TrainingBatches, seed_sequence
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 _BYTES_AT_ONCE = {"cpu": 2**22, "cuda": 2**26}
 """Size of the float32 images that are augmented at once: as much as stays in the caches of a CPU; on a GPU enough that
@@ -63,9 +68,22 @@ class CachedBatches(TrainingBatches):
         keys = list(self.order)[first * self.batch_size : len(self) * self.batch_size]
         bytes_per_batch = self.batch_size * 4 * self.images.images.pixels_NCHW[0].numel()
         at_once = max(1, _BYTES_AT_ONCE[self.images.device.type] // bytes_per_batch) * self.batch_size
-        for start in range(0, len(keys), at_once):
-            images_BCHW, labels_B = self.prepare(keys[start : start + at_once])
+        parts = [keys[start : start + at_once] for start in range(0, len(keys), at_once)]
+        prepared = map(self.prepare, parts) if self.images.device.type == "cpu" else ahead(self.prepare, parts)
+        for images_BCHW, labels_B in prepared:
             yield from zip(images_BCHW.split(self.batch_size), labels_B.split(self.batch_size), strict=True)
 
     def prepare(self, keys: Sequence[SampleKey]) -> tuple[Tensor, Tensor]:
         return self.images(keys)
+
+
+def ahead(function: Callable[[T], R], values: Sequence[T]) -> Iterator[R]:
+    """`map`, with a thread that computes the next result while the caller uses the last one.
+
+    A GPU then has its next images when it needs them.
+    """
+    with ThreadPoolExecutor(1) as executor:
+        waiting = [executor.submit(function, value) for value in values[:1]]
+        for number in range(len(values)):
+            waiting += [executor.submit(function, value) for value in values[number + 1 : number + 2]]
+            yield waiting.pop(0).result()

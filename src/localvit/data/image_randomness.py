@@ -20,13 +20,13 @@ _SHIFTS = (30, 27, 31)
 def hashed(x: Tensor) -> Tensor:
     """SplitMix64's hash of each number: int64, which stands for the unsigned number with the same bits."""
     for shift, factor in zip(_SHIFTS, (*_FACTORS, 1), strict=True):
-        x = (x ^ _shifted(x, shift)) * factor
+        x = _shifted(x, shift).bitwise_xor_(x).mul_(factor)
     return x
 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:
     """Shift right and fill with zeros; torch fills with the sign."""
-    return (x >> bits) & (2 ** (64 - bits) - 1)
+    return (x >> bits).bitwise_and_(2 ** (64 - bits) - 1)
 
 
 def combined(key: Tensor | int, number: Tensor) -> Tensor:
@@ -47,11 +47,7 @@ class ImageRandomness:
 
     def uniform(self, *shape: int) -> Tensor:
         """Numbers in [0, 1) of shape (B, *shape), float32: multiples of 2**-24."""
-        count = math.prod(shape)
-        positions = torch.arange(self._drawn, self._drawn + count, device=self._keys_B.device)
-        self._drawn += count
-        bits = combined(self._keys_B[:, None], positions)
-        return (_shifted(bits, 40) * 2.0**-24).view(-1, *shape)
+        return _fraction(self._bits(*shape), 40)
 
     def below(self, limit: Tensor | int, *shape: int) -> Tensor:
         """Whole numbers from 0 to `limit` - 1 of shape (B, *shape), int64. The limit is at most 2**24."""
@@ -59,5 +55,18 @@ class ImageRandomness:
 
     def normal(self, *shape: int) -> Tensor:
         """Numbers of the standard normal distribution, of shape (B, *shape), float32 (Box and Muller 1958)."""
-        radius = (-2 * (1 - self.uniform(*shape)).log()).sqrt()
-        return radius * (2 * math.pi * self.uniform(*shape)).cos()
+        bits = self._bits(*shape)
+        radius = (1 - _fraction(bits, 40)).log_().mul_(-2).sqrt_()
+        return radius.mul_(_fraction(bits, 16).mul_(2 * math.pi).cos_())
+
+    def _bits(self, *shape: int) -> Tensor:
+        """64 random bits each, of shape (B, *shape), int64."""
+        count = math.prod(shape)
+        positions = torch.arange(self._drawn, self._drawn + count, device=self._keys_B.device)
+        self._drawn += count
+        return combined(self._keys_B[:, None], positions).view(-1, *shape)
+
+
+def _fraction(bits: Tensor, first: int) -> Tensor:
+    """24 of the bits as the digits of a number in [0, 1), float32."""
+    return (bits >> first).bitwise_and_(2**24 - 1) * 2.0**-24
