@@ -12,7 +12,7 @@ from timm.data import auto_augment
 from localvit.data import image_operations
 from localvit.data.image_randomness import ImageRandomness, combined
 
-SIZE = (13, 11)
+SIZE = (31, 29)  # more than 3 * 255 pixels, which is what equalizing rounds
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def images_BCHW():
     noise = torch.randint(0, 256, (2, 3, *SIZE), generator=generator)
     ramp = torch.arange(SIZE[0] * SIZE[1]).view(1, 1, *SIZE).expand(1, 3, -1, -1)
     plain = torch.tensor([10, 200, 77])[None, :, None, None].expand(1, 3, *SIZE)
-    return torch.cat([noise, ramp // 3 + 20, 255 - ramp, plain, (noise[:1] > 128) * 90 + 7]).byte()
+    return torch.cat([noise, ramp // 8 + 20, 255 - ramp % 256, plain, (noise[:1] > 128) * 90 + 7]).byte()
 
 
 def to_pil(image_CHW):
@@ -136,3 +136,12 @@ def test_random_numbers_have_their_distribution():
     assert abs(normal.mean()) < 5 * (1 / 1e5) ** 0.5
     assert abs(normal.var() - 1) < 5 * (2 / 1e5) ** 0.5
     assert randomness.below(3, 50).unique().tolist() == [0, 1, 2]
+
+
+def test_a_number_depends_on_its_position_only():
+    """Drawn one by one, or together."""
+    keys_B = combined(5, torch.arange(4))
+    together, one_by_one = ImageRandomness(keys_B).uniform(6), ImageRandomness(keys_B)
+    parts = [one_by_one.uniform(2), one_by_one.uniform(), one_by_one.uniform(3)]
+    assert torch.equal(torch.cat([part.view(4, -1) for part in parts], 1), together)
+    assert len(together.unique()) == 24
