@@ -1,6 +1,7 @@
 """Measure training steps, and the cost of the training loop and of loading images compared with the bare model.
 
     python benchmarks/train_speed.py loop|loader|memory --data-path FOLDER [--model localvit_tiny] [--rounds 5]
+    python benchmarks/train_speed.py cache --data-path FOLDER [--recipe cifar10] [--steps 8] [--cuda-graph]
     python benchmarks/train_speed.py step [--family T] [--batch-size 16] [--rounds 5] [--device cpu]
         [--compile] [--cuda-graph]
 
@@ -11,7 +12,9 @@ and under bfloat16 autocast; ratios are taken within rounds.
 `loop` compares the CPU time of full steps of `localvit train` with that of only forward, backward and update of the
 same model on the same batches, in interleaved rounds. `loader` reads images with `localvit train`'s batches and with
 timm's loader, with the same transforms, batch size and workers, in interleaved rounds. `memory` trains 1,000 steps and
-prints the memory of the process every 100. FOLDER contains train/<class>/ and val/<class>/, or class folders.
+prints the memory of the process every 100. `cache` takes steps of a recipe with its images decoded by workers and in
+memory (--cache), in interleaved rounds, and then only prepares the batches of both. FOLDER contains train/<class>/ and
+val/<class>/, or class folders.
 """
 
 import argparse
@@ -34,6 +37,7 @@ from localvit.bench.result import Quartiles
 from localvit.train.builder import Training, build
 from localvit.train.config import TrainConfig
 from localvit.train.cuda_graph import GraphedModel
+from localvit.train.recipe import read_recipe
 from localvit.train.step import train_step
 from localvit.utils.devices import choose_device
 from localvit_cli.allocator import keep_freed_memory
@@ -145,6 +149,34 @@ def memory(options: argparse.Namespace) -> None:
                 return
 
 
+def cache(options: argparse.Namespace) -> None:
+    """Seconds per step with and without images in memory, and images per second of their batches alone."""
+    settings = {name: value for name, value in read_recipe(options.recipe).items() if name != "cache"}
+    settings |= {"batch_size": options.batch_size, "device": options.device, "cuda_graph": options.cuda_graph}
+    runs = {name: build_run(options, **settings | {"cache": name == "memory"}) for name in ("workers", "memory")}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(options.rounds + 1):
+        for name, run in runs.items():
+            batches = run.batches.epoch(number)
+            started = time.perf_counter()
+            for _ in range(options.steps):
+                train_step(run, batches, stop=False)
+            if number:  # the first round warms up
+                seconds[name].append((time.perf_counter() - started) / options.steps)
+            batches.close()
+    ratios = [workers / memory for workers, memory in zip(*seconds.values(), strict=True)]
+    print(
+        f"{options.recipe}, batch {options.batch_size}, seconds per step: "
+        + ", ".join(f"{name} {statistics.median(part):.4f}" for name, part in seconds.items())
+        + f"; ratio {statistics.median(ratios):.2f} (rounds {', '.join(f'{ratio:.2f}' for ratio in ratios)})"
+    )
+    for name, run in runs.items():
+        started, count = time.perf_counter(), 0
+        for images_BCHW, _ in run.batches.epoch(options.rounds + 1):
+            count += len(images_BCHW)
+        print(f"batches only, {name}: {count / (time.perf_counter() - started):,.0f} images/s")
+
+
 def step(options: argparse.Namespace) -> None:
     """Seconds per training step of a LocalViT, its baseline, and the straightforward implementation."""
     keep_freed_memory()
@@ -206,23 +238,24 @@ def graphed(model: BenchModel) -> BenchModel:
 def main() -> None:
     """Run one measurement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("measurement", choices=["step", "loop", "loader", "memory"])
+    parser.add_argument("measurement", choices=["step", "loop", "loader", "memory", "cache"])
     parser.add_argument("--data-path", type=Path, help="folder of images; not for `step`")
     parser.add_argument("--model", default="localvit_tiny")
+    parser.add_argument("--recipe", default="cifar10", help="recipe of `cache`")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=8, help="steps per round of `loop`, and of `step` on a GPU")
+    parser.add_argument("--steps", type=int, default=8, help="steps per round of `loop`, `cache`, and `step` on a GPU")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--family", choices=list(FAMILIES), default="T", help="LocalViT and baseline of `step`")
-    parser.add_argument("--device", help="device of `step`; default: CUDA if available, otherwise the CPU")
+    parser.add_argument("--device", help="device of `step` and `cache`; default: CUDA if available, otherwise the CPU")
     parser.add_argument("--compile", action="store_true", help="`step` also measures compiled models")
-    parser.add_argument("--cuda-graph", action="store_true", help="`step` also measures models in CUDA graphs")
+    parser.add_argument("--cuda-graph", action="store_true", help="`cache` uses, and `step` also measures, CUDA graphs")
     options = parser.parse_args()
     if options.measurement != "step" and options.data_path is None:
         parser.error(f"{options.measurement} needs --data-path")
     if options.measurement == "step" and options.cuda_graph and not torch.cuda.is_available():
         parser.error("--cuda-graph needs a CUDA device, and torch finds none")
-    {"step": step, "loop": loop, "loader": loader, "memory": memory}[options.measurement](options)
+    {"step": step, "loop": loop, "loader": loader, "memory": memory, "cache": cache}[options.measurement](options)
 
 
 if __name__ == "__main__":

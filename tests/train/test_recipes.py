@@ -61,6 +61,10 @@ SMALL = OFF | {"model": "localvit_nano_patch4_32", "drop_path_rate": 0.0, "auto_
 DIFFERENCES = {
     "deit_300": {"workers": 10},
     **{recipe: {"workers": 10} for recipe in ABLATIONS},
+    "cifar10": {"model": "localvit_nano_patch4_32", "drop_path_rate": 0.0, "data_set": "FOLDER", "cache": True}
+    | {"epochs": 100, "batch_size": 512, "lr": 0.003, "clip_grad": 1.0, "sched_on_updates": True}
+    | {"warmup_lr": 1e-5, "ema_decay": 0.998, "auto_augment": "rand-m7-mstd0.5-inc1", "random_erasing": 0.2}
+    | {"repeated_aug": False, "mixup": 0.0, "mixup_prob": 0.3},
     "digits": SMALL
     | {"data_set": "DIGITS", "epochs": 10, "batch_size": 64, "lr": 0.008, "warmup_epochs": 1, "warmup_lr": 5e-4}
     | {"hflip": 0.0, "workers": 1},

@@ -55,6 +55,7 @@ MOVES = {
     "lr_noise_std": ({"lr_noise": (0.0, 1.0)}, 0.1),
     "drop_rate": ({}, 0.5),
     "drop_path_rate": ({"model_args": {"depth": 2}}, 0.7),
+    "cache": ({}, True),
     "hflip": ({}, 1.0),
     "auto_augment": ({}, "rand-m9-mstd0.5-inc1"),
     "color_jitter": ({}, 0.9),

@@ -1,12 +1,14 @@
 """How images are prepared for evaluation. A checkpoint stores these settings."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from typing import Any
 
-from PIL import Image
+import torch
 from timm.data import create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.transforms import MaybeToTensor
 from torch import Tensor
 from torchvision import transforms
 
@@ -65,7 +67,7 @@ class Preprocessing:
         """The settings as plain values, for JSON."""
         return asdict(self)
 
-    def transform(self) -> Callable[[Image.Image], Tensor]:
+    def transform(self) -> transforms.Compose:
         """timm's evaluation transform: from a PIL image to a normalized float32 tensor (3, H, W)."""
         steps = create_transform(
             (3, *self.input_size),
@@ -81,6 +83,22 @@ class Preprocessing:
             steps[:2] = [ResizedCrop(*steps[:2])]
         return transforms.Compose(steps)
 
+    def resizing(self) -> transforms.Compose:
+        """The part of `transform` from image to image: resizing and cropping to `input_size`."""
+        return transforms.Compose(
+            list(takewhile(lambda step: not isinstance(step, MaybeToTensor), self.transform().transforms))
+        )
+
+    def normalized(self, image_BCHW: Tensor) -> Tensor:
+        """Images of bytes (B, C, H, W) as `transform` gives them after resizing: float32, on the same device."""
+        return normalized(image_BCHW, self.mean, self.std)
+
     def __str__(self) -> str:
         height, width = self.input_size
         return f"{height} x {width}, {self.interpolation}, {self.crop_mode} crop {self.crop_pct:.3f}"
+
+
+def normalized(image_BCHW: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> Tensor:
+    """Images of bytes (B, C, H, W) as float32, bit-exact as torchvision converts and normalizes them one by one."""
+    mean_C, std_C = (torch.as_tensor(each, dtype=torch.float32, device=image_BCHW.device) for each in (mean, std))
+    return image_BCHW.float().div_(255).sub_(mean_C[:, None, None]).div_(std_C[:, None, None])

@@ -7,6 +7,7 @@ Shapes: B batch size, C channels, H and W height and width in pixels.
 """
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from enum import IntEnum
 from itertools import islice
@@ -40,7 +41,7 @@ def seed_random(seed: int, purpose: RandomPurpose, epoch: int = 0, index: int = 
         index: Image or step within the epoch.
         repeat: Repeat of the image within the epoch, or the process.
     """
-    words = _seed_sequence(seed, purpose, epoch, index, repeat).generate_state(4, np.uint32)
+    words = seed_sequence(seed, purpose, epoch, index, repeat).generate_state(4, np.uint32)
     random.seed(int(words[0]))
     np.random.seed(words[1])
     # Augmentation uses the CPU generator only; seeding every accelerator would take a hundred times as long.
@@ -48,7 +49,10 @@ def seed_random(seed: int, purpose: RandomPurpose, epoch: int = 0, index: int = 
     seed_torch(int(words[2]) << 32 | int(words[3]))
 
 
-def _seed_sequence(seed: int, purpose: RandomPurpose, epoch: int, index: int, repeat: int) -> np.random.SeedSequence:
+def seed_sequence(
+    seed: int, purpose: RandomPurpose, epoch: int = 0, index: int = 0, repeat: int = 0
+) -> np.random.SeedSequence:
+    """The seeds of a use of random numbers; the arguments are those of `seed_random`."""
     return np.random.SeedSequence(seed, spawn_key=(purpose, epoch, index, repeat))
 
 
@@ -56,7 +60,16 @@ SampleKey = tuple[int, int, int]
 """A training sample: epoch, index in the data set, and repeat within the epoch, all from 0."""
 
 
-class AugmentedImages(Dataset):
+class RandomImages:
+    """Images to which a random transform is applied."""
+
+    images: Images
+    """The images without it."""
+    seed: int
+    """The run's seed."""
+
+
+class AugmentedImages(RandomImages, Dataset):
     """Randomly transformed images. Item `SampleKey` is (tensor (C, H, W), label), or the reason it is unreadable."""
 
     def __init__(
@@ -109,24 +122,22 @@ class EpochSampler(Sampler[SampleKey]):
         return (rounded or self.count) // self.num_processes
 
     def __iter__(self) -> Iterator[SampleKey]:
-        generator = np.random.default_rng(_seed_sequence(self.seed, RandomPurpose.ORDER, self.epoch, 0, 0))
+        generator = np.random.default_rng(seed_sequence(self.seed, RandomPurpose.ORDER, self.epoch))
         order = generator.permutation(self.count)
         samples = ((int(index), repeat) for index in order for repeat in range(self.repeats))
         own_samples = islice(samples, self.process, None, self.num_processes)
         return ((self.epoch, index, repeat) for index, repeat in islice(own_samples, len(self)))
 
 
-class TrainingBatches:
+class TrainingBatches(ABC):
     """The full batches that one process trains on in each epoch: images (B, C, H, W) and labels (B), int64."""
 
     def __init__(
         self,
-        images: AugmentedImages,
+        images: RandomImages,
         *,
         batch_size: int,
         repeats: int,
-        workers: int,
-        pin_memory: bool,
         batches_per_step: int = 1,
         num_processes: int = 1,
         process: int = 0,
@@ -136,8 +147,6 @@ class TrainingBatches:
             images: The images of all processes.
             batch_size: Images per batch and process.
             repeats: How many times each image is used (repeated augmentation).
-            workers: Number of worker processes; 0 decodes in this process.
-            pin_memory: Whether to load into pinned memory, for a CUDA device.
             batches_per_step: Batches whose gradients are accumulated in one step.
             num_processes: Number of training processes.
             process: Rank of this one.
@@ -157,6 +166,45 @@ class TrainingBatches:
                 + (" in each process" if num_processes > 1 else "")
                 + ": use a smaller batch, or add images"
             )
+
+    def __len__(self) -> int:
+        return len(self.order) // self.batch_size
+
+    @abstractmethod
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Iterate over the batches of an epoch, starting at batch `first`."""
+
+    @abstractmethod
+    def prepare(self, keys: Sequence[SampleKey]) -> tuple[Tensor, Tensor]:
+        """Prepare some samples in this process; returns their images and labels. Raises UnreadableImage."""
+
+    def batch(self, epoch: int, number: int) -> tuple[Tensor, Tensor, list[str]]:
+        """Prepare one batch of an epoch in this process; returns its images, labels and image names."""
+        self.order.epoch = epoch
+        keys = list(islice(self.order, number * self.batch_size, (number + 1) * self.batch_size))
+        return *self.prepare(keys), [self.images.images.name(index) for _, index, _ in keys]
+
+
+class LoadedBatches(TrainingBatches):
+    """Training batches whose images are decoded whenever they are used, by worker processes."""
+
+    images: AugmentedImages
+
+    def __init__(
+        self, images: AugmentedImages, *, batch_size: int, workers: int, pin_memory: bool, **order: int
+    ) -> None:
+        """
+        Args:
+            images: The images of all processes.
+            batch_size: Images per batch and process.
+            workers: Number of worker processes; 0 decodes in this process.
+            pin_memory: Whether to load into pinned memory, for a CUDA device.
+            order: The other arguments of `TrainingBatches`.
+
+        Raises:
+            ValueError: The images do not fill one step.
+        """
+        super().__init__(images, batch_size=batch_size, **order)
         self._batches = _BatchSampler(self.order, batch_size)
         self.loader: DataLoader = DataLoader(
             images,
@@ -167,9 +215,6 @@ class TrainingBatches:
             pin_memory=pin_memory,
             worker_init_fn=init_worker,
         )
-
-    def __len__(self) -> int:
-        return len(self.order) // self.batch_size
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterate over the batches of an epoch, starting at batch `first`.
@@ -183,12 +228,8 @@ class TrainingBatches:
         for batch in iterate_batches(self.loader):
             yield _checked(batch)
 
-    def batch(self, epoch: int, number: int) -> tuple[Tensor, Tensor, list[str]]:
-        """Prepare one batch of an epoch in this process; returns its images, labels and image names."""
-        self.order.epoch = epoch
-        keys = list(islice(self.order, number * self.batch_size, (number + 1) * self.batch_size))
-        images_BCHW, labels_B = _checked(_collate([self.images[key] for key in keys]))
-        return images_BCHW, labels_B, [self.images.images.name(index) for _, index, _ in keys]
+    def prepare(self, keys: Sequence[SampleKey]) -> tuple[Tensor, Tensor]:
+        return _checked(_collate([self.images[key] for key in keys]))
 
 
 class _BatchSampler(Sampler[list[SampleKey]]):

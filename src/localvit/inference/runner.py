@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from localvit.checkpoints import Checkpoint, model_from_checkpoint
+from localvit.data.cached_images import CachedImages
 from localvit.data.classes import model_class_names
 from localvit.data.images import ImageSequence, PreparedImages
 from localvit.data.preprocessing import Preprocessing
@@ -203,6 +204,12 @@ class Runner:
         """
         cuda = self.options.device.type == "cuda"
         batch_size = self.options.batch_size or (16 if self.options.device.type == "cpu" else 128)
+        if isinstance(images, CachedImages) and images.preprocessing == self.preprocessing:
+            for start in range(0, len(indices), batch_size):
+                chosen = list(indices[start : start + batch_size])
+                bytes_BCHW = images.pixels_NCHW[chosen].to(self.options.device)
+                yield chosen, self.preprocessing.normalized(bytes_BCHW), []
+            return
         loader: DataLoader = DataLoader(
             Subset(PreparedImages(images, self.preprocessing.transform()), list(indices)),
             batch_size=batch_size,

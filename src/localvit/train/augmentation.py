@@ -1,16 +1,18 @@
 """Training and validation images: opening them, augmentation, and mixing (mixup, CutMix)."""
 
 import logging
-from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from timm.data import Mixup, auto_augment, create_transform
-from torch import Tensor
 from torchvision import transforms
 
+from localvit.data.batch_augmentation import BatchAugmentation
+from localvit.data.cached_batches import CachedBatches, RandomlyTransformedCache
+from localvit.data.cached_images import cache_images
 from localvit.data.class_folders import SPLITS, folders_beside_splits, is_validation_name
 from localvit.data.datasets import open_images
 from localvit.data.images import DataError, Images
@@ -18,9 +20,9 @@ from localvit.data.preprocessing import Preprocessing
 from localvit.data.recorded_images import Record, check_recorded, recorded_images
 from localvit.data.resized_crop import ResizedCrop
 from localvit.data.split import split_images
-from localvit.data.training_batches import AugmentedImages, EpochSampler, TrainingBatches
+from localvit.data.training_batches import AugmentedImages, EpochSampler, LoadedBatches, TrainingBatches
 from localvit.train.config import TrainConfig
-from localvit.utils.distributed import rank, world_size
+from localvit.utils.distributed import processes_on_machine, rank, world_size
 
 logger = logging.getLogger(__name__)
 
@@ -116,29 +118,56 @@ def _check_several_classes(images: Images, config: TrainConfig) -> None:
 
 
 def training_batches(
-    config: TrainConfig, images: Images, preprocessing: Preprocessing, *, pin_memory: bool
+    config: TrainConfig, images: Images, preprocessing: Preprocessing, device: torch.device
 ) -> TrainingBatches:
-    """The training batches of this process. Raises ValueError if there are not enough images for a step."""
-    return TrainingBatches(
-        AugmentedImages(
-            images,
-            augmentation(config, preprocessing, config.random_erasing),
-            config.seed,
-            first_transform=augmentation(config, preprocessing, 0.0) if config.resplit else None,
-        ),
-        batch_size=config.batch_size,
-        batches_per_step=config.grad_accum,
-        repeats=REPEATS if config.repeated_aug else 1,
-        workers=config.workers,
-        pin_memory=pin_memory,
-        num_processes=world_size(),
-        process=rank(),
+    """The training batches of this process, for a model on `device`.
+
+    Raises:
+        ValueError: if there are not enough images for a step, or an augmentation that `cache` does not support.
+        DataError, UnreadableImage, RuntimeError: if the images cannot be kept in memory, see `cache_images`.
+    """
+    transform = augmentation(config, preprocessing, config.random_erasing)
+    order = {
+        "batches_per_step": config.grad_accum,
+        "repeats": REPEATS if config.repeated_aug else 1,
+        "num_processes": world_size(),
+        "process": rank(),
+    }
+    if config.cache:
+        _check_size(preprocessing.input_size)
+        cached = _cached_with_transform(config, images, transform, device)
+        return CachedBatches(cached, batch_size=config.batch_size, **order)
+    first = augmentation(config, preprocessing, 0.0) if config.resplit else None
+    augmented = AugmentedImages(images, transform, config.seed, first_transform=first)
+    pin_memory = device.type == "cuda"
+    return LoadedBatches(
+        augmented, batch_size=config.batch_size, workers=config.workers, pin_memory=pin_memory, **order
     )
 
 
-def augmentation(
-    config: TrainConfig, preprocessing: Preprocessing, random_erasing: float
-) -> Callable[[Image.Image], Tensor]:
+def _check_size(size: tuple[int, int]) -> None:
+    if max(size) > SMALL:
+        raise ValueError(
+            f"cache: is for inputs of at most {SMALL} pixels, and the input size is {size[0]} x {size[1]}: turn it off "
+            "(--no-cache)"
+        )
+
+
+def _cached_with_transform(
+    config: TrainConfig, images: Images, transform: transforms.Compose, device: torch.device
+) -> RandomlyTransformedCache:
+    try:
+        augment = BatchAugmentation(transform)
+    except ValueError as error:
+        raise ValueError(f"cache: {error}: turn it off (--no-cache), or choose another augmentation") from error
+    cached = cache_images(
+        images, transform.transforms[0].resize, config.workers, copies=processes_on_machine(), title="training "
+    )
+    where = device if device.type == "cuda" else torch.device("cpu")
+    return RandomlyTransformedCache(cached, augment, config.seed, where, erase_first=not config.resplit)
+
+
+def augmentation(config: TrainConfig, preprocessing: Preprocessing, random_erasing: float) -> transforms.Compose:
     """timm's training transform, from a PIL image to a normalized tensor (3, H, W).
 
     For image sizes up to 32 pixels, a random crop with a padding of 4 replaces the random resized crop, as in the

@@ -10,6 +10,7 @@ from timm.data import Mixup
 from torch import Tensor, nn
 
 from localvit.checkpoints import make_header, versions
+from localvit.data.cached_images import cache_for_evaluation
 from localvit.data.classes import match_classes
 from localvit.data.held_out import describe_held_out
 from localvit.data.images import Images
@@ -32,7 +33,13 @@ from localvit.train.state import TrainState
 from localvit.train.sync_batch_norm import synchronize_batch_norms
 from localvit.train.teacher import build_teacher, check_student
 from localvit.utils.devices import DTYPES, choose_device
-from localvit.utils.distributed import broadcast_from_rank0, check_same_on_all_ranks, run_on_all_ranks, world_size
+from localvit.utils.distributed import (
+    broadcast_from_rank0,
+    check_same_on_all_ranks,
+    processes_on_machine,
+    run_on_all_ranks,
+    world_size,
+)
 from localvit.utils.weight_files import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -204,7 +211,10 @@ def _assemble(
     match_classes(val_images, class_names, num_classes)  # fails now rather than after the first epoch
     model, preprocessing = build_model(config, num_classes, class_names, start)
     model.to(device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
-    batches = training_batches(config, train_images, preprocessing, pin_memory=device.type == "cuda")
+    batches = training_batches(config, train_images, preprocessing, device)
+    if config.cache:
+        copies = processes_on_machine()
+        val_images = cache_for_evaluation(val_images, preprocessing, config.workers, copies=copies)
     loss = loss or cross_entropy(config, train_images.labels, num_classes)
     if isinstance(loss, nn.Module):
         loss.to(device)

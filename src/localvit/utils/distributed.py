@@ -71,6 +71,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def processes_on_machine() -> int:
+    """Number of processes on this machine, as far as the launcher says; otherwise of all."""
+    return min(_number("LOCAL_WORLD_SIZE") or world_size(), world_size())
+
+
 def is_main() -> bool:
     """Whether this is rank 0, which prints and writes files. Also correct before the process group exists."""
     if dist.is_initialized():
