@@ -8,7 +8,7 @@ import difflib
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import tyro
@@ -71,9 +71,7 @@ def _command_name(arguments: Sequence[str]) -> str:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--version", action="version", version=f"localvit {version('localvit')}", help="show the version"
-    )
+    parser.add_argument("--version", action="version", version=f"localvit {_version()}", help="show the version")
     parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
     name = parser.parse_args(arguments[:1]).command
     if name is None:
@@ -83,6 +81,15 @@ def _command_name(arguments: Sequence[str]) -> str:
         hint = f"did you mean {' or '.join(close)}?" if close else "'localvit --help' lists the commands"
         parser.error(f"there is no command {name!r}; {hint}")
     return name
+
+
+def _version() -> str:
+    try:
+        return version("localvit")
+    except PackageNotFoundError:  # a copy of the source that was never installed
+        from localvit.utils.version import VERSION
+
+        return VERSION
 
 
 def run(command: Callable[[], int | None], *, debug: bool) -> int:

@@ -2,10 +2,11 @@
 
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 
+import localvit_cli
 from localvit.train import TrainConfig
 from localvit_cli import COMMANDS, main
 
@@ -66,6 +67,16 @@ def test_the_help_of_train_describes_each_group_of_settings(capsys, monkeypatch)
 
 def test_version(capsys):
     assert exit_of(capsys, "--version") == (0, f"localvit {version('localvit')}\n", "")
+
+
+def test_a_copy_of_the_source_that_was_never_installed(capsys, monkeypatch):
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(localvit_cli, "version", missing)
+    status, out, err = exit_of(capsys, "--version")
+    assert (status, err) == (0, "")
+    assert out.startswith("localvit ")
 
 
 @pytest.mark.parametrize(
