@@ -14,6 +14,7 @@ from localvit.checkpoints import (
 )
 from localvit.evaluation.evaluate import Evaluation, evaluate
 from localvit.evaluation.predict import Prediction, predict
+from localvit.hub import HubError, from_hub, push, save_hub_folder
 from localvit.inference.cost import locality_report
 from localvit.inference.fusion import fuse
 from localvit.inference.runner import InferenceOptions, LoadedModel, load_model
@@ -33,6 +34,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "Evaluation",
+    "HubError",
     "InferenceOptions",
     "LoadedModel",
     "LocalityFeedForward",
@@ -41,6 +43,7 @@ __all__ = [
     "create_model",
     "delocalize",
     "evaluate",
+    "from_hub",
     "fuse",
     "list_models",
     "load_checkpoint",
@@ -50,8 +53,10 @@ __all__ = [
     "localize",
     "model_from_checkpoint",
     "predict",
+    "push",
     "read_checkpoint",
     "save_checkpoint",
+    "save_hub_folder",
     "save_locality",
     "train",
 ]

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from localvit.checkpoints import Checkpoint, model_from_checkpoint
+from localvit.checkpoints.hub_download import PREFIX, download
+from localvit.checkpoints.hub_folder import is_hub_folder
 from localvit.data.cached_images import CachedImages
 from localvit.data.classes import model_class_names
 from localvit.data.images import ImageSequence, PreparedImages
@@ -90,8 +92,8 @@ class LoadedModel:
 
 
 def is_checkpoint_path(source: str) -> bool:
-    """Whether `source` means a checkpoint file, existing or not, rather than a model's name."""
-    return Path(source).suffix in CHECKPOINT_SUFFIXES or Path(source).is_file()
+    """Whether `source` means a checkpoint file, existing or not, or a model's folder, rather than a model's name."""
+    return Path(source).suffix in CHECKPOINT_SUFFIXES or Path(source).is_file() or is_hub_folder(source)
 
 
 def load_model(
@@ -104,7 +106,8 @@ def load_model(
     """Load a model from a checkpoint file, or by name with its released weights.
 
     Args:
-        source: A checkpoint file, or the name of a model registered with timm.
+        source: A checkpoint file, a folder of `localvit push`, "hf-hub:user/name" for such a folder on the Hugging Face
+            Hub, or the name of a model registered with timm.
         checkpoint: Weights for the model named `source`, instead of the released ones.
         weights: Load the raw or the averaged (EMA) weights of a checkpoint.
         input_size: Height and width to use instead of the model's own, in pixels.
@@ -114,8 +117,11 @@ def load_model(
         CheckpointError: The file is damaged or unsafe, or does not fit the model; see `load_checkpoint`.
         ValueError: The name is unknown.
         DownloadError: The released weights cannot be downloaded.
+        HubError: A model of the hub cannot be downloaded.
     """
     source = str(source)
+    if source.startswith(PREFIX):
+        source = str(download(source))
     size: dict[str, Any] = {"img_size": input_size} if input_size else {}
     model: Any
     loaded: Checkpoint | None = None
