@@ -22,6 +22,7 @@ from localvit.locality import LocalityFeedForward
 from localvit.models.factory import create_model
 from localvit.models.registry import list_models
 from localvit.surgery.adapter import Adapter
+from localvit.surgery.from_pretrained import from_pretrained
 from localvit.surgery.localize import delocalize, localize
 from localvit.surgery.replace import Replace
 from localvit.surgery.weights import load_locality, save_locality
@@ -44,6 +45,7 @@ __all__ = [
     "delocalize",
     "evaluate",
     "from_hub",
+    "from_pretrained",
     "fuse",
     "list_models",
     "load_checkpoint",
