@@ -21,6 +21,7 @@ from localvit.inference.runner import InferenceOptions, LoadedModel, load_model
 from localvit.locality import LocalityFeedForward
 from localvit.models.factory import create_model
 from localvit.models.registry import list_models
+from localvit.models.simple_pyramid import SimplePyramid
 from localvit.surgery.adapter import Adapter
 from localvit.surgery.from_pretrained import from_pretrained
 from localvit.surgery.localize import delocalize, localize
@@ -41,6 +42,7 @@ __all__ = [
     "LocalityFeedForward",
     "Prediction",
     "Replace",
+    "SimplePyramid",
     "create_model",
     "delocalize",
     "evaluate",
