@@ -54,6 +54,11 @@ class InferenceOptions:
         if self.workers < 0:
             raise ValueError(f"workers={self.workers} must not be negative")
 
+    @property
+    def images_per_batch(self) -> int:
+        """`batch_size`, or its default on this device."""
+        return self.batch_size or (16 if self.device.type == "cpu" else 128)
+
     def autocast(self) -> contextlib.AbstractContextManager:
         """The context of a forward pass: autocast in half precision, nothing in float32."""
         if self.dtype == torch.float32:
@@ -209,7 +214,7 @@ class Runner:
         and index and reason of each unreadable one. Raises RuntimeError if a worker process dies.
         """
         cuda = self.options.device.type == "cuda"
-        batch_size = self.options.batch_size or (16 if self.options.device.type == "cpu" else 128)
+        batch_size = self.options.images_per_batch
         if isinstance(images, CachedImages) and images.preprocessing == self.preprocessing:
             for start in range(0, len(indices), batch_size):
                 chosen = list(indices[start : start + batch_size])
