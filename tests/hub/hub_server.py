@@ -118,9 +118,12 @@ def _digest(data: bytes) -> str:
 
 def use_endpoint(monkeypatch: Any, address: str) -> None:
     """Let huggingface_hub, and what uses it, ask the hub at this address."""
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
     template = address + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    # Versions before 1.0 have copies of the constants.
+    for module in (huggingface_hub.constants, huggingface_hub.file_download, huggingface_hub.hf_api):
+        for name, value in (("ENDPOINT", address), ("HUGGINGFACE_CO_URL_TEMPLATE", template)):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The folder of a model: timm, transformers and localvit make the same of it, with its labels and preprocessing."""
 
+import inspect
 import json
 import shutil
 
@@ -68,6 +69,10 @@ def written(request, tmp_path_factory):
         return loaded, folder, images, loaded.model(images)
 
 
+@pytest.mark.skipif(
+    "torch.load(found_file" in inspect.getsource(timm.models._hub.load_state_dict_from_path),
+    reason="this version of timm reads the safetensors of a folder as a pickle",
+)
 @torch.no_grad()
 def test_timm_computes_the_same(written):
     _, folder, images, logits = written
