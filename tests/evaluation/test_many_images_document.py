@@ -13,6 +13,7 @@ from PIL import Image
 import localvit
 from localvit_cli import main
 from processes import run_localvit, start_group, status_of
+from tar_sets import write_set
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "many_images.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", DOCUMENT, flags=re.MULTILINE | re.DOTALL)
@@ -21,8 +22,6 @@ BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", DOCUMENT, flags=re.MULTILINE | re.D
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A folder with the files that the document names."""
-    from test_tar_shards import write_set
-
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     model = localvit.create_model("localvit_nano_patch4_32", num_classes=3, depth=1)
