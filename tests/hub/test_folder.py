@@ -157,6 +157,20 @@ def test_the_model_card_has_the_numbers_and_no_paths_of_the_run(tmp_path):
     assert about["held_out"] == {"images": "", "trained_on": 9}
 
 
+def test_numbers_of_other_weights_and_those_that_json_lacks_are_left_out(tmp_path, caplog):
+    about = ABOUT | {"metrics": {"test_acc1": 71.234, "test_loss": float("nan")}}
+    averaged = localvit.create_model("localvit_nano_patch4_32", depth=1, **SIZE).state_dict()
+    write(tmp_path / "raw", about=about, ema=averaged)
+    text = (tmp_path / "raw" / "config.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["localvit"]["about"]["metrics"]["test_loss"] is None
+    assert "| 71.23 |" in (tmp_path / "raw" / "README.md").read_text()
+    loaded = localvit.load_model(tmp_path / "raw.safetensors", weights="ema")
+    localvit.save_hub_folder(loaded, tmp_path / "ema")
+    assert "71.23" not in (tmp_path / "ema" / "README.md").read_text()
+    assert "metrics in the checkpoint are those of the raw weights" in caplog.text
+    assert localvit.from_hub(tmp_path / "ema").about["epoch"] == 6
+
+
 def test_every_setting_that_is_a_path_is_private():
     paths = {name for name, field in TrainConfig.model_fields.items() if "Path" in str(field.annotation)}
     assert {"data_path", "output_dir"} <= paths <= PRIVATE

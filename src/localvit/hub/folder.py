@@ -10,6 +10,8 @@ timm writes config.json and the weights. Three things in its config.json are cha
 """
 
 import json
+import logging
+import math
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -27,6 +29,8 @@ from localvit.inference.runner import LoadedModel
 from localvit.models.localized import LOCALIZED
 from localvit.utils.files import atomic_write, check_writable
 from localvit.utils.wrappers import plain_weights
+
+logger = logging.getLogger(__name__)
 
 PRIVATE = frozenset(("data_path", "output_dir", "finetune", "teacher_checkpoint", "folder"))
 """Entries of what a checkpoint says about its run that are paths on the machine of the run."""
@@ -51,6 +55,8 @@ def save_hub_folder(loaded: LoadedModel, folder: str | Path, *, title: str | Non
     """
     folder = Path(folder)
     about = public(loaded.about)
+    if loaded.weights == "ema" and about.pop("metrics", None) is not None:
+        logger.warning("the metrics in the checkpoint are those of the raw weights, so the model card has none")
     header = make_header(loaded.model, loaded.class_names, loaded.preprocessing.to_dict(), about)
     check_rebuilt(folder, header, plain_weights(loaded.model.state_dict()), kind=type(loaded.model).__name__)
     if folder.is_dir() and (others := {path.name for path in folder.iterdir()} - {CONFIG, WEIGHTS, CARD}):
@@ -94,7 +100,10 @@ def _pretrained_cfg(cfg: Mapping[str, Any], loaded: LoadedModel, arguments: Mapp
 
 
 def public(value: Any) -> Any:
-    """What a checkpoint says about its run, without paths on the machine of the run."""
+    """What a checkpoint says about its run, without paths on the machine of the run, and None where a number is NaN or
+    infinite, for which JSON has no word."""
     if isinstance(value, Mapping):
         return {key: public(item) for key, item in value.items() if key not in PRIVATE}
-    return value
+    if isinstance(value, list | tuple):
+        return [public(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

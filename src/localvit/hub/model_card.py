@@ -12,7 +12,6 @@ _METRICS = {
     "test_acc1": "top-1 accuracy, %",
     "test_acc5": "top-5 accuracy, %",
     "test_loss": "loss, nats",
-    "ema_acc1": "top-1 accuracy of the averaged weights, %",
     "train_loss": "training loss, nats",
 }
 """Entries of a run's metrics that the card shows, and what they are."""

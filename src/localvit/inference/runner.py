@@ -82,6 +82,8 @@ class LoadedModel:
     """What was loaded from where."""
     about: dict[str, Any] = field(default_factory=dict)
     """What else its checkpoint says: versions, the settings and metrics of its run."""
+    weights: Literal["raw", "ema"] = "raw"
+    """Which weights of the checkpoint it has; the metrics in `about` are those of the raw ones."""
 
     def __str__(self) -> str:
         return f"{self.description}; {self.preprocessing}"
@@ -153,6 +155,7 @@ def load_model(
         preprocessing=preprocessing,
         description=f"{name}, {weights} weights of {loaded.path}" if loaded else f"{name}, released weights",
         about=loaded.about if loaded else {},
+        weights=weights,
     )
 
 
