@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 
 import localvit
 from localvit.data.folders import PathImages
-from localvit.evaluation.predict_parts import PartsError, merged, open_parts, predict_own, remove_parts
+from localvit.evaluation.predict_parts import PartsError, merged, open_parts, predict_own, remove_parts, wait_for_others
 from localvit.inference.runner import InferenceOptions
 from localvit_cli import main
 from processes import run_localvit, start_group, status_of
@@ -115,6 +116,25 @@ def test_the_command_finishes_an_interrupted_run(place, tmp_path, capsys, monkey
     assert predict(place, tmp_path / "two.jsonl") == one
     assert "20 of 20 images were done before" in capsys.readouterr().err
     assert not (tmp_path / "two.jsonl.parts").exists()
+
+
+def test_the_first_process_does_not_wait_for_one_that_failed(place, tmp_path):
+    parts = replace(open_parts(tmp_path / "parts", PathImages([place / "images"]), 3, JOB), world_size=2)
+
+    def fail(prediction):
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        predict_own(replace(parts, rank=1), place / "nano.safetensors", OPTIONS, topk=3, progress=fail)
+    predict_own(parts, place / "nano.safetensors", OPTIONS, topk=3)
+    with pytest.raises(PartsError, match="process 1 of 2 failed: OSError: disk full"):
+        wait_for_others(parts)
+    last = open_parts(tmp_path / "parts", PathImages([place / "images"]), 3, JOB)
+    assert list(last.missing) == [1, 3, 5]
+    predict_own(last, place / "nano.safetensors", OPTIONS, topk=3)
+    wait_for_others(last)
+    remove_parts(last)
+    assert not (tmp_path / "parts").exists()
 
 
 def test_parts_of_another_run_are_refused(place, tmp_path):

@@ -9,6 +9,7 @@ Files of the folder:
     job.json                 what is computed; a start that asks for something else is refused
     part-ATTEMPT-RANK.jsonl  {"batch": its number, "predictions": one for each image}
     done-RANK                exists when the process has no batch left
+    failed-RANK              why the process ended without finishing
 """
 
 import hashlib
@@ -36,6 +37,7 @@ from localvit.utils.distributed import (
 from localvit.utils.files import atomic_write
 
 JOB = "job.json"
+_ENDS = ("done", "failed")
 _SECONDS_BETWEEN_LOOKS = 0.5
 
 
@@ -101,7 +103,8 @@ def open_parts(folder: Path, images: ImageSequence, batch_size: int, job: Mappin
         check_same_on_all_ranks(job)
         broadcast_from_rank0(lambda: _create(folder, job))
         run_on_all_ranks(lambda: _check_shared(folder))
-        (folder / f"done-{launch.rank}").unlink(missing_ok=True)
+        for name in _ENDS:
+            (folder / f"{name}-{launch.rank}").unlink(missing_ok=True)
         attempt = 1 + max((int(path.name.split("-")[1]) for path in folder.glob("part-*.jsonl")), default=0)
         finished = {batch for path in _files(folder) for batch, _ in _lines(path)}
         missing = [batch for batch in range(num_batches(images, batch_size)) if batch not in finished]
@@ -155,6 +158,19 @@ def predict_own(
     progress: Callable[[Prediction], None] = lambda prediction: None,
 ) -> None:
     """Compute the batches of this process. Raises as `localvit.predict`."""
+    try:
+        _predict_own(parts, model, options, topk, progress)
+    except Exception as error:
+        (parts.folder / f"failed-{parts.rank}").write_text(
+            f"{type(error).__name__}: {error}", errors="backslashreplace"
+        )
+        raise
+    (parts.folder / f"done-{parts.rank}").touch()
+
+
+def _predict_own(
+    parts: Parts, model: ModelSource, options: InferenceOptions, topk: int, progress: Callable[[Prediction], None]
+) -> None:
     order = [index for batch in parts.own for index in parts.indices(batch)]
     with parts.file.open("w", encoding="utf-8") as file:
         if order:
@@ -166,12 +182,19 @@ def predict_own(
                     progress(rows[-1])
                 file.write(json.dumps({"batch": batch, "predictions": [asdict(row) for row in rows]}) + "\n")
                 file.flush()
-    (parts.folder / f"done-{parts.rank}").touch()
 
 
 def wait_for_others(parts: Parts) -> None:
-    """Wait until every process has no batch left. If one fails, torchrun ends the others, and so this wait."""
-    while not all((parts.folder / f"done-{rank}").exists() for rank in range(parts.world_size)):
+    """Wait until every process has no batch left. If one is killed, torchrun ends the others, and so this wait.
+
+    Raises PartsError if a process failed.
+    """
+    waiting = set(range(parts.world_size))
+    while waiting := {rank for rank in waiting if not (parts.folder / f"done-{rank}").exists()}:
+        for rank in waiting:
+            if (failed := parts.folder / f"failed-{rank}").exists():
+                reason = failed.read_text(errors="replace")
+                raise PartsError(f"process {rank} of {parts.world_size} failed: {reason}; run the command again")
         time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
@@ -196,8 +219,9 @@ def merged(parts: Parts) -> Iterator[Prediction]:
 
 def remove_parts(parts: Parts) -> None:
     """Remove the folder's files, and the folder if nothing else is in it."""
-    for path in [*_files(parts.folder), *parts.folder.glob("done-*"), parts.folder / JOB]:
+    for path in [*_files(parts.folder), *(path for name in _ENDS for path in parts.folder.glob(f"{name}-*"))]:
         path.unlink(missing_ok=True)
+    (parts.folder / JOB).unlink(missing_ok=True)
     if not any(parts.folder.iterdir()):
         parts.folder.rmdir()
 
