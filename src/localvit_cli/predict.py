@@ -31,8 +31,7 @@ class Predict:
     """Predict the top classes of images. Exits with 1 if an image is unreadable."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """A checkpoint file, a folder of localvit push or hf-hub:USER/NAME, or a model's name (downloads its released
-    weights, unless --checkpoint is given)."""
+    """A checkpoint file, or a model's name (downloads its released weights, unless --checkpoint is given)."""
     paths: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH...", help_behavior_hint="")]
     """Files, folders (including their subfolders, without hidden ones) and patterns such as 'photos/**/*.jpg'."""
     topk: int = 5
