@@ -75,6 +75,7 @@ def test_a_token_that_may_not_write(checkpoint, hub, capsys, monkeypatch):
 
 
 def test_without_a_network(checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # huggingface_hub tries again for 23 seconds
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{closed.getsockname()[1]}"
