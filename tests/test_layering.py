@@ -18,6 +18,7 @@ LAYERS = (
     "checkpoints",
     "data",
     "inference",
+    "hub",
     "dataset_check",
     "evaluation",
     "train",

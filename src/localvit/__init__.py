@@ -14,13 +14,16 @@ from localvit.checkpoints import (
 )
 from localvit.evaluation.evaluate import Evaluation, evaluate
 from localvit.evaluation.predict import Prediction, predict
+from localvit.hub import HubError, from_hub, push, save_hub_folder
 from localvit.inference.cost import locality_report
 from localvit.inference.fusion import fuse
 from localvit.inference.runner import InferenceOptions, LoadedModel, load_model
 from localvit.locality import LocalityFeedForward
 from localvit.models.factory import create_model
 from localvit.models.registry import list_models
+from localvit.models.simple_pyramid import SimplePyramid
 from localvit.surgery.adapter import Adapter
+from localvit.surgery.from_pretrained import from_pretrained
 from localvit.surgery.localize import delocalize, localize
 from localvit.surgery.replace import Replace
 from localvit.surgery.weights import load_locality, save_locality
@@ -33,14 +36,18 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "Evaluation",
+    "HubError",
     "InferenceOptions",
     "LoadedModel",
     "LocalityFeedForward",
     "Prediction",
     "Replace",
+    "SimplePyramid",
     "create_model",
     "delocalize",
     "evaluate",
+    "from_hub",
+    "from_pretrained",
     "fuse",
     "list_models",
     "load_checkpoint",
@@ -50,8 +57,10 @@ __all__ = [
     "localize",
     "model_from_checkpoint",
     "predict",
+    "push",
     "read_checkpoint",
     "save_checkpoint",
+    "save_hub_folder",
     "save_locality",
     "train",
 ]

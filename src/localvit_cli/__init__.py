@@ -25,6 +25,7 @@ COMMANDS = {
     "compare": "Compare training runs.",
     "models": "List the models with their size, cost and published accuracy.",
     "info": "Describe a model or a checkpoint file.",
+    "push": "Share a trained model on the Hugging Face Hub.",
     "bench": "Measure speed, latency, memory and cost of models.",
     "demo": "Train, evaluate and use a small model on handwritten digits.",
 }

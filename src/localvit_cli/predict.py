@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,8 @@ from localvit.utils.files import atomic_write, check_writable
 from localvit_cli import UsageError
 from localvit_cli.console import progress
 from localvit_cli.eval import InferenceFlags, image_size
+from localvit_cli.parquet import check_parquet, write_parquet
+from localvit_cli.predict_parts import predict_in_parts, shares_images
 from localvit_cli.prediction_formats import WRITERS
 from localvit_cli.streams import printable
 from localvit_cli.tyro_rules import optional
@@ -34,8 +36,8 @@ class Predict:
     """Files, folders (including their subfolders, without hidden ones) and patterns such as 'photos/**/*.jpg'."""
     topk: int = 5
     """Number of classes per image."""
-    format: Literal["table", "csv", "json", "jsonl"] = "table"
-    """csv has one line per class, json and jsonl one object per image. All include unreadable images."""
+    format: Literal["table", "csv", "json", "jsonl", "parquet"] = "table"
+    """csv has one line per class, the others after it one object or row per image. All include unreadable images."""
     output: Annotated[Path | None, optional("FILE", "standard output")] = None
     """File to write, atomically."""
     checkpoint: Annotated[Path | None, optional("FILE")] = None
@@ -56,10 +58,15 @@ class Predict:
             if self.output.is_symlink() or (self.output.exists() and not self.output.is_file()):
                 raise ValueError(f"--output {self.output} is not a regular file; give another path, or omit --output")
             check_writable(self.output)
+        in_parts = shares_images(self.output)
+        if self.format == "parquet":
+            check_parquet(self.output)
         images = PathImages(self.paths)
         loaded = load_model(self.model, checkpoint=self.checkpoint, weights=self.weights, input_size=size)
         options = self.running.options()
         logger.info(f"model: {loaded}")
+        if in_parts:
+            return predict_in_parts(self, loaded, images, options)
         predictions = predict(loaded, images, options=options, topk=self.topk)
         failures = 0
 
@@ -73,14 +80,22 @@ class Predict:
                 yield prediction
 
         to_terminal = self.output is None and sys.stdout.isatty()  # there the output itself shows the progress
-        with (
-            _open_output(self.output) as stream,
-            nullcontext(lambda done: None) if to_terminal else progress("predict", len(images)) as advance,
-        ):
-            WRITERS[self.format](reported(), stream)
+        with nullcontext(lambda done: None) if to_terminal else progress("predict", len(images)) as advance:
+            write_predictions(self.format, self.output, reported())
         if failures:
             logger.warning(f"{failures:,} of {len(images):,} images have no prediction")
         return 1 if failures else 0
+
+
+def write_predictions(format: str, output: Path | None, predictions: Iterable[Prediction]) -> None:
+    """Write predictions to standard output, or whole or not at all to a file."""
+    if format == "parquet":
+        assert output is not None
+        with atomic_write(output) as unfinished:
+            write_parquet(predictions, unfinished)
+        return
+    with _open_output(output) as stream:
+        WRITERS[format](predictions, stream)
 
 
 @contextmanager

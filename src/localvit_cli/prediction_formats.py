@@ -14,7 +14,8 @@ def _rounded(probability: float) -> float:
     return float(f"{probability:.6g}")
 
 
-def _row(prediction: Prediction) -> dict[str, Any]:
+def row_of(prediction: Prediction) -> dict[str, Any]:
+    """What `write_jsonl` writes of an image."""
     best = [
         {"class": index, "name": name, "probability": _rounded(probability)}
         for index, name, probability in zip(
@@ -27,7 +28,7 @@ def _row(prediction: Prediction) -> dict[str, Any]:
 def write_jsonl(predictions: Iterable[Prediction], stream: TextIO) -> None:
     """One object per line: `file`, `predictions` (best first; `class`, `name`, `probability`), `error` or null."""
     for prediction in predictions:
-        stream.write(json.dumps(_row(prediction)) + "\n")
+        stream.write(json.dumps(row_of(prediction)) + "\n")
         stream.flush()
 
 
@@ -37,7 +38,7 @@ def write_json(predictions: Iterable[Prediction], stream: TextIO) -> None:
     stream.write("[")
     try:
         for prediction in predictions:
-            stream.write(f"{separator}\n{json.dumps(_row(prediction))}")
+            stream.write(f"{separator}\n{json.dumps(row_of(prediction))}")
             stream.flush()
             separator = ","
     finally:
@@ -49,7 +50,7 @@ def write_csv(predictions: Iterable[Prediction], stream: TextIO) -> None:
     writer = csv.writer(stream, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)  # else a bare \r is not quoted
     writer.writerow(("file", "rank", "class", "name", "probability", "error"))
     for prediction in predictions:
-        row = _row(prediction)
+        row = row_of(prediction)
         for rank, best in enumerate(row["predictions"], start=1):
             writer.writerow((row["file"], rank, best["class"], best["name"], best["probability"], ""))
         if row["error"]:

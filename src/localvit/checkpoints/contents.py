@@ -64,9 +64,15 @@ class Checkpoint:
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """Read a file in our layout, in the published one, or with a plain state dict. No code in it is run.
 
+    Also reads a folder with a model of timm's layout (`localvit.checkpoints.hub_folder`).
+
     Raises FileNotFoundError or CheckpointError as `read_weight_file` does, and CheckpointError for a damaged header.
     """
+    from localvit.checkpoints.hub_folder import is_hub_folder, read_hub_folder  # which imports this file
+
     path = Path(path)
+    if is_hub_folder(path):
+        return read_hub_folder(path)
     content = read_weight_file(path)
     header = read_header(path, HEADER) if path.suffix == ".safetensors" else None
     if header is not None:
@@ -102,12 +108,12 @@ def _published_fields(content: Mapping[str, Any], raw: Mapping[str, Tensor]) -> 
     return {
         "name": name if isinstance(name, str) else None,
         "args": {"num_classes": num_classes} if num_classes else {},
-        "img_size": _height_and_width(input_size),
+        "img_size": stated_size(input_size),
         "about": {"epoch": content["epoch"]} if isinstance(content.get("epoch"), int) else {},
     }
 
 
-def _height_and_width(input_size: Any) -> tuple[int, int] | None:
+def stated_size(input_size: Any) -> tuple[int, int] | None:
     """An image size as the published program's `--input-size` gives it: one side, or (height, width)."""
     sides = list(input_size) if isinstance(input_size, list | tuple) else [input_size]
     if len(sides) not in (1, 2) or not all(type(side) is int and side > 0 for side in sides):
@@ -135,7 +141,7 @@ def _header_fields(path: Path, header: Mapping[str, Any]) -> dict[str, Any]:
     names, img_size = header.get("class_names"), header.get("img_size")
     if isinstance(names, list) and not all(isinstance(name, str) for name in names):
         damaged.append("class_names")
-    if isinstance(img_size, list | tuple) and (len(img_size) != 2 or _height_and_width(img_size) is None):
+    if isinstance(img_size, list | tuple) and (len(img_size) != 2 or stated_size(img_size) is None):
         damaged.append("img_size")
     if damaged:
         raise CheckpointError(

@@ -17,6 +17,8 @@ from localvit.data.digits import write_digits
 from localvit.data.folders import scan_folder
 from localvit.data.images import DataError, DatasetImages, Images, to_rgb
 from localvit.data.inaturalist import inaturalist
+from localvit.data.tar_shards import TarShards, is_plain_tar
+from localvit.utils.distributed import world_size
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +109,7 @@ def _open_timm(data_set: str, data_path: Path, split: str) -> Images:
     except Exception as error:  # each data set library raises its own types
         raise DataError(f"--data-set {data_set}: cannot be opened: {error or type(error).__name__}") from error
     if isinstance(dataset, IterableDataset):
-        return _stream_to_memory(dataset, data_set)
+        return _shards_of(dataset, data_set) or _stream_to_memory(dataset, data_set)
     if hasattr(dataset, "targets") and hasattr(dataset, "classes"):
         return _from_torchvision(dataset, data_set)
     reader = getattr(dataset, "reader", None)
@@ -126,8 +128,34 @@ def _reader_labels(reader: Any) -> list[int]:
     return reader.dataset[reader.label_key]
 
 
+def _shards_of(dataset: IterableDataset, title: str) -> Images | None:
+    """The images in the tar files of a webdataset on this machine; None for any other stream.
+
+    Raises DataError if the files do not have as many images as the data set says.
+    """
+    reader: Any = getattr(dataset, "reader", None)
+    info = getattr(reader, "split_info", None)
+    if type(reader).__name__ != "ReaderWds" or info is None or info.alt_label:
+        return None
+    paths = [Path(reader.root, name) for name in info.filenames]  # an address is not the path of a file, either
+    if not all(map(is_plain_tar, paths)):
+        return None
+    images = TarShards(paths, [*reader.input_key.split(";"), "jpeg"], title=title)
+    if info.num_samples and info.num_samples != len(images):
+        raise DataError(
+            f"--data-set {title}: its description says {info.num_samples:,} images, and its shards have "
+            f"{len(images):,}; copy them again, or correct the description"
+        )
+    return images
+
+
 def _stream_to_memory(dataset: IterableDataset, title: str) -> Images:
     """Read a streamed data set into memory, as lossless PNG files, so that it can be indexed."""
+    if world_size() > 1:  # timm would give each process some of the images
+        raise DataError(
+            f"--data-set {title} is a stream, which several processes cannot share exactly: use one process, hfds/ "
+            "instead of hfids/, or uncompressed tar files on this machine for wds/"
+        )
     files, labels = [], []
     for image, label in dataset:
         packed = io.BytesIO()

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from localvit.checkpoints import Checkpoint, model_from_checkpoint
+from localvit.checkpoints.hub_download import PREFIX, download
+from localvit.checkpoints.hub_folder import is_hub_folder
 from localvit.data.cached_images import CachedImages
 from localvit.data.classes import model_class_names
 from localvit.data.images import ImageSequence, PreparedImages
@@ -52,6 +54,11 @@ class InferenceOptions:
         if self.workers < 0:
             raise ValueError(f"workers={self.workers} must not be negative")
 
+    @property
+    def images_per_batch(self) -> int:
+        """`batch_size`, or its default on this device."""
+        return self.batch_size or (16 if self.device.type == "cpu" else 128)
+
     def autocast(self) -> contextlib.AbstractContextManager:
         """The context of a forward pass: autocast in half precision, nothing in float32."""
         if self.dtype == torch.float32:
@@ -75,6 +82,8 @@ class LoadedModel:
     """What was loaded from where."""
     about: dict[str, Any] = field(default_factory=dict)
     """What else its checkpoint says: versions, the settings and metrics of its run."""
+    weights: Literal["raw", "ema"] = "raw"
+    """Which weights of the checkpoint it has; the metrics in `about` are those of the raw ones."""
 
     def __str__(self) -> str:
         return f"{self.description}; {self.preprocessing}"
@@ -90,8 +99,8 @@ class LoadedModel:
 
 
 def is_checkpoint_path(source: str) -> bool:
-    """Whether `source` means a checkpoint file, existing or not, rather than a model's name."""
-    return Path(source).suffix in CHECKPOINT_SUFFIXES or Path(source).is_file()
+    """Whether `source` means a checkpoint file, existing or not, or a model's folder, rather than a model's name."""
+    return Path(source).suffix in CHECKPOINT_SUFFIXES or Path(source).is_file() or is_hub_folder(source)
 
 
 def load_model(
@@ -104,7 +113,8 @@ def load_model(
     """Load a model from a checkpoint file, or by name with its released weights.
 
     Args:
-        source: A checkpoint file, or the name of a model registered with timm.
+        source: A checkpoint file, a folder of `localvit push`, "hf-hub:user/name" for such a folder on the Hugging Face
+            Hub, or the name of a model registered with timm.
         checkpoint: Weights for the model named `source`, instead of the released ones.
         weights: Load the raw or the averaged (EMA) weights of a checkpoint.
         input_size: Height and width to use instead of the model's own, in pixels.
@@ -114,8 +124,11 @@ def load_model(
         CheckpointError: The file is damaged or unsafe, or does not fit the model; see `load_checkpoint`.
         ValueError: The name is unknown.
         DownloadError: The released weights cannot be downloaded.
+        HubError: A model of the hub cannot be downloaded.
     """
     source = str(source)
+    if source.startswith(PREFIX):
+        source = str(download(source))
     size: dict[str, Any] = {"img_size": input_size} if input_size else {}
     model: Any
     loaded: Checkpoint | None = None
@@ -142,6 +155,7 @@ def load_model(
         preprocessing=preprocessing,
         description=f"{name}, {weights} weights of {loaded.path}" if loaded else f"{name}, released weights",
         about=loaded.about if loaded else {},
+        weights=weights,
     )
 
 
@@ -203,7 +217,7 @@ class Runner:
         and index and reason of each unreadable one. Raises RuntimeError if a worker process dies.
         """
         cuda = self.options.device.type == "cuda"
-        batch_size = self.options.batch_size or (16 if self.options.device.type == "cpu" else 128)
+        batch_size = self.options.images_per_batch
         if isinstance(images, CachedImages) and images.preprocessing == self.preprocessing:
             for start in range(0, len(indices), batch_size):
                 chosen = list(indices[start : start + batch_size])

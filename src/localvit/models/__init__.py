@@ -9,4 +9,5 @@ from localvit.models import vit  # isort: split
 from localvit.models import pvt, swin, t2t, tnt
 from localvit.models.factory import create_model, is_model, pretrained_cfg
 from localvit.models.family import Family
+from localvit.models.localized import LOCALIZED
 from localvit.models.registry import ModelInfo, find_model, list_models, register_model, registered_models

@@ -9,6 +9,7 @@ from torch import nn
 
 from localvit.surgery.adapter import Adapter, LocalityAdapter
 from localvit.surgery.blocks import BlockSelection
+from localvit.surgery.model_config import record_in_config, remove_from_config
 from localvit.surgery.options import Method, options_of, parse_options
 from localvit.surgery.projection import (
     LocalizedProjection,
@@ -98,7 +99,7 @@ def localize(
     else:
         _add_adapters(model, sites, method)
     if trainable == "locality":
-        _freeze_others(model)
+        freeze_others(model)
     options = options_of(method)
     if grid is not None:
         options |= {"grid": grid, "num_prefix_tokens": num_prefix_tokens}
@@ -109,6 +110,7 @@ def localize(
     if trainable != "all":
         options["trainable"] = trainable
     model.localized = Localized(options=options)  # type: ignore[assignment]
+    record_in_config(model, options)
     if isinstance(made_from := getattr(model, "made_from", None), dict):
         made_from["args"]["localize"] = options
     return model
@@ -175,6 +177,7 @@ def delocalize(model: Model, *, discard: bool = False, inplace: bool = False) ->
     _unfreeze(model)
     if hasattr(model, "localized"):
         del model.localized
+    remove_from_config(model)
     if isinstance(made_from := getattr(model, "made_from", None), dict):
         made_from["args"].pop("localize", None)
     return model
@@ -228,7 +231,7 @@ _FROZEN = "_frozen_by_localize"
 would not survive that blocks are removed or the head is replaced."""
 
 
-def _freeze_others(model: nn.Module) -> None:
+def freeze_others(model: nn.Module) -> None:
     own = {id(parameter) for module in locality_modules(model).values() for parameter in module.parameters()}
     for module in model.modules():
         trained = {
