@@ -23,6 +23,7 @@ LAYERS = (
     "evaluation",
     "train",
     "bench",
+    "exporters",
 )
 FILES = sorted((SRC / "localvit").rglob("*.py"))
 

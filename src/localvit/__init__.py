@@ -15,6 +15,7 @@ from localvit.checkpoints import (
 from localvit.evaluation.evaluate import Evaluation, evaluate
 from localvit.evaluation.predict import Prediction, predict
 from localvit.hub import HubError, from_hub, push, save_hub_folder
+from localvit.exporters import ExportReport, Onnx, OpenVINO, TorchExport, export
 from localvit.inference.cost import locality_report
 from localvit.inference.fusion import fuse
 from localvit.inference.runner import InferenceOptions, LoadedModel, load_model
@@ -36,16 +37,21 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "Evaluation",
+    "ExportReport",
     "HubError",
     "InferenceOptions",
     "LoadedModel",
     "LocalityFeedForward",
+    "Onnx",
+    "OpenVINO",
     "Prediction",
     "Replace",
     "SimplePyramid",
+    "TorchExport",
     "create_model",
     "delocalize",
     "evaluate",
+    "export",
     "from_hub",
     "from_pretrained",
     "fuse",

@@ -1,4 +1,4 @@
-"""`localvit info`: describe a model or a checkpoint file."""
+"""`localvit info`: describe a model, a checkpoint file or an exported file."""
 
 import hashlib
 import json
@@ -12,11 +12,13 @@ import tyro
 from localvit.checkpoints import Checkpoint, read_checkpoint, versions
 from localvit.data.preprocessing import Preprocessing
 from localvit.inference.cost import count_multiply_adds, count_parameters, locality_report, summarize_blocks
+from localvit.inference.exported import is_exported_path
 from localvit.inference.runner import is_checkpoint_path, load_model
 from localvit.models.factory import create_model
 from localvit.models.registry import find_model
 from localvit.utils.tables import format_table
 from localvit_cli import UsageError
+from localvit_cli.exported_info import exported_facts, exported_text
 from localvit_cli.streams import printable, printable_lines
 from localvit_cli.tyro_rules import named_values
 
@@ -25,10 +27,10 @@ _SHOWN_CLASSES = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Info:
-    """Describe a model or a checkpoint file. Nothing is downloaded."""
+    """Describe a model, a checkpoint file or an exported file. Nothing is downloaded."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """The name of a model, or a checkpoint file."""
+    """The name of a model, a checkpoint file, or a file of localvit export."""
     localize: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="NAME=VALUE ...", help_behavior_hint="")] = None
     """Describe the model after localvit.localize with these options."""
     json: bool = False
@@ -36,9 +38,13 @@ class Info:
 
     def run(self) -> int:
         """Print the description. The exit status is 1 for a file that can be read but fits no known model."""
+        if self.localize is not None and (is_exported_path(self.model) or is_checkpoint_path(self.model)):
+            raise UsageError(f"--localize needs the name of a model; {self.model} is a file")
+        if is_exported_path(self.model):
+            exported = exported_facts(Path(self.model))
+            print(json.dumps(exported, indent=2) if self.json else printable_lines(exported_text(exported)))
+            return 0
         if is_checkpoint_path(self.model):
-            if self.localize is not None:
-                raise UsageError(f"--localize needs the name of a model; {self.model} is a checkpoint file")
             facts = _file_facts(Path(self.model))
         else:
             localize = None if self.localize is None else named_values(self.localize)

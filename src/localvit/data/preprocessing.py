@@ -102,3 +102,11 @@ def normalized(image_BCHW: Tensor, mean: Sequence[float] | Tensor, std: Sequence
     """Images of bytes (B, C, H, W) as float32, bit-exact as torchvision converts and normalizes them one by one."""
     mean_C, std_C = (torch.as_tensor(each, dtype=torch.float32, device=image_BCHW.device) for each in (mean, std))
     return image_BCHW.float().div_(255).sub_(mean_C[:, None, None]).div_(std_C[:, None, None])
+
+
+class WholeImages(Preprocessing):
+    """Preprocessing that the model does itself: it is given each image as it is, of any size."""
+
+    def transform(self) -> transforms.Compose:
+        """From a PIL image to its pixels (3, H, W), uint8."""
+        return transforms.Compose([transforms.PILToTensor()])

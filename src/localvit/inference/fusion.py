@@ -11,7 +11,7 @@ from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from localvit.inference.last_block import shorten_last_block
+from localvit.inference.last_block import last_block, shorten_last_block
 from localvit.locality import LocalityFeedForward
 from localvit.ops.stages import is_plain, is_untouched
 from localvit.surgery.projection import LocalizedProjection
@@ -50,19 +50,36 @@ def fuse(model: Model, *, inplace: bool = False) -> Model:
             f"{type(model).__name__} is in training mode, where batch norms use the statistics of each batch and "
             "cannot be folded: call model.eval() before fuse"
         )
-    dtypes = {parameter.dtype for parameter in model.parameters()}
     fused = model if inplace else copy.deepcopy(model)
-    _fold(fused)
-    if len(dtypes) == 1:
-        fused.to(dtype=dtypes.pop())  # timm folds into float32.
-    for name, module in list(fused.named_modules()):
-        if name and (faster := _ATTENTIONS.get(type(module))):
-            fused.set_submodule(name, faster(module))
-    fused.eval()  # Modules that are made here start in training mode.
+    _fuse_parts(fused)
     stop_recognizing_inputs(fused)  # That is for gradient checkpointing.
     for module in list(fused.modules()):
         shorten_last_block(module)
     return fused
+
+
+def fuse_last_block(model: nn.Module) -> None:
+    """Do in place what `fuse` does to the last block of a model whose head reads the prefix tokens only.
+
+    The other blocks stay as they are, for runtimes that fold batch norms themselves.
+    """
+    stop_recognizing_inputs(model)
+    for module in list(model.modules()):
+        if block := last_block(module):
+            _fuse_parts(block)
+            shorten_last_block(module)
+
+
+def _fuse_parts(module: nn.Module) -> None:
+    """Fold the batch norms in a module and replace its attentions, in place."""
+    dtypes = {parameter.dtype for parameter in module.parameters()}
+    _fold(module)
+    if len(dtypes) == 1:
+        module.to(dtype=dtypes.pop())  # timm folds into float32.
+    for name, part in list(module.named_modules()):
+        if name and (faster := _ATTENTIONS.get(type(part))):
+            module.set_submodule(name, faster(part))
+    module.eval()  # Modules that are made here start in training mode.
 
 
 def _fold(module: nn.Module) -> None:

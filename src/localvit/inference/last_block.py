@@ -53,6 +53,12 @@ def shorten_last_block(model: nn.Module) -> None:
     override_forward(model, _forward_for_logits, calls)
 
 
+def last_block(model: nn.Module) -> nn.Module | None:
+    """The last block of a model whose head reads the prefix tokens only; None for any other model."""
+    blocks = _blocks(model)
+    return blocks[-1] if blocks is not None and len(blocks) else None
+
+
 # torch.export matches inputs by this signature, so the images are an argument of their own.
 def _forward_for_logits(model: Any, calls: PerCall, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     masked = any(value is not None and value is not False for value in (*args, *kwargs.values()))

@@ -19,8 +19,9 @@ from localvit.checkpoints.hub_folder import is_hub_folder
 from localvit.data.cached_images import CachedImages
 from localvit.data.classes import model_class_names
 from localvit.data.images import ImageSequence, PreparedImages
-from localvit.data.preprocessing import Preprocessing
+from localvit.data.preprocessing import Preprocessing, WholeImages
 from localvit.data.workers import init_worker, iterate_batches
+from localvit.inference.exported import ExportedModel, is_exported_path
 from localvit.inference.fusion import fuse
 from localvit.models.factory import create_model
 from localvit.models.registry import DownloadError
@@ -89,7 +90,17 @@ class LoadedModel:
         return f"{self.description}; {self.preprocessing}"
 
     def prepare(self, options: InferenceOptions) -> nn.Module:
-        """The model on the device and in the state that `options` ask for: fused, channels-last, compiled."""
+        """The model on the device and in the state that `options` ask for: fused, channels-last, compiled.
+
+        An exported model runs in its runtime as it is. Raises ValueError if `options` ask for something else.
+        """
+        if isinstance(self.model, ExportedModel):
+            if options.compile or options.channels_last or options.dtype != torch.float32:
+                raise ValueError(
+                    f"{self.model.path} runs in {self.model.runtime.name} in float32: dtype, channels_last and compile "
+                    "have no effect on it; leave them out"
+                )
+            return self.model
         memory_format = torch.channels_last if options.channels_last else torch.preserve_format
         model: Any = fuse(self.model) if options.fuse else self.model
         model = model.to(options.device).to(memory_format=memory_format)
@@ -110,11 +121,11 @@ def load_model(
     weights: Literal["raw", "ema"] = "raw",
     input_size: tuple[int, int] | None = None,
 ) -> LoadedModel:
-    """Load a model from a checkpoint file, or by name with its released weights.
+    """Load a model from a checkpoint or exported file, or by name with its released weights.
 
     Args:
-        source: A checkpoint file, a folder of `localvit push`, "hf-hub:user/name" for such a folder on the Hugging Face
-            Hub, or the name of a model registered with timm.
+        source: A checkpoint file, a file of `localvit.export`, a folder of `localvit push`, "hf-hub:user/name" for such
+            a folder on the Hugging Face Hub, or the name of a model registered with timm.
         checkpoint: Weights for the model named `source`, instead of the released ones.
         weights: Load the raw or the averaged (EMA) weights of a checkpoint.
         input_size: Height and width to use instead of the model's own, in pixels.
@@ -122,13 +133,20 @@ def load_model(
     Raises:
         FileNotFoundError: No such checkpoint file.
         CheckpointError: The file is damaged or unsafe, or does not fit the model; see `load_checkpoint`.
-        ValueError: The name is unknown.
+        ValueError: The name is unknown, or an exported file cannot have what is asked for.
+        ImportError: The runtime of an exported file is not installed.
         DownloadError: The released weights cannot be downloaded.
         HubError: A model of the hub cannot be downloaded.
     """
     source = str(source)
     if source.startswith(PREFIX):
         source = str(download(source))
+    if is_exported_path(source):
+        if checkpoint is not None or weights != "raw":
+            raise ValueError(
+                f"{source} is an exported file, which has its own weights: leave out checkpoint and weights"
+            )
+        return _load_exported(Path(source), input_size)
     size: dict[str, Any] = {"img_size": input_size} if input_size else {}
     model: Any
     loaded: Checkpoint | None = None
@@ -159,8 +177,28 @@ def load_model(
     )
 
 
+def _load_exported(path: Path, input_size: tuple[int, int] | None) -> LoadedModel:
+    model = ExportedModel.open(path)
+    metadata = model.metadata
+    preprocessing = metadata.preprocessing.to_dict()
+    if input_size is not None and input_size != metadata.preprocessing.input_size:
+        if metadata.dynamic != "size":
+            height, width = metadata.preprocessing.input_size
+            raise ValueError(f"{path} takes images of {height} x {width} pixels only: export it with --dynamic size")
+        preprocessing["input_size"] = input_size
+    whole = "resize" in metadata.in_graph
+    return LoadedModel(
+        model=model,
+        name=metadata.architecture,
+        class_names=metadata.class_names,
+        preprocessing=(WholeImages if whole else Preprocessing).from_dict(preprocessing),
+        description=f"{path}, {metadata.architecture}, run by {model.runtime.name} on the CPU",
+        about=metadata.about,
+    )
+
+
 ModelSource = str | Path | nn.Module | LoadedModel
-"""A checkpoint file, a model's name, a module, or the result of `load_model`."""
+"""A checkpoint or exported file, a model's name, a module, or the result of `load_model`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,6 +262,8 @@ class Runner:
                 bytes_BCHW = images.pixels_NCHW[chosen].to(self.options.device)
                 yield chosen, self.preprocessing.normalized(bytes_BCHW), []
             return
+        if isinstance(self.preprocessing, WholeImages):  # images of different sizes make no batch
+            batch_size = 1
         loader: DataLoader = DataLoader(
             Subset(PreparedImages(images, self.preprocessing.transform()), list(indices)),
             batch_size=batch_size,

@@ -86,7 +86,8 @@ def resample_positions(
             f"a position embedding for {num_patches} patches (without {num_prefix_tokens} prefix tokens) does not fill "
             f"the {old_grid[0]} x {old_grid[1]} grid of {old_grid[0] * old_grid[1]}"
         )
-    if old_grid == new_grid:
+    # A grid that is symbolic, as while torch.export traces, is equal for the example only.
+    if not any(isinstance(side, torch.SymInt) for side in new_grid) and old_grid == new_grid:
         return pos_1NC
     prefix_1PC, grid_1NC = pos_1NC[:, :num_prefix_tokens], pos_1NC[:, num_prefix_tokens:]
     # As a map: for a sequence, timm before 1.0.29 takes equal numbers of tokens for equal grids.

@@ -1,0 +1,97 @@
+"""What an export made, and how its output compares with the model's."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from localvit.utils.tables import format_table
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProofCase:
+    """The file and the model on one batch of images of one size."""
+
+    batch: int
+    height: int
+    width: int
+    max_abs: float
+    """Largest absolute error of a logit."""
+    max_rel: float
+    """The same, relative to the largest logit of the model."""
+    top1_agreement: float
+    """Share of the images with the same top class, from 0 to 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportReport:
+    """An exported file, and the proof that it computes what the model computes."""
+
+    path: Path
+    format: str
+    runtime: str
+    """Name and version of the runtime that ran the file."""
+    bytes: int
+    """Size of all its files."""
+    sha256: str
+    """Hash of the file."""
+    fused: bool
+    settings: dict[str, Any]
+    """The options of the format."""
+    tolerance: float
+    """The largest relative error of a file that is kept."""
+    images: str
+    """Which images it was run on."""
+    cases: list[ProofCase]
+    notes: list[str] = field(default_factory=list)
+    """What else is to be known, such as the error at the runtime's default precision."""
+
+    @property
+    def report_path(self) -> Path:
+        """Where the report is kept, beside the file."""
+        return self.path.with_name(f"{self.path.name}.json")
+
+    @property
+    def max_abs(self) -> float:
+        """The largest absolute error of a logit."""
+        return max(case.max_abs for case in self.cases)
+
+    @property
+    def max_rel(self) -> float:
+        """The largest relative error of a logit."""
+        return max(case.max_rel for case in self.cases)
+
+    @property
+    def top1_agreement(self) -> float:
+        """Share of all images with the same top class, from 0 to 1."""
+        return sum(case.batch * case.top1_agreement for case in self.cases) / sum(case.batch for case in self.cases)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        totals = {"max_abs": self.max_abs, "max_rel": self.max_rel, "top1_agreement": self.top1_agreement}
+        return asdict(self) | {"path": str(self.path)} | totals
+
+    def to_json(self) -> str:
+        """The report as it is kept beside the file."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                f"{case.batch} x {case.height} x {case.width}",
+                f"{case.max_abs:.2e}",
+                f"{case.max_rel:.2e}",
+                f"{100 * case.top1_agreement:.0f} %",
+            )
+            for case in self.cases
+        ]
+        headings = ("images", "max abs error", "relative", "same top class")
+        lines = [
+            f"{self.path}: {self.format}, {self.bytes / 1e6:.1f} MB, run by {self.runtime} beside the model",
+            "",
+            format_table(rows, headings=headings, right=(1, 2, 3)),
+            "",
+            f"logits on {self.images}; the limit is {self.tolerance:.0e} relative to the largest logit",
+            *self.notes,
+        ]
+        return "\n".join(lines)

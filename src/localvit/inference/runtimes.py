@@ -1,0 +1,177 @@
+"""Runtimes that execute exported files: each loads one format, on the CPU, and says which version it is.
+
+Shapes: B batch, H and W height and width in pixels, M classes.
+"""
+
+import contextlib
+import json
+import logging
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from localvit.utils.weight_files import CheckpointError
+
+
+class Runtime(ABC):
+    """An exported file, loaded. It raises ImportError with what to install, or CheckpointError for a damaged file."""
+
+    name: str
+    """Runtime and version, such as "ONNX Runtime 1.32.0"."""
+    metadata: Mapping[str, str]
+    """The texts that the file carries."""
+    input_shape: tuple[int | None, ...]
+    """Batch, channels, height and width that the input takes; None where it takes any."""
+
+    @abstractmethod
+    def __init__(self, path: Path) -> None: ...
+
+    @abstractmethod
+    def run(self, images_BCHW: np.ndarray) -> np.ndarray:
+        """The file's output (B, M) for its input."""
+
+
+class OnnxRuntime(Runtime):
+    """ONNX files, by ONNX Runtime. Files that keep their weights in other files are refused."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise _missing("onnxruntime", path, "onnx", error) from error
+        self.name = f"ONNX Runtime {onnxruntime.__version__}"
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # what fails is raised
+        options.intra_op_num_threads = torch.get_num_threads()
+        try:
+            # Read here, so that the file cannot name others that would be opened.
+            self._session = onnxruntime.InferenceSession(path.read_bytes(), options, ["CPUExecutionProvider"])
+        except OSError:
+            raise
+        except Exception as error:  # its own types, which share no base
+            raise _damaged("an ONNX", path, error) from error
+        self.metadata = self._session.get_modelmeta().custom_metadata_map
+        [self._input, *others] = self._session.get_inputs()
+        if others:
+            raise CheckpointError(f"{path} has {1 + len(others)} inputs, and an exported classifier has one")
+        self.input_shape = _fixed(self._input.shape)
+
+    def run(self, images_BCHW: np.ndarray) -> np.ndarray:
+        return np.asarray(self._session.run(None, {self._input.name: images_BCHW})[0])
+
+
+class OpenVINORuntime(Runtime):
+    """OpenVINO's IR (.xml, with its weights in a .bin), by OpenVINO, with the precision set to float32.
+
+    Left to itself, OpenVINO computes in bfloat16 on processors that have it.
+    """
+
+    def __init__(self, path: Path, precision: str | None = "f32") -> None:
+        try:
+            import openvino
+        except ImportError as error:
+            raise _missing("openvino", path, "openvino", error) from error
+        self.name = f"OpenVINO {openvino.__version__.partition('-')[0]}"
+        settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        if precision is not None:
+            settings["INFERENCE_PRECISION_HINT"] = precision
+        try:
+            model = openvino.Core().read_model(path)
+            self.metadata = _rt_info(model)
+            self._compiled = openvino.compile_model(model, "CPU", settings)
+        except RuntimeError as error:
+            raise _damaged("an OpenVINO", path, error) from error
+        shape = model.inputs[0].get_partial_shape()
+        self.input_shape = tuple(None if side.is_dynamic else side.get_length() for side in shape)
+
+    @property
+    def precision(self) -> str:
+        """The precision that it computes in, such as "f32" or "bf16"."""
+        return str(self._compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name())
+
+    def run(self, images_BCHW: np.ndarray) -> np.ndarray:
+        return np.array(self._compiled(images_BCHW)[0])
+
+
+class TorchRuntime(Runtime):
+    """torch.export's programs (.pt2), by torch itself."""
+
+    def __init__(self, path: Path) -> None:
+        self.name = f"torch {torch.__version__}"
+        extra = {METADATA_FILE: ""}
+        try:
+            with quiet():
+                self._program = torch.export.load(path, extra_files=extra)
+        except OSError:
+            raise
+        except Exception as error:  # any type, for a damaged archive
+            raise _damaged("a torch.export", path, error) from error
+        self.metadata = _json_texts(path, extra[METADATA_FILE])
+        self._module = self._program.module()
+        [shape] = [
+            node.meta["val"].shape
+            for node in self._program.graph.nodes
+            if node.name in self._program.graph_signature.user_inputs
+        ]
+        self.input_shape = tuple(side if isinstance(side, int) else None for side in shape)
+
+    @torch.inference_mode()
+    def run(self, images_BCHW: np.ndarray) -> np.ndarray:
+        return self._module(torch.from_numpy(images_BCHW)).numpy()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the warnings of exporters and runtimes about themselves. What fails is raised."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
+    levels = [each.level for each in loggers]
+    for each in loggers:
+        each.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)
+
+
+METADATA_FILE = "localvit.json"
+"""Name of the extra file with the metadata in a .pt2 archive."""
+
+RUNTIMES: dict[str, type[Runtime]] = {".onnx": OnnxRuntime, ".xml": OpenVINORuntime, ".pt2": TorchRuntime}
+"""The runtime for each suffix of exported files."""
+
+
+def _fixed(shape: list[Any]) -> tuple[int | None, ...]:
+    return tuple(side if isinstance(side, int) else None for side in shape)
+
+
+def _rt_info(model: Any) -> dict[str, str]:
+    if not model.has_rt_info("localvit"):
+        return {}
+    return {key: str(value) for key, value in model.get_rt_info("localvit").value.items()}
+
+
+def _json_texts(path: Path, text: str | bytes) -> dict[str, str]:
+    try:
+        texts = json.loads(text) if text else {}
+    except ValueError as error:
+        raise CheckpointError(f"{path} has damaged metadata ({error}): export the checkpoint again") from error
+    return texts if isinstance(texts, dict) else {}
+
+
+def _missing(package: str, path: Path, extra: str, error: ImportError) -> ImportError:
+    return ImportError(f'running {path} needs {package} ({error}): pip install "localvit[{extra}]"')
+
+
+def _damaged(kind: str, path: Path, error: Exception) -> CheckpointError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+    return CheckpointError(
+        f"{path} is not {kind} file or is damaged ({path.stat().st_size:,} bytes: {reason[:160]}); export it again"
+    )

@@ -1,0 +1,71 @@
+"""What an exported file says about itself, for `localvit info`."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from localvit.inference.exported import ExportedModel
+from localvit.utils.tables import format_table
+from localvit_cli.streams import printable
+
+_SHOWN_CLASSES = 5
+_TEXTS = ("architecture", "weights", "source", "source_sha256", "input", "input_type", "output", "dynamic")
+"""Entries of the metadata that are not JSON."""
+
+
+def exported_facts(path: Path) -> dict[str, Any]:
+    """The file, its runtime and its metadata. Raises what `ExportedModel.open` raises."""
+    exported = ExportedModel.open(path)
+    strings = exported.metadata.to_strings()
+    carried = {
+        key: value if key in _TEXTS else json.loads(value) for key, value in strings.items() if key != "producer"
+    }
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return {
+        "path": str(path),
+        "bytes": path.stat().st_size,
+        "sha256": sha256,
+        "runtime": exported.runtime.name,
+        "input_shape": list(exported.runtime.input_shape),
+        **carried,
+    }
+
+
+def exported_text(facts: dict[str, Any]) -> str:
+    """The facts as a table."""
+    names = facts["class_descriptions"] or facts["class_names"] or []
+    shown = ", ".join(map(printable, names[:_SHOWN_CLASSES])) + (", ..." if len(names) > _SHOWN_CLASSES else "")
+    axes = zip(("batch", "channels", "height", "width"), facts["input_shape"], strict=True)
+    rows = [
+        ("file", facts["path"]),
+        ("size", f"{facts['bytes']:,} bytes"),
+        ("sha256", facts["sha256"]),
+        ("runs in", facts["runtime"]),
+        ("architecture", facts["architecture"]),
+        ("arguments", _lines(facts["arguments"])),
+        ("classes", f"{facts['num_classes']:,}: {shown}" if names else f"{facts['num_classes']:,}, without names"),
+        ("input", facts["input"]),
+        ("input shape", " x ".join(axis if side is None else str(side) for axis, side in axes)),
+        ("output", f"{facts['output']} (batch, {facts['num_classes']})"),
+        ("does itself", ", ".join(facts["in_graph"]) or "nothing but the model"),
+        ("preprocessing", _lines(facts["preprocessing"])),
+        ("made from", facts["source"]),
+        ("weights", facts["weights"] + (f", sha256 {facts['source_sha256']}" if facts["source_sha256"] else "")),
+        ("written by", ", ".join(f"{library} {version}" for library, version in facts["versions"].items())),
+        *(
+            (key.replace("_", " "), _lines(value))
+            for key, value in facts["about"].items()
+            if key in ("epoch", "metrics")
+        ),
+    ]
+    return format_table(rows)
+
+
+def _lines(value: Any) -> str:
+    if isinstance(value, dict):
+        return "\n".join(f"{key}: {_lines(each)}" for key, each in value.items()) or "-"
+    if isinstance(value, list):
+        return ", ".join(map(_lines, value)) or "-"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
