@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from localvit.data.preprocessing import Preprocessing
 from localvit.inference.cost import count_multiply_adds, count_parameters
+from localvit.inference.exported import is_exported_path
 from localvit.inference.fusion import fuse
 from localvit.inference.runner import is_checkpoint_path, load_model
 from localvit.models.factory import create_model
@@ -148,6 +149,8 @@ def prepare(source: str, options: BenchOptions, input_size: tuple[int, int] | No
     """
     model: Any
     acc1 = None
+    if is_exported_path(source):
+        raise ValueError(f"{source} is an exported file, and bench measures models in torch: give the checkpoint")
     if is_checkpoint_path(source):
         ready = load_model(source, input_size=input_size)
         model, preprocessing = ready.model, ready.preprocessing
