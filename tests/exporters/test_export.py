@@ -17,7 +17,9 @@ import localvit
 from localvit.data.preprocessing import Preprocessing
 from localvit.exporters import Onnx, OpenVINO, ProofError, TorchExport
 from localvit.inference.export_metadata import ExportMetadata
+from localvit.inference.exported import ExportedModel
 from localvit.inference.runner import load_model
+from localvit.utils.weight_files import CheckpointError
 
 pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
@@ -129,21 +131,33 @@ def test_the_model_stays_as_it_was(tmp_path):
     assert all("forward" not in vars(module) for module in model.modules())
 
 
-@pytest.mark.parametrize(("settings", "suffix"), [(TorchExport, ".pt2"), (OpenVINO, ".xml")])
-def test_other_formats_compute_and_carry_the_same(checkpoint, tmp_path, settings, suffix):
-    if settings is OpenVINO:
-        pytest.importorskip("openvino")
-    path = tmp_path / f"tiny{suffix}"
-    report = localvit.export(checkpoint, path, settings(dynamic="size"))
+def test_openvino_computes_and_carries_the_same(checkpoint, tmp_path):
+    pytest.importorskip("openvino")
+    path = tmp_path / "tiny.xml"
+    report = localvit.export(checkpoint, path, OpenVINO(dynamic="size"))
     assert report.max_rel < 1e-5
     loaded = load_model(path, input_size=(32, 16))
-    assert loaded.class_names == NAMES
     assert loaded.about["metrics"] == {"acc1": 12.5}
+    assert loaded.class_names == NAMES
     images = noise(3, 3, 32, 16)
     np.testing.assert_allclose(loaded.model.run(images), expected_probabilities(images), rtol=0, atol=1e-6)
-    files = {path.name, f"{path.name}.json", *(["tiny.bin"] if settings is OpenVINO else [])}
-    assert {each.name for each in tmp_path.iterdir()} == files
-    assert any("default precision" in note for note in report.notes) == (settings is OpenVINO)
+    assert {each.name for each in tmp_path.iterdir()} == {"tiny.xml", "tiny.bin", "tiny.xml.json"}
+    assert any("default precision" in note for note in report.notes)
+
+
+def test_torch_export_computes_and_carries_the_same(checkpoint, tmp_path):
+    """Reading such a file may run code in it, so that only those that are trusted are read."""
+    path = tmp_path / "tiny.pt2"
+    report = localvit.export(checkpoint, path, TorchExport(dynamic="size"))
+    assert report.max_rel < 1e-5
+    model = ExportedModel.open(path, trusted=True)
+    metadata = model.metadata
+    assert (metadata.class_names, metadata.about["metrics"]) == (NAMES, {"acc1": 12.5})
+    images = noise(3, 3, 32, 16)
+    np.testing.assert_allclose(model.run(images), expected_probabilities(images), rtol=0, atol=1e-6)
+    assert {each.name for each in tmp_path.iterdir()} == {"tiny.pt2", "tiny.pt2.json"}
+    with pytest.raises(CheckpointError, match="can run code"):
+        load_model(path)
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,7 @@ def _prove(
     images: Sequence[np.ndarray],
 ) -> ExportReport:
     """The report on a file that was written and has no name yet. Raises ProofError for one that is wrong."""
-    exported = ExportedModel.open(written)
+    exported = ExportedModel.open(written, trusted=True)
     cases = list(prove(exported, reference, shapes, images))
     report = ExportReport(
         path=path,

@@ -41,16 +41,21 @@ class ExportedModel(nn.Module):
         self.eval()
 
     @classmethod
-    def open(cls, path: Path) -> Self:
-        """Load a file.
+    def open(cls, path: Path, *, trusted: bool = False) -> Self:
+        """Load a file; one that may run code when it is read only if it is `trusted`, as a file just written.
 
-        Raises FileNotFoundError if there is no such file, CheckpointError if it is damaged or not one of this package,
-        and ImportError if its runtime is not installed.
+        Raises FileNotFoundError if there is no such file, CheckpointError if it is damaged, not one of this package or
+        not to be trusted, and ImportError if its runtime is not installed.
         """
         if path.is_dir():
             raise CheckpointError(f"{path} is a folder: give the path of the exported file")
         if not path.exists():
             raise FileNotFoundError(f"no exported file at {path}")
+        if RUNTIMES[path.suffix].runs_code and not trusted:
+            raise CheckpointError(
+                f"{path} is not opened: torch unpickles {path.suffix} files, which can run code. Give the checkpoint, or "
+                "the model as .onnx; if you trust the file, call torch.export.load yourself"
+            )
         runtime = RUNTIMES[path.suffix](path)
         return cls(path, runtime, ExportMetadata.from_strings(path, runtime.metadata))
 

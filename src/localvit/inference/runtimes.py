@@ -10,7 +10,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ class Runtime(ABC):
     """The texts that the file carries."""
     input_shape: tuple[int | None, ...]
     """Batch, channels, height and width that the input takes; None where it takes any."""
+    runs_code: ClassVar[bool] = False
+    """Whether reading a file can run code in it."""
 
     @abstractmethod
     def __init__(self, path: Path) -> None: ...
@@ -99,7 +101,9 @@ class OpenVINORuntime(Runtime):
 
 
 class TorchRuntime(Runtime):
-    """torch.export's programs (.pt2), by torch itself."""
+    """torch.export's programs (.pt2), by torch itself, which unpickles their weights."""
+
+    runs_code = True
 
     def __init__(self, path: Path) -> None:
         self.name = f"torch {torch.__version__}"
