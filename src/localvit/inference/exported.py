@@ -53,8 +53,8 @@ class ExportedModel(nn.Module):
             raise FileNotFoundError(f"no exported file at {path}")
         if RUNTIMES[path.suffix].runs_code and not trusted:
             raise CheckpointError(
-                f"{path} is not opened: torch unpickles {path.suffix} files, which can run code. Give the checkpoint, or "
-                "the model as .onnx; if you trust the file, call torch.export.load yourself"
+                f"{path} is not opened: torch unpickles {path.suffix} files, which can run code. Give the checkpoint "
+                "or the model as .onnx; if you trust the file, call torch.export.load yourself"
             )
         runtime = RUNTIMES[path.suffix](path)
         return cls(path, runtime, ExportMetadata.from_strings(path, runtime.metadata))
