@@ -1,9 +1,6 @@
 """A run's checkpoint as the file of weights that the package contains: small, and without the paths of a machine.
 
-    python benchmarks/release_weights.py runs/cifar10/last.safetensors \
-        src/localvit/models/weights/localvit_nano_patch4_32.cifar10.safetensors --text "data=..." "hardware=..."
-
-Keeps the raw weights. Matrices and convolutions become bfloat16; vectors (biases, norms and their running statistics),
+docs/models.md has the command. Keeps the raw weights. Matrices and convolutions become bfloat16; vectors (biases, norms and their running statistics),
 which are 4 % of the numbers, stay float32.
 """
 
