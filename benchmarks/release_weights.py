@@ -1,7 +1,7 @@
 """A run's checkpoint as the file of weights that the package contains: small, and without the paths of a machine.
 
-docs/models.md has the command. Keeps the raw weights. Matrices and convolutions become bfloat16; vectors (biases, norms and their running statistics),
-which are 4 % of the numbers, stay float32.
+docs/models.md has the command. The raw weights are kept. Matrices and convolutions become bfloat16; vectors (biases,
+norms and their running statistics), which are 4 % of the numbers, stay float32.
 """
 
 import argparse

@@ -2,8 +2,10 @@
 
 import io
 import json
+import runpy
 import socket
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,10 +22,11 @@ from localvit.evaluation.metrics import accuracy_interval
 from localvit.inference.runner import load_model
 from localvit.models.registry import find_model, registered_models
 from localvit.train.finetune import load_pretrained
-from localvit.utils.weight_files import HEADER, read_header
+from localvit.utils.weight_files import HEADER, CheckpointError, read_header
 from localvit_cli import main
 from published import SHARED
 
+ROOT = Path(__file__).parents[2]
 NAME = "localvit_nano_patch4_32"
 PACKAGED = find_model(NAME).packaged
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -192,6 +195,37 @@ def test_commands_take_the_name(tmp_path, capsys):
     assert (packaged["acc1"], packaged["class_names"]) == (PACKAGED.acc1, CLASSES)
     assert main(["info", PACKAGED.path, "--json"]) == 0  # of a file, only what the file says
     assert json.loads(capsys.readouterr().out)["model"]["packaged"] is None
+
+
+def test_a_name_is_as_good_as_a_checkpoint():
+    ready = load_model(NAME)
+    assert ready.about["config"]["epochs"] == 34
+    assert str(ready).startswith(f"{NAME}.cifar10, raw weights in this package; 32 x 32")
+    with pytest.raises(CheckpointError, match="no averaged weights"):
+        load_model(NAME, weights="ema")
+    assert load_model(NAME, input_size=(48, 40)).preprocessing.input_size == (48, 40)
+
+
+def test_the_script_leaves_the_paths_of_a_run_out(tmp_path):
+    config = {"data_path": "/home/a/images", "output_dir": "/home/a/runs", "epochs": 3, "workers": 5}
+    about = {
+        "config": config,
+        "held_out": {"folder": "/home/a/images/train"},
+        "epoch": 2,
+        "metrics": {"test_acc1": 1.0},
+    }
+    model = localvit.create_model(NAME, depth=1)
+    averaged = {key: value + 1 for key, value in model.state_dict().items()}
+    run = tmp_path / "last.safetensors"
+    localvit.save_checkpoint(model, run, class_names=CLASSES, ema=averaged, about=about)
+    release = runpy.run_path(str(ROOT / "benchmarks" / "release_weights.py"))["release"]
+    release(run, tmp_path / "small.safetensors", {"data": "of mine"})
+    assert b"/home" not in (tmp_path / "small.safetensors").read_bytes()
+    rebuilt, checkpoint = localvit.model_from_checkpoint(tmp_path / "small.safetensors")
+    assert (checkpoint.ema, checkpoint.class_names) == (None, CLASSES)
+    assert (checkpoint.about["config"], checkpoint.about["data"]) == ({"epochs": 3}, "of mine")
+    assert torch.equal(rebuilt.head.weight, model.head.weight.bfloat16().float())
+    assert torch.equal(rebuilt.head.bias, model.head.bias)
 
 
 def test_the_interval_is_where_the_score_test_rejects():
