@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+DATA = (".yaml", ".jinja", ".css", ".typed", ".safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +46,8 @@ def test_the_source_distribution_holds_what_its_tests_and_docs_need(distribution
 
 def test_the_wheel_holds_the_packages_with_their_data(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    data = [file for file in (ROOT / "src").rglob("*") if file.suffix in (".yaml", ".jinja", ".css", ".typed")]
-    assert len(data) >= 3
+    data = [file for file in (ROOT / "src").rglob("*") if file.suffix in DATA]
+    assert {file.suffix for file in data} >= {".yaml", ".safetensors"}
     assert {str(file.relative_to(ROOT / "src")) for file in data} <= names
     assert not [name for name in names if name.startswith(("tests", "docs", "benchmarks"))]
 
@@ -58,7 +59,7 @@ def test_the_wheel_works_from_an_empty_folder(wheel, tmp_path):
     subprocess.run([*install, str(wheel)], check=True, capture_output=True, timeout=100)
     program = (
         "import localvit, torch; print(localvit.__file__); "
-        "print(*localvit.create_model('localvit_nano_patch4_32', depth=2)(torch.zeros(1, 3, 32, 32)).shape); "
+        "print(*localvit.create_model('localvit_nano_patch4_32', pretrained=True)(torch.zeros(1, 3, 32, 32)).shape); "
         "from localvit_cli import main; main(['train', '--recipe', 'digits', '--help'])"
     )
     environment = os.environ | {"PYTHONPATH": str(site)}

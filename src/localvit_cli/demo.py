@@ -21,6 +21,8 @@ from localvit_cli.tyro_rules import optional
 EXPECTED_ACC1 = 97.0
 """Accuracy in percent that every seed reaches with a margin. A lower one means that something is broken."""
 NUM_PREDICTIONS = 5
+PACKAGED = "localvit_nano_patch4_32"
+"""A model whose trained weights are in this package."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +67,8 @@ def run_demo(config: TrainConfig) -> float:
     Predict(model=str(checkpoint), paths=tuple(images), topk=2).run()
     files = {"checkpoint": checkpoint, "curves": config.output_dir / CURVES, "report": report / "report.html"}
     lines = [printable(f"{name + ':':11} {path}") for name, path in files.items() if path.exists()]
-    print("\n".join(lines), flush=True)
+    print("\n".join(lines))
+    print(f"For a photograph, with a model that is trained already: localvit predict {PACKAGED} PHOTO", flush=True)
     return json.loads((report / "results.json").read_text())["acc1"]
 
 

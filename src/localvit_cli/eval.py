@@ -73,7 +73,7 @@ class Eval:
     """Evaluate a model on labeled images, each exactly once; works under torchrun."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """A checkpoint or exported file, or a model's name (downloads its released weights, without --checkpoint)."""
+    """A checkpoint or exported file, or a name (weights outside this package are downloaded without --checkpoint)."""
     data_path: Annotated[Path | None, optional("DIR")] = None
     """Folder of the data set; required, except for DIGITS."""
     data_set: Annotated[str | None, optional("NAME", "that of the checkpoint's run, else IMNET")] = None

@@ -11,11 +11,13 @@ import tyro
 
 from localvit.checkpoints import Checkpoint, read_checkpoint, versions
 from localvit.data.preprocessing import Preprocessing
+from localvit.evaluation.metrics import accuracy_interval
 from localvit.inference.cost import count_multiply_adds, count_parameters, locality_report, summarize_blocks
 from localvit.inference.exported import is_exported_path
 from localvit.inference.runner import is_checkpoint_path, load_model
 from localvit.models.factory import create_model
-from localvit.models.registry import find_model
+from localvit.models.packaged import PackagedWeights
+from localvit.models.registry import find_model, packaged_weights
 from localvit.utils.tables import format_table
 from localvit_cli import UsageError
 from localvit_cli.exported_info import exported_facts, exported_text
@@ -49,10 +51,8 @@ class Info:
         else:
             localize = None if self.localize is None else named_values(self.localize)
             model: Any = create_model(self.model, device="meta", localize=localize)
-            facts = {
-                "file": None,
-                "model": _model_facts(model, Preprocessing.from_pretrained_cfg(model.pretrained_cfg)),
-            }
+            described = _model_facts(model, Preprocessing.from_pretrained_cfg(model.pretrained_cfg))
+            facts = {"file": None, "model": described | {"packaged": _packaged_facts(packaged_weights(self.model))}}
         # Metrics in a checkpoint may be NaN, which JSON does not have.
         facts = json.loads(json.dumps(facts), parse_constant=lambda constant: None)
         print(json.dumps(facts, indent=2) if self.json else printable_lines(_text(facts)))
@@ -112,9 +112,17 @@ def _model_facts(model: Any, preprocessing: Preprocessing) -> dict[str, Any]:
         "preprocessing": preprocessing.to_dict(),
         "published": {key: getattr(published, key) for key in ("acc1", "acc5", "loss")} if published else None,
         "weights_from": cfg.get("url") or cfg.get("hf_hub_id") or None,
+        "packaged": None,
         "blocks": [asdict(block) for block in summarize_blocks(model, input_size)],
         "locality": [asdict(part) for part in locality_report(model, input_size)],
     }
+
+
+def _packaged_facts(packaged: PackagedWeights | None) -> dict[str, Any] | None:
+    """Weights that this package contains, with the 95 % interval of their accuracy."""
+    if packaged is None:
+        return None
+    return asdict(packaged) | {"acc1_interval": accuracy_interval(packaged.acc1, packaged.num_images)}
 
 
 def _text(facts: dict[str, Any]) -> str:
@@ -175,8 +183,24 @@ def _model_text(model: dict[str, Any]) -> str:
         ("preprocessing", _lines(model["preprocessing"])),
         ("published", _lines({key: value for key, value in published.items() if value is not None})),
     ]
+    if packaged := model["packaged"]:
+        rows += _packaged_rows(packaged)
     # On a line of its own, an address is rarely too long to be copied in one piece.
     return format_table(rows) + (f"\nreleased weights:\n{model['weights_from']}" if model["weights_from"] else "")
+
+
+def _packaged_rows(packaged: dict[str, Any]) -> list[tuple[str, str]]:
+    low, high = packaged["acc1_interval"]
+    return [
+        ("weights", f"in this package: tag {packaged['tag']}, trained on {packaged['data_set']}"),
+        ("their classes", ", ".join(packaged["class_names"])),
+        (
+            "their accuracy",
+            f"Acc@1 {packaged['acc1']:.2f} % (95 % interval {low:.2f} to {high:.2f}), Acc@5 {packaged['acc5']:.2f} %, "
+            f"loss {packaged['loss']:.3f}, on {packaged['num_images']:,} test images",
+        ),
+        ("their data", packaged["source"]),
+    ]
 
 
 def _blocks_text(blocks: list[dict[str, Any]]) -> str:

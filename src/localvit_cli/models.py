@@ -1,7 +1,7 @@
 """`localvit models`: the models of this package with their size, cost and published accuracy."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from localvit.models.registry import ModelInfo, registered_models
@@ -40,6 +40,7 @@ def _facts(info: ModelInfo) -> dict[str, Any]:
         "acc5": info.acc5,
         "loss": info.loss,
         "weights_url": info.url,
+        "packaged": asdict(info.packaged) if info.packaged else None,
     }
 
 
@@ -59,11 +60,18 @@ def _text(models: list[dict[str, Any]]) -> str:
     ]
     names = [(model["friendly_name"], model["name"]) for model in models if model["friendly_name"]]
     released = [model["friendly_name"] or model["name"] for model in models if model["weights_url"]]
+    packaged = [
+        f"The weights of {model['name']} are in this package: Acc@1 {model['packaged']['acc1']:.2f} % on the "
+        f"{model['packaged']['num_images']:,} test images of {model['packaged']['data_set']}."
+        for model in models
+        if model["packaged"]
+    ]
     return "\n\n".join(
         (
             format_table(rows, headings=_HEADINGS, right=(2, 3, 4, 5, 6)),
             format_table(names, headings=("model", "published name (also accepted)")),
             wrap_text(f"Weights are released for {', '.join(released)}."),
+            *map(wrap_text, packaged),
             wrap_text(_NOTES),
         )
     )

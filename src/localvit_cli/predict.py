@@ -31,7 +31,7 @@ class Predict:
     """Predict the top classes of images. Exits with 1 if an image is unreadable."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """A checkpoint or exported file, or a model's name (downloads its released weights, without --checkpoint)."""
+    """A checkpoint or exported file, or a name (weights outside this package are downloaded without --checkpoint)."""
     paths: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH...", help_behavior_hint="")]
     """Files, folders (including their subfolders, without hidden ones) and patterns such as 'photos/**/*.jpg'."""
     topk: int = 5

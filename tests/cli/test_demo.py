@@ -10,10 +10,11 @@ from PIL import Image
 from tiny import write_some_digits
 
 from localvit.checkpoints import read_checkpoint
+from localvit.models.registry import packaged_weights
 from localvit.train.config import TrainConfig
 from localvit.train.recipe import read_recipe
 from localvit_cli.console import log_to_stderr
-from localvit_cli.demo import run_demo
+from localvit_cli.demo import PACKAGED, run_demo
 
 
 def test_the_demo_trains_and_writes_the_files_that_it_names(tmp_path, capsys):
@@ -32,6 +33,8 @@ def test_the_demo_trains_and_writes_the_files_that_it_names(tmp_path, capsys):
         assert path.exists()
     assert json.loads((run / "report" / "results.json").read_text())["acc1"] == acc1
     assert f"Acc@1 {acc1:.3f}" in printed.out
+    assert printed.out.endswith(f"localvit predict {PACKAGED} PHOTO\n")
+    assert packaged_weights(PACKAGED)
     assert read_checkpoint(run / "last.safetensors").class_names == ["0", "1", "2", "3", "4"]
     with Image.open(run / "curves.png") as image:
         image.verify()

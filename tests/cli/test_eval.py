@@ -152,7 +152,7 @@ def test_invalid_flag_values_exit_with_2(workplace, arguments, message, capsys):
         (["@/good.safetensors", "--data-set", "FOLDER", "--data-path", "@/good", "--input-size", "30"], "30"),
         (["@/good.safetensors", "--data-set", "FOLDER", "--data-path", "@/good", "--real-labels"], "ILSVRC2012"),
         (["@/good.safetensors", "--data-set", "FOLDER", "--data-path", "@/good", "--limit", "0"], "limit"),
-        (["localvit_nano_patch4_32", "--data-set", "FOLDER", "--data-path", "@/good"], "No pretrained weights exist"),
+        (["localvit_tiny_mlp6_act1", "--data-set", "FOLDER", "--data-path", "@/good"], "No pretrained weights exist"),
     ],
 )
 def test_each_error_is_one_clear_line(workplace, capsys, arguments, message):

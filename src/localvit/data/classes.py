@@ -2,7 +2,7 @@
 
 import difflib
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 
 from timm.data import ImageNetInfo
@@ -35,10 +35,19 @@ def subset_classes(name: str) -> list[int]:
 
 
 def model_class_names(model: nn.Module, class_names: Sequence[str] | None) -> list[str] | None:
-    """Names of a model's classes: the given ones, else ImageNet's synsets for 1,000 classes, else None."""
+    """Names of a model's classes: the given ones, else those of its pretrained weights, else None.
+
+    Pretrained weights name theirs in timm's `pretrained_cfg["label_names"]`. 1,000 classes without names are ImageNet's
+    synsets.
+    """
     if class_names is not None:
         return list(class_names)
-    return imagenet_synsets() if getattr(model, "num_classes", None) == 1000 else None
+    num_classes = getattr(model, "num_classes", None)
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    named = cfg.get("label_names") if isinstance(cfg, Mapping) else None
+    if isinstance(named, (list, tuple)) and len(named) == num_classes:
+        return list(named)
+    return imagenet_synsets() if num_classes == 1000 else None
 
 
 def readable_class_names(class_names: Sequence[str] | None, num_classes: int) -> list[str]:

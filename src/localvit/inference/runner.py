@@ -24,7 +24,7 @@ from localvit.data.workers import init_worker, iterate_batches
 from localvit.inference.exported import ExportedModel, is_exported_path
 from localvit.inference.fusion import fuse
 from localvit.models.factory import create_model
-from localvit.models.registry import DownloadError
+from localvit.models.registry import DownloadError, packaged_weights
 from localvit.utils.devices import choose_device
 
 CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
@@ -121,12 +121,12 @@ def load_model(
     weights: Literal["raw", "ema"] = "raw",
     input_size: tuple[int, int] | None = None,
 ) -> LoadedModel:
-    """Load a model from a checkpoint or exported file, or by name with its released weights.
+    """Load a model from a checkpoint or exported file, or by name with its released weights or those in this package.
 
     Args:
         source: A checkpoint file, a file of `localvit.export`, a folder of `localvit push`, "hf-hub:user/name" for such
             a folder on the Hugging Face Hub, or the name of a model registered with timm.
-        checkpoint: Weights for the model named `source`, instead of the released ones.
+        checkpoint: Weights for the model named `source`, instead of the released or packaged ones.
         weights: Load the raw or the averaged (EMA) weights of a checkpoint.
         input_size: Height and width to use instead of the model's own, in pixels.
 
@@ -150,8 +150,11 @@ def load_model(
     size: dict[str, Any] = {"img_size": input_size} if input_size else {}
     model: Any
     loaded: Checkpoint | None = None
+    packaged = None if checkpoint or is_checkpoint_path(source) else packaged_weights(source)
     if checkpoint is not None:
         model, loaded = model_from_checkpoint(checkpoint, weights, name=source, **size)
+    elif packaged is not None:  # as a checkpoint, which says more than pretrained=True keeps
+        model, loaded = model_from_checkpoint(packaged.path, weights, **size)
     elif is_checkpoint_path(source):
         model, loaded = model_from_checkpoint(source, weights, **size)
     else:
@@ -160,6 +163,10 @@ def load_model(
         except DownloadError as error:
             raise error.with_advice("give the file with --checkpoint FILE") from error
     name = model.made_from["name"]
+    if packaged is not None:
+        description = f"{name}.{packaged.tag}, {weights} weights in this package"
+    else:
+        description = f"{name}, {weights} weights of {loaded.path}" if loaded else f"{name}, released weights"
     if loaded is not None and loaded.preprocessing is not None:
         preprocessing = Preprocessing.from_dict(
             loaded.preprocessing | ({"input_size": input_size} if input_size else {})
@@ -171,7 +178,7 @@ def load_model(
         name=name,
         class_names=model_class_names(model, loaded.class_names if loaded else None),
         preprocessing=preprocessing,
-        description=f"{name}, {weights} weights of {loaded.path}" if loaded else f"{name}, released weights",
+        description=description,
         about=loaded.about if loaded else {},
         weights=weights,
     )

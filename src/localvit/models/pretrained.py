@@ -29,7 +29,10 @@ def from_published(
         ValueError: if the position embeddings do not fill the grid of that size.
     """
     weights = state_dict.get("model", state_dict)
-    own = to_own_names(weights, model)
+    own = {
+        key: value.float() if value.is_floating_point() else value  # positions are resampled in float32
+        for key, value in to_own_names(weights, model).items()
+    }
     if img_size is None:
         img_size = _trained_size(model, own, is_published=not weights.keys() >= own.keys())
     return resample_state(model, own, img_size)

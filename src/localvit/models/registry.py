@@ -26,6 +26,7 @@ from timm.models import register_model as register_with_timm
 from torch import nn
 
 from localvit.models.family import Family
+from localvit.models.packaged import PackagedWeights
 from localvit.models.pretrained import from_published, read_file
 
 RELEASE = "https://github.com/ofsoundof/LocalViT/releases/download/v1.0.0/"
@@ -58,6 +59,8 @@ class ModelInfo:
     """Number of multiply-adds for one image of `input_size`, counted by `localvit.inference.cost`; None if unknown."""
     file: str | None = None
     """The released file with the weights, if there is one. No checksum was published."""
+    packaged: PackagedWeights | None = None
+    """Weights that this package contains, for a model without a released file."""
     acc1: float | None = None
     """Published top-1 accuracy in percent."""
     acc5: float | None = None
@@ -84,11 +87,13 @@ class ModelInfo:
     @property
     def tag(self) -> str:
         """timm's tag of the weights: what comes after the dot in a name like `localvit_tiny.in1k`."""
+        if self.packaged:
+            return self.packaged.tag
         return "in1k" if self.file else "untrained"
 
     @property
     def pretrained_cfg(self) -> PretrainedCfg:
-        """timm's pretrained configuration: the released file and the preprocessing of the published evaluation.
+        """timm's pretrained configuration: the file of weights and the preprocessing of the published evaluation.
 
         That is, for every model: short side resized to int(256 / 224 * size), bicubic, center crop, ImageNet mean and
         standard deviation.
@@ -96,6 +101,8 @@ class ModelInfo:
         fields = {"first_conv": "patch_embed.proj", "classifier": "head"} | dict(self.family.timm_cfg)
         return PretrainedCfg(
             url=self.url or "",
+            file=self.packaged.path if self.packaged else None,
+            label_names=self.packaged.class_names if self.packaged else None,  # type: ignore[arg-type]  # timm: of one
             architecture=self.name,
             tag=self.tag,
             num_classes=self.num_classes,
@@ -176,8 +183,9 @@ def build(
 
     Args:
         info: the model.
-        pretrained: load the raw weights of the released file.
-        pretrained_cfg, pretrained_cfg_overlay: as in `timm.create_model`. A `file` replaces the download.
+        pretrained: load the raw weights of the released or packaged file.
+        pretrained_cfg, pretrained_cfg_overlay: as in `timm.create_model`. A `file` replaces the download, and a `file`
+            or `url` the packaged file.
         kwargs: arguments of the model, in place of those in `info`, and of `build_model_with_cfg`.
 
     Raises:
@@ -189,6 +197,10 @@ def build(
         raise ValueError(f"{info.name} has no weights with the tag {pretrained_cfg!r}, only {info.tag!r}")
     cfg = info.pretrained_cfg if pretrained_cfg is None or isinstance(pretrained_cfg, str) else pretrained_cfg
     overlay = dict(pretrained_cfg_overlay or {})
+    if not pretrained or overlay.keys() & {"url", "file", "state_dict"}:
+        overlay = {"label_names": None} | overlay  # not the classes of the packaged weights
+    if overlay.get("url"):
+        overlay = {"file": None} | overlay  # timm prefers a file
     img_size = None
     if pretrained and overlay.get("file"):
         overlay["state_dict"], img_size = read_file(overlay.pop("file"))
@@ -212,6 +224,12 @@ def build(
 def find_model(name: str) -> ModelInfo | None:
     """The model of this package that has that name or alias, with or without a tag; None if there is none."""
     return _MODELS.get(name.partition(".")[0])
+
+
+def packaged_weights(name: str) -> PackagedWeights | None:
+    """The weights in this package that `pretrained=True` means for a name, with or without a tag; None if none."""
+    info, tag = find_model(name), name.partition(".")[2]
+    return info.packaged if info and tag in ("", info.tag) else None
 
 
 def registered_models() -> list[ModelInfo]:

@@ -10,6 +10,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 
 from localvit.models.family import Family, PositionGrids
+from localvit.models.packaged import PackagedWeights
 from localvit.models.registry import ModelInfo, register_model
 from localvit.surgery.blocks import BlockSelection
 from localvit.surgery.replace import Replace, replace_feed_forwards
@@ -149,5 +150,16 @@ register_model(
         input_size=(3, 32, 32),
         num_classes=10,
         crop_pct=1.0,
+        packaged=PackagedWeights(
+            tag="cifar10",
+            file="localvit_nano_patch4_32.cifar10.safetensors",
+            class_names=(*("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),),
+            data_set="CIFAR-10",
+            num_images=10_000,
+            acc1=83.86,
+            acc5=99.27,
+            loss=0.560,
+            source="Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009",
+        ),
     )
 )
