@@ -26,10 +26,9 @@ _PROOF_IMAGES = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Write a model as a file for other runtimes, and prove that it computes the same.
+    """Write a model as a file for other runtimes, and run it beside the model.
 
-    The file carries class names, preprocessing and origin. It is run beside the model before it gets its name; a report
-    is printed, and kept as FILE.json.
+    The report is printed, and kept as FILE.json.
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]

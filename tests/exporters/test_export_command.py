@@ -12,12 +12,12 @@ pytest.importorskip("onnxscript")
 
 
 def test_the_command_writes_the_file_and_prints_its_report(checkpoint, tmp_path, capsys):
-    path = tmp_path / "made" / "model.pt2"
-    arguments = ["export", str(checkpoint), "--format", "pt2", "--output", str(path), "--dynamic", "none"]
+    path = tmp_path / "made" / "model.onnx"
+    arguments = ["export", str(checkpoint), "--format", "onnx", "--output", str(path), "--dynamic", "none"]
     assert main([*arguments, "--include", "preprocessing"]) == 0
     out = capsys.readouterr().out
     assert "1 x 24 x 24" in out
-    report = json.loads(path.with_name("model.pt2.json").read_text())
+    report = json.loads(path.with_name("model.onnx.json").read_text())
     assert report["settings"]["include"] == ["preprocessing"]
     assert report["max_rel"] < 1e-5
     assert main(["info", str(path), "--json"]) == 0

@@ -14,6 +14,15 @@ def own_settings(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
 
 
+@pytest.fixture(autouse=True)
+def own_connections():
+    """huggingface_hub keeps a client, with the proxies that other tests set when it was made."""
+    renew = getattr(huggingface_hub, "close_session", None) or huggingface_hub.utils._http.reset_sessions
+    renew()
+    yield
+    renew()
+
+
 @pytest.fixture
 def hub(monkeypatch):
     with serve() as (address, served):

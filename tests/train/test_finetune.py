@@ -405,7 +405,7 @@ def _distilled(kind, tmp_path):
         (partial(_distilled, "ours"), CheckpointError, ["has a distillation token", "distilled=true"]),
         (partial(_distilled, "plain"), CheckpointError, ["has a distillation token", "distilled=true"]),
         (lambda _: "localvit_tinny", ValueError, ["'localvit_tinny'", "localvit_tiny"]),
-        (lambda _: NANO[0], CheckpointError, [f"no weights of {NANO[0]} were released"]),
+        (lambda _: "localvit_tiny_mlp6_act1", CheckpointError, ["no weights of localvit_tiny_mlp6_act1 were released"]),
     ],
 )
 def test_errors_are_one_line_and_the_model_is_unchanged(source, error, parts, tmp_path):

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from localvit.models.family import Family
@@ -30,7 +31,8 @@ def from_published(
     """
     weights = state_dict.get("model", state_dict)
     own = {
-        key: value.float() if value.is_floating_point() else value  # positions are resampled in float32
+        # Positions are resampled in float32, or float64.
+        key: value.to(torch.promote_types(value.dtype, torch.float32)) if value.is_floating_point() else value
         for key, value in to_own_names(weights, model).items()
     }
     if img_size is None:
