@@ -34,6 +34,7 @@ def feed_forward(stages: Stages, map_BCHW: Tensor, dtype: torch.dtype) -> Tensor
         dtype: of the computation; batch norms work in float32.
     """
     first, second = stages.stages
+    gate = None if second.gate is None else _Gate(second.gate)
     tensors = (
         stages.first.weight,
         first.norm.weight,
@@ -42,9 +43,9 @@ def feed_forward(stages: Stages, map_BCHW: Tensor, dtype: torch.dtype) -> Tensor
         second.norm.weight,
         second.norm.bias,
         second.conv.weight,
-        *(() if second.gate is None else _gate_parameters(second.gate)),
+        *(() if gate is None else gate.parameters),
     )
-    out_BHWC = _FeedForward.apply(stages, dtype, map_BCHW.permute(0, 2, 3, 1), *tensors)
+    out_BHWC = _FeedForward.apply(stages, gate, dtype, map_BCHW.permute(0, 2, 3, 1), *tensors)
     return out_BHWC.permute(0, 3, 1, 2)
 
 
@@ -55,6 +56,7 @@ class _FeedForward(torch.autograd.Function):
     def forward(
         ctx: Any,
         stages: Stages,
+        gate: "_Gate | None",
         dtype: torch.dtype,
         x_BHWC: Tensor,
         expansion: Tensor,
@@ -68,7 +70,7 @@ class _FeedForward(torch.autograd.Function):
     ) -> Tensor:
         from localvit.ops.triton import batch_norm, pointwise, training
 
-        (norm1, act1, _, _), (norm2, act2, gate, _) = stages.stages
+        (norm1, act1, _, _), (norm2, act2, _, _) = stages.stages
         expansion_EC, projection_CE = (weight.flatten(1).to(dtype) for weight in (expansion, projection))
         # Under autocast x is in float32: the copy is what both products read, and what the backward pass keeps.
         grid_size, x_BSC = x_BHWC.shape[1:3], x_BHWC.to(dtype).flatten(1, 2).contiguous()
@@ -80,10 +82,10 @@ class _FeedForward(torch.autograd.Function):
         mean_BE = gate_BE = None
         if gate is not None:
             mean_BE = batch_norm.channel_means(z2_BHWE, norm2_4E, act2)
-            gate_BE = _factors(gate, mean_BE, gate_parameters)
+            gate_BE = gate.factors(mean_BE, gate_parameters)
         out_BSC = pointwise.normalized_pointwise(z2_BHWE.flatten(1, 2), projection_CE, norm2_4E, act2, gate_BE)
 
-        ctx.stages, ctx.dtype = stages, x_BHWC.dtype
+        ctx.stages, ctx.gate, ctx.dtype = stages, gate, x_BHWC.dtype
         ctx.shapes = [weight.shape for weight in (expansion, projection)]
         ctx.save_for_backward(
             *(x_BSC, z1_BHWE, z2_BHWE, norm1_4E, norm2_4E, mean_BE, gate_BE),
@@ -96,7 +98,8 @@ class _FeedForward(torch.autograd.Function):
     def backward(ctx: Any, grad_out_BHWC: Tensor) -> tuple[Any, ...]:
         from localvit.ops.triton import batch_norm, pointwise_backward, training_backward
 
-        (norm1, act1, _, _), (norm2, act2, gate, second_conv) = ctx.stages.stages
+        (norm1, act1, _, _), (norm2, act2, _, second_conv) = ctx.stages.stages
+        gate: _Gate | None = ctx.gate
         x_BSC, z1_BHWE, z2_BHWE, norm1_4E, norm2_4E, mean_BE, gate_BE, *parameters = ctx.saved_tensors
         expansion_EC, depthwise, projection_CE, *gate_parameters = parameters
         grad_out_BHWC = grad_out_BHWC.contiguous()
@@ -109,7 +112,7 @@ class _FeedForward(torch.autograd.Function):
         gate_gradients: list[Tensor | None] = []
         if gate is not None:
             assert grad_gate_TBE is not None
-            grad_mean_BE, gate_gradients = _through_gate(gate, mean_BE, gate_parameters, grad_gate_TBE)
+            grad_mean_BE, gate_gradients = gate.backward(mean_BE, gate_parameters, grad_gate_TBE)
         grad_BHWE, sums_T2E = pointwise_backward.normalized_gradient(
             grad_out_BHWC, z2_BHWE, norm2_4E, projection_CE, act2, gate_BE, grad_mean_BE
         )
@@ -124,7 +127,7 @@ class _FeedForward(torch.autograd.Function):
         grad_expansion_EC = grad_z1_BHWE.flatten(0, 2).t() @ x_BSC.flatten(0, 1)
         expansion_shape, projection_shape = ctx.shapes
         return (
-            *(None, None, grad_x_BHWC),
+            *(None, None, None, grad_x_BHWC),
             grad_expansion_EC.view(expansion_shape).to(ctx.stages.first.weight.dtype),
             *(first.weight_E.to(norm1.weight.dtype), first.bias_E.to(norm1.bias.dtype)),
             grad_depthwise_E33.view_as(depthwise).to(depthwise.dtype),
@@ -134,34 +137,42 @@ class _FeedForward(torch.autograd.Function):
         )
 
 
-def _gate_parameters(gate: ChannelGate) -> tuple[Tensor, ...]:
-    if (layers := squeeze_excite_layers(gate)) is None:
-        return tuple(gate.parameters())
-    narrow, wide = layers
-    return narrow.weight, narrow.bias, wide.weight, wide.bias
+class _Gate:
+    """A channel gate in one step: by its kernels if it has them, which is decided once, else by its own layers."""
 
+    def __init__(self, gate: ChannelGate) -> None:
+        layers = squeeze_excite_layers(gate)
+        self.module = gate
+        self.has_kernels = layers is not None
+        self.parameters: tuple[Tensor, ...]
+        if layers is None:
+            self.parameters = tuple(gate.parameters())
+        else:
+            narrow, wide = layers
+            self.parameters = narrow.weight, narrow.bias, wide.weight, wide.bias
 
-def _factors(gate: ChannelGate, mean_BE: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
-    from localvit.ops.triton.squeeze_excite import squeeze_excite
+    def factors(self, mean_BE: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+        """The factor of each channel, from the means over positions in float32."""
+        from localvit.ops.triton.squeeze_excite import squeeze_excite
 
-    if squeeze_excite_layers(gate) is not None:
-        return squeeze_excite(mean_BE, 1, *parameters)
-    with _full_precision(mean_BE):
-        return gate.scale(_converted(mean_BE, parameters))
+        if self.has_kernels:
+            return squeeze_excite(mean_BE, 1, *parameters)
+        with _full_precision(mean_BE):
+            return self.module.scale(_converted(mean_BE, parameters))
 
+    def backward(
+        self, mean_BE: Tensor, parameters: list[Tensor], grad_gate_TBE: Tensor
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """The gradients of the means and of the parameters, which are those of the forward pass."""
+        from localvit.ops.triton.squeeze_excite import squeeze_excite_backward
 
-def _through_gate(
-    gate: ChannelGate, mean_BE: Tensor, parameters: list[Tensor], grad_gate_TBE: Tensor
-) -> tuple[Tensor, list[Tensor | None]]:
-    """The gradients of the means and of the gate's parameters, of those of the forward pass."""
-    from localvit.ops.triton.squeeze_excite import squeeze_excite_backward
-
-    if squeeze_excite_layers(gate) is not None:
-        grad_mean_BE, *found = squeeze_excite_backward(grad_gate_TBE, mean_BE, *parameters)
-        pairs = zip(found, parameters, strict=True)
-        return grad_mean_BE, [grad.to(each.dtype) if each.requires_grad else None for grad, each in pairs]
-    with _full_precision(mean_BE):
-        return scale_with(gate, parameters, _converted(mean_BE, parameters)).backward(grad_gate_TBE.sum(0))
+        if self.has_kernels:
+            grad_mean_BE, *found = squeeze_excite_backward(grad_gate_TBE, mean_BE, *parameters)
+            pairs = zip(found, parameters, strict=True)
+            return grad_mean_BE, [grad.to(each.dtype) if each.requires_grad else None for grad, each in pairs]
+        with _full_precision(mean_BE):
+            scale = scale_with(self.module, parameters, _converted(mean_BE, parameters))
+            return scale.backward(grad_gate_TBE.sum(0))
 
 
 def _full_precision(x: Tensor) -> torch.autocast:

@@ -95,6 +95,12 @@ def _weight_out(weight, e, q, E: tl.constexpr, Q: tl.constexpr):
 
 
 @triton.jit
+def _excited(weight, squeezed, bias, e, E: tl.constexpr):
+    """The second layer's output for one image, from a block (e, q) of its weight."""
+    return tl.sum(weight * squeezed[None, :], 1) + tl.load(bias + e, e < E, 0.0).to(tl.float32)
+
+
+@triton.jit
 def squeeze_excite_kernel(
     sums,
     weight_in,
@@ -116,8 +122,7 @@ def squeeze_excite_kernel(
     squeezed = tl.maximum(squeezed, 0.0, tl.PropagateNan.ALL)
     for start in range(0, E, BLOCK_E):
         e = start + tl.arange(0, BLOCK_E)
-        excited = tl.sum(_weight_out(weight_out, e, q, E, Q) * squeezed[None, :], 1)
-        excited += tl.load(bias_out + e, e < E, 0.0).to(tl.float32)
+        excited = _excited(_weight_out(weight_out, e, q, E, Q), squeezed, bias_out, e, E)
         tl.store(gate + image * E + e, tl.clamp(excited * (1 / 6) + 0.5, 0.0, 1.0, tl.PropagateNan.ALL), e < E)
 
 
@@ -151,7 +156,7 @@ def squeeze_excite_backward_kernel(
     for start in range(0, E, BLOCK_E):
         e = start + tl.arange(0, BLOCK_E)
         weight = _weight_out(weight_out, e, q, E, Q)
-        excited = tl.sum(weight * squeezed[None, :], 1) + tl.load(bias_out + e, e < E, 0.0).to(tl.float32)
+        excited = _excited(weight, squeezed, bias_out, e, E)
         grad = tl.zeros((BLOCK_E,), tl.float32)
         for number in range(summands):
             grad += tl.load(grad_gate + (number * batch + image) * E + e, e < E, 0.0)
