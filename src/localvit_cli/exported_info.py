@@ -1,35 +1,27 @@
 """What an exported file says about itself, for `localvit info`."""
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from localvit.inference.exported import ExportedModel
+from localvit.inference.runtimes import AXES
+from localvit.utils.files import sha256_of
 from localvit.utils.tables import format_table
 from localvit_cli.streams import printable
 
 _SHOWN_CLASSES = 5
-_TEXTS = ("architecture", "weights", "source", "source_sha256", "input", "input_type", "output", "dynamic")
-"""Entries of the metadata that are not JSON."""
 
 
 def exported_facts(path: Path) -> dict[str, Any]:
     """The file, its runtime and its metadata. Raises what `ExportedModel.open` raises."""
     exported = ExportedModel.open(path)
-    strings = exported.metadata.to_strings()
-    carried = {
-        key: value if key in _TEXTS else json.loads(value) for key, value in strings.items() if key != "producer"
-    }
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return {
         "path": str(path),
         "bytes": path.stat().st_size,
-        "sha256": sha256,
+        "sha256": sha256_of(path),
         "runtime": exported.runtime.name,
         "input_shape": list(exported.runtime.input_shape),
-        **carried,
+        **exported.metadata.to_values(),
     }
 
 
@@ -37,7 +29,7 @@ def exported_text(facts: dict[str, Any]) -> str:
     """The facts as a table."""
     names = facts["class_descriptions"] or facts["class_names"] or []
     shown = ", ".join(map(printable, names[:_SHOWN_CLASSES])) + (", ..." if len(names) > _SHOWN_CLASSES else "")
-    axes = zip(("batch", "channels", "height", "width"), facts["input_shape"], strict=True)
+    axes = zip(AXES, facts["input_shape"], strict=True)
     rows = [
         ("file", facts["path"]),
         ("size", f"{facts['bytes']:,} bytes"),
@@ -66,6 +58,6 @@ def exported_text(facts: dict[str, Any]) -> str:
 def _lines(value: Any) -> str:
     if isinstance(value, dict):
         return "\n".join(f"{key}: {_lines(each)}" for key, each in value.items()) or "-"
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return ", ".join(map(_lines, value)) or "-"
     return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -1,6 +1,5 @@
 """`localvit info`: describe a model, a checkpoint file or an exported file."""
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from localvit.inference.runner import is_checkpoint_path, load_model
 from localvit.models.factory import create_model
 from localvit.models.packaged import PackagedWeights
 from localvit.models.registry import find_model, packaged_weights
+from localvit.utils.files import sha256_of
 from localvit.utils.tables import format_table
 from localvit_cli import UsageError
 from localvit_cli.exported_info import exported_facts, exported_text
@@ -74,12 +74,10 @@ def _file_facts(path: Path) -> dict[str, Any]:
 
 
 def _contents(checkpoint: Checkpoint, class_names: list[str] | None) -> dict[str, Any]:
-    with checkpoint.path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return {
         "path": str(checkpoint.path),
         "bytes": checkpoint.path.stat().st_size,
-        "sha256": sha256,
+        "sha256": sha256_of(checkpoint.path),
         "layout": checkpoint.layout,
         "name": checkpoint.name,
         "args": checkpoint.args,

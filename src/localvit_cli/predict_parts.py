@@ -1,6 +1,5 @@
 """`localvit predict` by several processes of torchrun, and what an interrupted run of them has left."""
 
-import hashlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from localvit.evaluation.predict import Prediction
 from localvit.evaluation.predict_parts import JOB, Parts, merged, open_parts, predict_own, remove_parts, wait_for_others
 from localvit.inference.runner import InferenceOptions, LoadedModel
 from localvit.utils.distributed import read_launch
+from localvit.utils.files import sha256_of
 from localvit_cli import UsageError
 from localvit_cli.console import progress
 from localvit_cli.streams import printable
@@ -82,13 +82,9 @@ def _title(parts: Parts) -> str:
 def _job(command: "Predict", loaded: LoadedModel, options: InferenceOptions) -> dict[str, Any]:
     """What the predictions depend on, besides the images."""
     file = command.checkpoint or Path(command.model)
-    digest = None
-    if file.is_file():
-        with file.open("rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
     return {
         "model": str(loaded),
-        "weights": digest,
+        "weights": sha256_of(file) if file.is_file() else None,
         "topk": command.topk,
         "device": options.device.type,
         "dtype": str(options.dtype),

@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +18,11 @@ from localvit.exporters.onnx import Onnx
 from localvit.exporters.proof import ProofError, Reference, proof_shapes, prove, size_step
 from localvit.exporters.registry import Format
 from localvit.exporters.report import ExportReport
-from localvit.exporters.source import Source, sha256_of, source_of
+from localvit.exporters.source import Source, source_of
 from localvit.inference.export_metadata import ExportMetadata
 from localvit.inference.exported import ExportedModel
 from localvit.inference.runner import LoadedModel
-from localvit.utils.files import atomic_write, check_writable
+from localvit.utils.files import atomic_write, check_writable, sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -169,8 +168,7 @@ def _notes(
 def _keep(settings: Format, written: Path, path: Path, report: ExportReport) -> None:
     """Give the files and the report their names."""
     for file in reversed(settings.files(written)):  # the file itself last, so that it never lacks its weights
-        final: Any = path.with_name(file.name)
         shutil.copymode(written, file)
-        file.replace(final)
+        file.replace(path.with_name(file.name))
     with atomic_write(report.report_path) as temporary:
         temporary.write_text(report.to_json(), encoding="utf-8")

@@ -14,7 +14,7 @@ from localvit.data.preprocessing import Preprocessing
 from localvit.exporters.registry import Format
 from localvit.exporters.resizing import ResampleByWeights, ResizeAndCrop
 from localvit.inference.fusion import fuse, fuse_last_block
-from localvit.inference.runtimes import quiet
+from localvit.inference.runtimes import AXES, input_shape_of, quiet
 from localvit.utils.wrappers import is_quantized, is_sharded, unwrap
 
 
@@ -123,9 +123,8 @@ def trace(graph: ClassifierGraph, settings: Format, size: tuple[int, int], multi
 
 def _check_open(program: ExportedProgram, open_dims: dict[int, Any], name: str) -> None:
     """Raise ValueError if tracing has fixed a dimension that was to stay open."""
-    [images] = [node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
-    names = ("batch", "channels", "height", "width")
-    fixed = [names[dim] for dim in open_dims if isinstance(images.meta["val"].shape[dim], int)]
+    shape = input_shape_of(program)
+    fixed = [AXES[dim] for dim in open_dims if shape[dim] is not None]
     if fixed:
         raise ValueError(
             f"{name} computes for one {' and '.join(fixed)} only: export it with less left open (--dynamic "

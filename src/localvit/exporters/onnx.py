@@ -10,11 +10,10 @@ from torch.export import ExportedProgram
 
 from localvit.exporters.registry import Format, register
 from localvit.inference.export_metadata import ExportMetadata
-from localvit.inference.runtimes import quiet
+from localvit.inference.runtimes import AXES, quiet
 
 OPSETS = range(18, 24)
 """The opsets that torch's exporter writes and ONNX Runtime reads."""
-AXES = ("batch", "channels", "height", "width")
 
 
 @register

@@ -97,12 +97,10 @@ class Reference:
 
     def prepared(self, images_BCHW: np.ndarray, metadata: ExportMetadata) -> Tensor:
         """The model's input: resized and cropped by PIL where the file does it, and normalized."""
-        images = [Image.fromarray(image.transpose(1, 2, 0)) for image in images_BCHW]
         if "resize" in metadata.in_graph:
             transform = self.preprocessing.transform()
-            return torch.stack([transform(image) for image in images])
-        mean, std = (torch.tensor(each).view(3, 1, 1) for each in (self.preprocessing.mean, self.preprocessing.std))
-        return (torch.from_numpy(images_BCHW).float() / 255 - mean) / std
+            return torch.stack([transform(Image.fromarray(image.transpose(1, 2, 0))) for image in images_BCHW])
+        return self.preprocessing.normalized(torch.from_numpy(images_BCHW))
 
     @torch.inference_mode()
     def logits(self, prepared_BCHW: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """What is exported: a model with its classes, its preprocessing, and where it comes from."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from localvit.data.preprocessing import Preprocessing
 from localvit.inference.exported import ExportedModel
 from localvit.inference.runner import LoadedModel, is_checkpoint_path, load_model
 from localvit.models.positions import img_size_of
+from localvit.utils.files import sha256_of
 from localvit.utils.plain_values import plain
 from localvit.utils.wrappers import unwrap
 
@@ -97,9 +97,3 @@ def _labels(model: Any) -> list[str] | None:
 
 def _arguments(model: Any) -> dict[str, Any]:
     return dict(plain((getattr(model, "made_from", None) or {}).get("args", {})))
-
-
-def sha256_of(path: Path) -> str:
-    """The hash of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

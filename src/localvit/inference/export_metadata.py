@@ -55,17 +55,26 @@ class ExportMetadata:
 
     def to_strings(self) -> dict[str, str]:
         """The metadata as texts by key, for any format."""
+        values = self.to_values()
+        strings = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+        return {"producer": "localvit"} | strings
+
+    def to_values(self) -> dict[str, Any]:
+        """The metadata by key, with what follows from them."""
         preprocessing = self.preprocessing.to_dict()
         preprocessing["input_size"] = (3, *self.preprocessing.input_size)
         described = readable_class_names(self.class_names, self.num_classes) if self.class_names else None
-        values = {each.name: getattr(self, each.name) for each in fields(self)} | {
-            "preprocessing": preprocessing,
-            "class_descriptions": described if described != self.class_names else None,
-            "input": self.input_description,
-            "output": self.output,
-        }
-        strings = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
-        return {"producer": "localvit", "localvit_export": str(VERSION)} | strings
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return (
+            {"localvit_export": VERSION}
+            | values
+            | {
+                "preprocessing": preprocessing,
+                "class_descriptions": described if described != self.class_names else None,
+                "input": self.input_description,
+                "output": self.output,
+            }
+        )
 
     @property
     def input_description(self) -> str:

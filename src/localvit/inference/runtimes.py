@@ -8,7 +8,7 @@ import json
 import logging
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -117,12 +117,7 @@ class TorchRuntime(Runtime):
             raise _damaged("a torch.export", path, error) from error
         self.metadata = _json_texts(path, extra[METADATA_FILE])
         self._module = self._program.module()
-        [shape] = [
-            node.meta["val"].shape
-            for node in self._program.graph.nodes
-            if node.name in self._program.graph_signature.user_inputs
-        ]
-        self.input_shape = tuple(side if isinstance(side, int) else None for side in shape)
+        self.input_shape = input_shape_of(self._program)
 
     @torch.inference_mode()
     def run(self, images_BCHW: np.ndarray) -> np.ndarray:
@@ -152,7 +147,19 @@ RUNTIMES: dict[str, type[Runtime]] = {".onnx": OnnxRuntime, ".xml": OpenVINORunt
 """The runtime for each suffix of exported files."""
 
 
-def _fixed(shape: list[Any]) -> tuple[int | None, ...]:
+AXES = ("batch", "channels", "height", "width")
+"""Names of the input's sides."""
+
+
+def input_shape_of(program: torch.export.ExportedProgram) -> tuple[int | None, ...]:
+    """The sides of a traced program's only input; None for those that are open."""
+    [shape] = [
+        node.meta["val"].shape for node in program.graph.nodes if node.name in program.graph_signature.user_inputs
+    ]
+    return _fixed(shape)
+
+
+def _fixed(shape: Iterable[Any]) -> tuple[int | None, ...]:
     return tuple(side if isinstance(side, int) else None for side in shape)
 
 

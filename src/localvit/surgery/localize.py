@@ -232,6 +232,7 @@ would not survive that blocks are removed or the head is replaced."""
 
 
 def freeze_others(model: nn.Module) -> None:
+    """Freeze every trainable parameter that is not of locality, and record which, so that `delocalize` can undo it."""
     own = {id(parameter) for module in locality_modules(model).values() for parameter in module.parameters()}
     for module in model.modules():
         trained = {

@@ -1,6 +1,7 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and their hashes."""
 
 import errno
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,3 +47,9 @@ def check_writable(path: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise OSError(f"{path} cannot be written ({error.strerror or error}): choose another path") from error
+
+
+def sha256_of(path: Path) -> str:
+    """The hash of a file's contents, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
