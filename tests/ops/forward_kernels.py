@@ -164,7 +164,8 @@ def squeeze_excite(draw, dtype, *, bottleneck, large=False):
 
 def norm_vectors(draw, dtype, *, offset, large=False):
     """From tiles of unequal sizes; the running statistics against torch's batch norm."""
-    from localvit.ops.triton.batch_norm import Running, norm_vectors
+    from localvit.ops.batch_norms import Running
+    from localvit.ops.triton.batch_norm import norm_vectors
     from localvit.ops.triton.rows import Statistics
 
     tiles, channels = (draw.prime(1000, 1100), 768) if large else (draw.prime(130, 140), draw.prime(17, 23))

@@ -39,6 +39,22 @@ def test_interpreted_under_autocast(interpreted, act):
 
 
 @needs_triton
+@pytest.mark.parametrize(
+    ("act", "operators", "dtype"),
+    [("hs+se", 1, torch.float32), ("relu6", 1, torch.float16), ("hs+eca", 0, torch.float16)],
+    ids=["hs+se", "relu6 under autocast", "a gate without kernels"],
+)
+def test_interpreted_compiled(interpreted, act, operators, dtype):
+    interpreted(training_steps.interpreted_compiled, act, operators, dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize("act", ["hs+se", "relu6"])
+def test_interpreted_operator(interpreted, act):
+    interpreted(training_steps.interpreted_operator, act)
+
+
+@needs_triton
 def test_interpreted_weights_changed_before_the_backward_pass(interpreted):
     interpreted(training_steps.interpreted_weights_changed_in_between)
 
@@ -175,13 +191,13 @@ def test_captured_in_a_cuda_graph(mode):
 
 @needs_triton
 @needs_gpu
-def test_compiled_on_a_gpu():
-    """torch.compile sees the layers."""
-    torch._dynamo.reset()
-    module, map_BCHW, weights_BCHW, context, exact = on_a_gpu(7, "hs+se", "autocast bfloat16", (4, 7, 7, 32))
+@pytest.mark.parametrize(("act", "operators"), [("hs+se", 1), ("relu6", 1), ("hs+eca", 0)])
+@pytest.mark.parametrize("mode", MODES)
+def test_compiled_on_a_gpu(act, operators, mode):
+    module, map_BCHW, weights_BCHW, context, exact = on_a_gpu(7, act, mode, (4, 7, 7, 32))
     plain = layer_by_layer(module)
-    found = step(module, map_BCHW, weights_BCHW, context, run=torch.compile(module, fullgraph=True))
-    as_near_as_the_layers(found, step(plain, map_BCHW, weights_BCHW, context), exact, torch.bfloat16)
+    found = step(module, map_BCHW, weights_BCHW, context, run=training_steps.compiled(module, operators))
+    as_near_as_the_layers(found, step(plain, map_BCHW, weights_BCHW, context), exact, MODES[mode][1] or MODES[mode][0])
 
 
 def model_step(model, images, labels, context):
@@ -197,7 +213,8 @@ def model_step(model, images, labels, context):
 @needs_gpu
 @pytest.mark.parametrize("act", ["hs+se", "hs+eca", "relu6"])
 @pytest.mark.parametrize("mode", ["autocast bfloat16", "autocast float16"])
-def test_model_on_a_gpu(act, mode):
+@pytest.mark.parametrize("compiles", [False, True])
+def test_model_on_a_gpu(act, mode, compiles):
     """Loss, the gradient of every parameter and all running statistics of a whole model."""
     torch.manual_seed(0)
     model = localvit.create_model("localvit_nano_patch4_32", act=act, num_classes=10).train()
@@ -205,7 +222,11 @@ def test_model_on_a_gpu(act, mode):
     with use_backend("layers"):
         exact = model_step(copy.deepcopy(model).double(), images.double(), labels, contextlib.nullcontext)
         by_layers = model_step(copy.deepcopy(model).cuda(), images.cuda(), labels.cuda(), autocast(MODES[mode][1]))
-    found = model_step(model.cuda(), images.cuda(), labels.cuda(), autocast(MODES[mode][1]))
+    model.cuda()
+    if compiles:
+        torch._dynamo.reset()
+        model.compile(fullgraph=True)
+    found = model_step(model, images.cuda(), labels.cuda(), autocast(MODES[mode][1]))
     as_near_as_the_layers(found, by_layers, exact, MODES[mode][1])
 
 

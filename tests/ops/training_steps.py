@@ -5,11 +5,13 @@ Shapes: B batch, P prefix tokens, C channels, H and W the grid.
 
 import contextlib
 import copy
+from functools import partial
 
 import pytest
 import torch
 from launches import Draw
 from torch import nn
+from torch._dynamo.backends.registry import lookup_backend
 from torch.utils.checkpoint import checkpoint
 
 from localvit.locality import LocalityFeedForward
@@ -47,7 +49,7 @@ def step(module, map_BCHW, weights_BCHW, context=contextlib.nullcontext, run=Non
     """By name: output, the gradients of the map and of every parameter that has one, and the running statistics."""
     map_BCHW = map_BCHW.detach().requires_grad_()
     with context():
-        out_BCHW = (run or module)(map_BCHW)
+        out_BCHW = (module if run is None else run)(map_BCHW)
     for _ in range(times):
         (out_BCHW * weights_BCHW.to(out_BCHW.dtype)).sum().backward(retain_graph=times > 1)
     gradients = {f"gradient of {name}": each.grad for name, each in module.named_parameters()}
@@ -143,6 +145,60 @@ def as_near_as_the_layers(found, by_layers, wanted, dtype):
 
 def _room(name, dtype):
     return 0.0 if "num_batches_tracked" in name else 2 * torch.finfo(dtype).eps
+
+
+def compiled(module, operators, **options):
+    """The module compiled in one graph, which has to contain the forward operator a number of times."""
+
+    def check(graph, inputs):
+        found = sum(node.target is torch.ops.localvit.training_forward.default for node in graph.graph.nodes)
+        assert found == operators
+        return lookup_backend("aot_eager" if map_is_on_the_cpu(inputs) else "inductor")(graph, inputs)
+
+    torch._dynamo.reset()
+    return torch.compile(module, fullgraph=True, backend=check, **options)
+
+
+def map_is_on_the_cpu(inputs):
+    return all(each.device.type == "cpu" for each in inputs if isinstance(each, torch.Tensor))
+
+
+def interpreted_compiled(act, operators, dtype):
+    """torch.compile around the operators, at two batch sizes of one graph: as near to float64 as the layers bring."""
+    draw = Draw(8)
+    module = feed_forward(draw, 23, act=act, expand_ratio=2)
+    module.conv[0].requires_grad_(False)
+    autocast = partial(torch.autocast, "cpu", dtype, enabled=dtype != torch.float32)
+    with kernels_on_the_cpu():
+        run = compiled(module, operators, dynamic=True)
+    for batch in (3, 5):
+        map_BCHW = tokens_as_map(draw, batch, 23, (5, 7), torch.float32)
+        weights_BCHW = draw.values(batch, 23, 5, 7)
+        plain = layer_by_layer(module)
+        wanted = step(layer_by_layer(module).double(), map_BCHW.double(), weights_BCHW)
+        with kernels_on_the_cpu():
+            found = step(module, map_BCHW, weights_BCHW, autocast, run=run)
+        as_near_as_the_layers(found, step(plain, map_BCHW, weights_BCHW, autocast), wanted, dtype)
+        module.zero_grad()
+
+
+def interpreted_operator(act):
+    """What torch demands of an operator: its schema, its empty results, and its gradient under a compiler."""
+    from localvit.ops.kernel_step import Parameters
+    from localvit.ops.kernel_training import squeeze_excite_parameters
+    from localvit.ops.stages import stages_of
+
+    draw = Draw(9)
+    stages = stages_of(feed_forward(draw, 11, act=act, expand_ratio=2).conv)
+    gate = stages.stages[1].gate
+    parameters = [*Parameters.of(stages), *(() if gate is None else squeeze_excite_parameters(gate))]
+    x_BHWC = draw.values(2, 3, 5, 11, dtype=torch.float32).requires_grad_()
+    arguments = x_BHWC, parameters, stages.stages[0].act, stages.stages[1].act, 1e-5, 1e-5
+    torch.library.opcheck(torch.ops.localvit.training_forward.default, arguments)
+    out_BHWC, _, *kept = (each.detach() for each in torch.ops.localvit.training_forward(*arguments))
+    parameters = [each.detach() for each in parameters]
+    arguments = torch.randn_like(out_BHWC), x_BHWC.detach(), parameters, kept, *arguments[2:4]
+    torch.library.opcheck(torch.ops.localvit.training_backward.default, arguments)
 
 
 def interpreted_weights_changed_in_between():

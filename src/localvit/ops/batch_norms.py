@@ -9,7 +9,7 @@ Shapes: B batch, C channels, H and W the map.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,14 @@ from torch.nn.modules import activation
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from localvit.ops.stages import ChannelGate, is_plain
+
+
+class Running(NamedTuple):
+    """What a batch norm updates in training."""
+
+    mean_C: Tensor
+    variance_C: Tensor
+    num_batches_tracked: Tensor
 
 
 def run_layers(layers: nn.Module, map_BCHW: Tensor) -> Tensor:

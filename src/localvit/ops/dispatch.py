@@ -89,20 +89,28 @@ def stages_to_recompute(layers: nn.Sequential, map_BCHW: Tensor) -> Stages | Non
     """The stages of layers that train in the recomputing path (`localvit.ops.recompute`); None where the layers run.
 
     The path needs gradients, plain tensors, and batch norms that use the batch's statistics and keep running ones by
-    a momentum. Tracers and function transforms (torch.compile, fx, jit, torch.func, forward-mode differentiation) see
-    the layers: torch.compile chooses by itself what to recompute.
+    a momentum. Tracers and function transforms (fx, jit, torch.func, forward-mode differentiation) see the layers, and
+    so does torch.compile, which chooses by itself what to recompute, unless the kernels train these stages.
     """
     if (
         _backend == "layers"
         or not torch.is_grad_enabled()
-        or _is_traced_or_transformed(map_BCHW)
-        or not torch.amp.is_autocast_available(map_BCHW.device.type)  # such as the meta device, which has no values
-        or (stages := stages_of(layers)) is None
+        or not is_plain(map_BCHW)  # an fx proxy is not plain either
+        or _sees_operations()
     ):
+        return None
+    compiles = torch.compiler.is_compiling()
+    if compiles and _kernel_dtype(map_BCHW) is None:
+        return None
+    if not compiles and not torch.amp.is_autocast_available(map_BCHW.device.type):
+        return None  # such as the meta device, which has no values
+    if (stages := stages_of(layers)) is None:
         return None
     if map_BCHW.numel() == 0 or leaves_single_values(list(layers), map_BCHW):
         return None  # The layers know what to do with an empty map, and refuse single values.
-    return stages if all(_trains(stage.norm) for stage in stages.stages) else None
+    if not all(_trains(stage.norm) for stage in stages.stages):
+        return None
+    return stages if not compiles or fits_kernels(stages, map_BCHW) else None
 
 
 def stages_to_fold(module: nn.Module, layers: nn.Sequential) -> Stages | None:
@@ -124,10 +132,6 @@ def _trains(norm: nn.BatchNorm2d) -> bool:
     return norm.training and norm.affine and norm.track_running_stats and norm.momentum is not None
 
 
-def _is_traced_or_transformed(x: Tensor) -> bool:
-    return torch.compiler.is_compiling() or not is_plain(x) or _sees_operations()  # an fx proxy is not plain either
-
-
 def _sees_operations() -> bool:
     """Whether torch.jit traces, or a function transform or forward-mode differentiation is active."""
     return torch.jit.is_tracing() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -135,16 +139,28 @@ def _sees_operations() -> bool:
 
 def fits_kernels(stages: Stages, map_BCHW: Tensor) -> torch.dtype | None:
     """The dtype in which the Triton kernels train a module with these stages; None where they do not."""
-    kind = map_BCHW.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else stages.first.weight.dtype
-    if not _has_kernels(map_BCHW.device, dtype) or len(stages.stages) != 2 or map_BCHW.dtype not in MAP_DTYPES:
-        return None
-    if is_in_torch_dispatch_mode():  # such as torch's FLOP counter, which has to see each of torch's operations
+    dtype = _kernel_dtype(map_BCHW)
+    if dtype is None or len(stages.stages) != 2:
         return None
     first, second = stages.stages
     if first.gate is not None or not _suits_kernel(first.conv) or second.conv.groups > 1 or stages.first.groups > 1:
         return None
-    return dtype if torch.is_autocast_enabled(kind) or map_BCHW.dtype == dtype else None
+    if not torch.is_autocast_enabled(map_BCHW.device.type) and stages.first.weight.dtype != dtype:
+        return None
+    # An operator of torch.compile cannot call a gate's own layers.
+    if torch.compiler.is_compiling() and second.gate is not None and squeeze_excite_layers(second.gate) is None:
+        return None
+    return dtype
+
+
+def _kernel_dtype(map_BCHW: Tensor) -> torch.dtype | None:
+    """The dtype in which the Triton kernels of the training step compute on a map; None where they do not run."""
+    kind = map_BCHW.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else map_BCHW.dtype
+    if not _has_kernels(map_BCHW.device, dtype) or map_BCHW.dtype not in MAP_DTYPES:
+        return None
+    # Such as torch's FLOP counter, which has to see each of torch's operations.
+    return None if is_in_torch_dispatch_mode() else dtype
 
 
 def _has_kernels(device: torch.device, dtype: torch.dtype) -> bool:

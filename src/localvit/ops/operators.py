@@ -21,6 +21,15 @@ from localvit.ops.dispatch import runs_triton
 LIBRARY = torch.library.Library("localvit", "FRAGMENT")
 
 
+def register(function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator of a function's name and annotations that changes no argument; `fake` returns empty results."""
+    name = function.__name__
+    LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
+    LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"localvit::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.localvit, name).default
+
+
 class Operator:
     """An operator, called as a function. `run` also gives gradients, and costs less where no tracer looks.
 
@@ -31,13 +40,9 @@ class Operator:
     """
 
     def __init__(self, function: Callable[..., Any], form: Callable[..., Any], fake: Callable[..., Any]) -> None:
-        name = function.__name__
-        LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
-        LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"localvit::{name}", fake, lib=LIBRARY)
         self.__doc__ = function.__doc__
         self.function, self.form = function, form
-        self._registered = getattr(torch.ops.localvit, name).default
+        self._registered = register(function, fake)
 
     def __call__(self, *arguments: Any) -> Any:
         return self._registered(*arguments)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from localvit.ops import kernel_training
+from localvit.ops import compiled_training, kernel_training
 from localvit.ops.activations import activate, activation_backward
 from localvit.ops.batch_norms import is_recomputation, run_layers
 from localvit.ops.dispatch import fits_kernels, stages_to_recompute
@@ -30,7 +30,8 @@ def feed_forward(layers: nn.Sequential, map_BCHW: Tensor) -> Tensor:
     if stages is None:
         return run_layers(layers, map_BCHW)
     if dtype := fits_kernels(stages, map_BCHW):
-        out_BCHW = kernel_training.feed_forward(stages, map_BCHW, dtype)
+        training = compiled_training if torch.compiler.is_compiling() else kernel_training
+        out_BCHW = training.feed_forward(stages, map_BCHW, dtype)
     else:
         out_BCHW = _recompute(stages, map_BCHW)
     return run_layers(stages.last_norm, out_BCHW)

@@ -11,19 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from localvit.ops.batch_norms import Running
 from localvit.ops.triton.launch import ceil_div, launch, power_of_2
 from localvit.ops.triton.rows import Statistics, channel_row
 from localvit.ops.triton.tiles import activate
 
 BLOCK_T, BLOCK_E = 128, 16
-
-
-class Running(NamedTuple):
-    """What a batch norm updates in training."""
-
-    mean_E: Tensor
-    variance_E: Tensor
-    num_batches_tracked: Tensor
 
 
 def norm_vectors(
@@ -64,14 +57,14 @@ def norm_gradients(sums_T2E: Tensor, norm_4E: Tensor, count: int) -> NormGradien
         count: values of each channel.
     """
     tiles, _, channels = sums_T2E.shape
-    out_5E = norm_4E.new_empty(5, channels)
+    gradients = NormGradients(*(norm_4E.new_empty(shape) for shape in ((3, channels), channels, channels)))
     launch(
         norm_gradients_kernel,
         ceil_div(channels, BLOCK_E),
-        (sums_T2E, norm_4E, out_5E, tiles, float(count)),
+        (sums_T2E, norm_4E, *gradients, tiles, float(count)),
         (channels, BLOCK_T, BLOCK_E),
     )
-    return NormGradients(out_5E[:3], out_5E[3], out_5E[4])
+    return gradients
 
 
 @triton.jit
@@ -132,8 +125,19 @@ def norm_vectors_kernel(
 
 
 @triton.jit
-def norm_gradients_kernel(sums, norm, out, tiles, count, E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr):
-    """The vectors of one block of channels: three slopes, the gradients of weight and bias."""
+def norm_gradients_kernel(
+    sums,
+    norm,
+    slopes,
+    grad_weight,
+    grad_bias,
+    tiles,
+    count,
+    E: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """The vectors of one block of channels."""
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     inside = e < E
     total = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
@@ -143,15 +147,15 @@ def norm_gradients_kernel(sums, norm, out, tiles, count, E: tl.constexpr, BLOCK_
         mask = (t < tiles)[:, None] & inside[None, :]
         total += tl.load(sums + (2 * t)[:, None] * E + e[None, :], mask, 0.0)
         product += tl.load(sums + (2 * t + 1)[:, None] * E + e[None, :], mask, 0.0)
-    grad_bias = tl.sum(total, 0)
+    total_sum = tl.sum(total, 0)
     product_sum = tl.sum(product, 0)
     inverse_deviation = channel_row(norm, 1, e, E)
     scale = channel_row(norm, 2, e, E)
-    tl.store(out + e, scale, inside)
-    tl.store(out + E + e, -scale * inverse_deviation * inverse_deviation * product_sum / count, inside)
-    tl.store(out + 2 * E + e, -scale * grad_bias / count, inside)
-    tl.store(out + 3 * E + e, product_sum * inverse_deviation, inside)
-    tl.store(out + 4 * E + e, grad_bias, inside)
+    tl.store(slopes + e, scale, inside)
+    tl.store(slopes + E + e, -scale * inverse_deviation * inverse_deviation * product_sum / count, inside)
+    tl.store(slopes + 2 * E + e, -scale * total_sum / count, inside)
+    tl.store(grad_weight + e, product_sum * inverse_deviation, inside)
+    tl.store(grad_bias + e, total_sum, inside)
 
 
 def channel_means(z_BHWE: Tensor, norm_4E: Tensor, act: str) -> Tensor:

@@ -1,0 +1,207 @@
+"""The locality module's training step by the Triton kernels: its forward and its backward pass as functions of tensors.
+
+Statistics are computed by what makes a map, normalization, activation and gate by what reads it, and products are
+computed again rather than stored. So a step passes 16 times over a hidden map, 5 of them in the forward pass:
+
+- forward: the expansion writes z1; the depth-wise convolution reads it and writes z2; the gate's means and the
+  projection read z2;
+- backward: the projection's gradients read z2; the second norm's reads z2 and writes; the convolution's reads z1, z2
+  and that gradient, and writes; the first norm's reads z1 and that gradient, and writes the gradient of z1, which the
+  expansion's weight gradient reads.
+
+Shapes: B batch, C channels outside, E hidden channels, H and W the grid, T summands of a gradient.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from localvit.ops.batch_norms import Running
+from localvit.ops.gates import scale_with
+from localvit.ops.stages import ChannelGate, Stages
+
+
+class Convolutions(NamedTuple):
+    """The weights of the three convolutions, those of the products in the dtype of the computation."""
+
+    expansion_EC: Tensor
+    depthwise: Tensor
+    projection_CE: Tensor
+
+
+class Parameters(NamedTuple):
+    """Of the convolutions, and of the batch norms between them; those of a gate are kept apart."""
+
+    expansion: Tensor
+    weight1_E: Tensor
+    bias1_E: Tensor
+    depthwise: Tensor
+    weight2_E: Tensor
+    bias2_E: Tensor
+    projection: Tensor
+
+    @classmethod
+    def of(cls, stages: Stages) -> "Parameters":
+        first, second = stages.stages
+        norms = [(stage.norm.weight, stage.norm.bias) for stage in stages.stages]
+        return cls(stages.first.weight, *norms[0], first.conv.weight, *norms[1], second.conv.weight)
+
+    def convolutions(self, dtype: torch.dtype) -> Convolutions:
+        """In the dtype of a computation."""
+        return Convolutions(self.expansion.flatten(1).to(dtype), self.depthwise, self.projection.flatten(1).to(dtype))
+
+
+def split(parameters: Sequence[Tensor]) -> tuple[Parameters, Sequence[Tensor]]:
+    """Parameters that lie one behind the other, and those of the gate behind them."""
+    number = len(Parameters._fields)
+    return Parameters(*parameters[:number]), parameters[number:]
+
+
+class Norm(NamedTuple):
+    """A batch norm that uses the batch's statistics."""
+
+    weight_E: Tensor
+    bias_E: Tensor
+    running: Running | None
+    momentum: float
+    eps: float
+
+
+class Gate(Protocol):
+    """A channel gate, whose parameters are given, since they may have changed between the passes."""
+
+    def factors(self, mean_BE: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+        """The factor of each channel, from the means over positions in float32."""
+
+    def backward(
+        self, mean_BE: Tensor, parameters: Sequence[Tensor], grad_gate_TBE: Tensor
+    ) -> tuple[Tensor, Sequence[Tensor | None]]:
+        """The gradients of the means and of the parameters."""
+
+
+class Kept(NamedTuple):
+    """What the backward pass needs of the forward pass, beside its arguments."""
+
+    z1_BHWE: Tensor
+    z2_BHWE: Tensor
+    norm1_4E: Tensor
+    norm2_4E: Tensor
+    mean_BE: Tensor | None = None
+    gate_BE: Tensor | None = None
+
+
+def forward(
+    x_BHWC: Tensor,
+    convolutions: Convolutions,
+    norms: tuple[Norm, Norm],
+    acts: tuple[str, str],
+    gate: Gate | None,
+    gate_parameters: Sequence[Tensor],
+) -> tuple[Tensor, Kept]:
+    """The projection's map (B, H, W, C), before the last batch norm.
+
+    Args:
+        x_BHWC: the input, contiguous, in the dtype of the computation.
+        norms: the two before the activations.
+        acts: the names of the activations, `hs` or `relu6`.
+        gate_parameters: none without a gate.
+    """
+    from localvit.ops.triton import batch_norm, pointwise, training
+
+    expansion_EC, depthwise, projection_CE = convolutions
+    z1_BSE, statistics = pointwise.pointwise_with_statistics(x_BHWC.flatten(1, 2), expansion_EC)
+    z1_BHWE = z1_BSE.unflatten(1, x_BHWC.shape[1:3])
+    norm1_4E = batch_norm.norm_vectors(statistics, *norms[0])
+    z2_BHWE, statistics = training.norm_act_depthwise(z1_BHWE, norm1_4E, depthwise, acts[0])
+    norm2_4E = batch_norm.norm_vectors(statistics, *norms[1])
+    mean_BE = gate_BE = None
+    if gate is not None:
+        mean_BE = batch_norm.channel_means(z2_BHWE, norm2_4E, acts[1])
+        gate_BE = gate.factors(mean_BE, gate_parameters)
+    out_BSC = pointwise.normalized_pointwise(z2_BHWE.flatten(1, 2), projection_CE, norm2_4E, acts[1], gate_BE)
+    return out_BSC.unflatten(1, x_BHWC.shape[1:3]), Kept(z1_BHWE, z2_BHWE, norm1_4E, norm2_4E, mean_BE, gate_BE)
+
+
+def backward(
+    grad_out_BHWC: Tensor,
+    x_BHWC: Tensor,
+    convolutions: Convolutions,
+    acts: tuple[str, str],
+    gate: Gate | None,
+    gate_parameters: Sequence[Tensor],
+    kept: Kept,
+    dtype: torch.dtype,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The gradients of the input, in `dtype`, and of the parameters, those of the gate last; see `forward`."""
+    from localvit.ops.triton import batch_norm, pointwise_backward, training_backward
+
+    expansion_EC, depthwise, projection_CE = convolutions
+    z1_BHWE, z2_BHWE, norm1_4E, norm2_4E, mean_BE, gate_BE = kept
+    grad_out_BHWC = grad_out_BHWC.contiguous()
+    count = z1_BHWE.numel() // z1_BHWE.shape[3]
+
+    grad_projection_CE, grad_gate_TBE = pointwise_backward.projection_gradients(
+        grad_out_BHWC, z2_BHWE, norm2_4E, projection_CE, acts[1], gate_BE
+    )
+    grad_mean_BE: Tensor | None = None
+    gate_gradients: Sequence[Tensor | None] = ()
+    if gate is not None:
+        assert mean_BE is not None
+        assert grad_gate_TBE is not None
+        grad_mean_BE, gate_gradients = gate.backward(mean_BE, gate_parameters, grad_gate_TBE)
+    grad_BHWE, sums_T2E = pointwise_backward.normalized_gradient(
+        grad_out_BHWC, z2_BHWE, norm2_4E, projection_CE, acts[1], gate_BE, grad_mean_BE
+    )
+    second = batch_norm.norm_gradients(sums_T2E, norm2_4E, count)
+    grad_BHWE, grad_depthwise_E33, sums_T2E = training_backward.norm_act_depthwise_backward(
+        grad_BHWE, z2_BHWE, norm2_4E, second.slopes_3E, z1_BHWE, norm1_4E, depthwise, acts[0]
+    )
+    first = batch_norm.norm_gradients(sums_T2E, norm1_4E, count)
+    grad_x_BHWC, grad_z1_BHWE = pointwise_backward.expansion_gradients(
+        grad_BHWE, z1_BHWE, norm1_4E, first.slopes_3E, expansion_EC, dtype
+    )
+    grad_expansion_EC = grad_z1_BHWE.flatten(0, 2).t() @ x_BHWC.flatten(0, 2)
+    first_gradients = grad_expansion_EC, first.weight_E, first.bias_E
+    second_gradients = grad_depthwise_E33, second.weight_E, second.bias_E
+    return grad_x_BHWC, [*first_gradients, *second_gradients, grad_projection_CE, *gate_gradients]
+
+
+class KernelGate:
+    """A squeeze-and-excitation gate by its kernels. Its parameters: weight and bias of the two linear layers."""
+
+    def factors(self, mean_BE: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+        from localvit.ops.triton.squeeze_excite import squeeze_excite
+
+        return squeeze_excite(mean_BE, 1, *parameters)
+
+    def backward(
+        self, mean_BE: Tensor, parameters: Sequence[Tensor], grad_gate_TBE: Tensor
+    ) -> tuple[Tensor, Sequence[Tensor | None]]:
+        from localvit.ops.triton.squeeze_excite import squeeze_excite_backward
+
+        grad_mean_BE, *gradients = squeeze_excite_backward(grad_gate_TBE, mean_BE, *parameters)
+        return grad_mean_BE, gradients
+
+
+class LayersGate(NamedTuple):
+    """A gate by its own layers. They run without autocast: casting their weights would take longer than they do."""
+
+    module: ChannelGate
+
+    def factors(self, mean_BE: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+        with torch.autocast(mean_BE.device.type, enabled=False):
+            return self.module.scale(_converted(mean_BE, parameters))
+
+    def backward(
+        self, mean_BE: Tensor, parameters: Sequence[Tensor], grad_gate_TBE: Tensor
+    ) -> tuple[Tensor, Sequence[Tensor | None]]:
+        with torch.autocast(mean_BE.device.type, enabled=False):
+            scale = scale_with(self.module, list(parameters), _converted(mean_BE, parameters))
+            return scale.backward(grad_gate_TBE.sum(0))
+
+
+def _converted(mean_BE: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """The means in the dtype of the gate's parameters, if it has any."""
+    return mean_BE.to(parameters[0].dtype) if parameters else mean_BE
