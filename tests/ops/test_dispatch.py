@@ -352,6 +352,18 @@ def test_only_the_papers_form_trains_by_the_kernels(act, form, way, monkeypatch)
         assert dispatch.fits_kernels(stages_of(made.conv), map_BCHW) is None
 
 
+def test_norms_over_several_processes_train_by_the_kernels_or_layer_by_layer(monkeypatch):
+    made = nn.SyncBatchNorm.convert_sync_batchnorm(module().to(torch.bfloat16))
+    map_BCHW = image().bfloat16()
+    assert dispatch.training_path(made.conv, map_BCHW) is None
+    monkeypatch.setattr(dispatch, "_has_kernels", lambda device, dtype: dtype in dispatch.KERNEL_DTYPES)
+    stages, dtype = dispatch.training_path(made.conv, map_BCHW)
+    assert stages == stages_of(made.conv)
+    assert dtype == torch.bfloat16
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert dispatch.training_path(made.conv, map_BCHW) is None
+
+
 def test_stages_are_read_in_order():
     stages = stages_of(module().conv)
     assert [(stage.act, stage.gate is None, stage.conv.groups) for stage in stages.stages] == [

@@ -2,8 +2,11 @@
 
 import contextlib
 import copy
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
+import launches
 import pytest
 import torch
 import training_steps
@@ -52,6 +55,26 @@ def test_interpreted_compiled(interpreted, act, operators, dtype):
 @pytest.mark.parametrize("act", ["hs+se", "relu6"])
 def test_interpreted_operator(interpreted, act):
     interpreted(training_steps.interpreted_operator, act)
+
+
+@needs_triton
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
+def test_interpreted_on_two_processes(interpreted, tmp_path, monkeypatch):
+    """Batch norms over two processes give each image what one process gives it."""
+    whole = interpreted(training_steps.part_of_a_synchronized_step, 0)
+    store = tmp_path / "store"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), initializer=launches.begin) as pool:
+        jobs = [pool.submit(training_steps.part_of_a_synchronized_step, rank, store) for rank in range(2)]
+        parts = [job.result() for job in jobs]
+    found = {name: sum(part[name] for part in parts) for name in whole if name.startswith("gradient of conv")}
+    for name in ("output", "gradient of the input"):
+        found[name] = torch.cat([part[name] for part in parts])
+    for part in parts:
+        found |= {name: part[name] for name in whole if name not in found}
+        errors = training_steps.off_by(found, whole)
+        # float32: one process's statistics, sent as an inverse deviation, lose a digit of their variance.
+        assert max(errors.values()) < 1e-5, errors
 
 
 @needs_triton

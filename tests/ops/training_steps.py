@@ -201,6 +201,30 @@ def interpreted_operator(act):
     torch.library.opcheck(torch.ops.localvit.training_backward.default, arguments)
 
 
+def part_of_a_synchronized_step(rank, store=None):
+    """What one of two processes computes of 5 images, the first with 3 of them, up to the last batch norm.
+
+    Without a store, one process computes them all.
+    """
+    from localvit.ops.kernel_training import feed_forward as by_kernels
+    from localvit.ops.stages import stages_of
+
+    torch.manual_seed(11)
+    draw = Draw(11)
+    module = feed_forward(draw, 23, act="hs+se", expand_ratio=2)
+    map_BCHW, weights_BCHW = tokens_as_map(draw, 5, 23, (5, 7), torch.float32), draw.values(5, 23, 5, 7).float()
+    if store is not None:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+        part = slice(0, 3) if rank == 0 else slice(3, 5)
+        map_BCHW, weights_BCHW = map_BCHW[part], weights_BCHW[part]
+        module.conv = nn.SyncBatchNorm.convert_sync_batchnorm(module.conv)
+    stages = stages_of(module.conv)
+    found = step(module, map_BCHW, weights_BCHW, run=lambda map_BCHW: by_kernels(stages, map_BCHW, torch.float32))
+    if store is not None:
+        torch.distributed.destroy_process_group()
+    return {name: each for name, each in found.items() if not name.startswith(("conv.8", "gradient of conv.8"))}
+
+
 def interpreted_weights_changed_in_between():
     """The backward pass refuses weights changed after the forward pass, as autograd does."""
     draw = Draw(9)

@@ -26,7 +26,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from localvit.ops.batch_norms import leaves_single_values
-from localvit.ops.stages import ChannelGate, Convolution, Stages, is_plain, is_untouched, stages_of
+from localvit.ops.stages import ChannelGate, Convolution, Norm, Stages, is_plain, is_untouched, stages_of
 
 Backend = Literal["auto", "layers", "torch", "triton"]
 ENVIRONMENT_VARIABLE = "LOCALVIT_BACKEND"
@@ -85,12 +85,13 @@ def _checked(backend: str, name: str) -> Backend:
 _backend: Backend = _checked(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
 
 
-def stages_to_recompute(layers: nn.Sequential, map_BCHW: Tensor) -> Stages | None:
-    """The stages of layers that train in the recomputing path (`localvit.ops.recompute`); None where the layers run.
+def training_path(layers: nn.Sequential, map_BCHW: Tensor) -> tuple[Stages, torch.dtype | None] | None:
+    """The stages of layers that train in a faster path, and the dtype of the kernels; None where the layers run.
 
-    The path needs gradients, plain tensors, and batch norms that use the batch's statistics and keep running ones by
-    a momentum. Tracers and function transforms (fx, jit, torch.func, forward-mode differentiation) see the layers, and
-    so does torch.compile, which chooses by itself what to recompute, unless the kernels train these stages.
+    Without kernels (None for the dtype), that is the recomputing path (`localvit.ops.recompute`). Both need gradients,
+    plain tensors, and batch norms that use the batch's statistics and keep running ones by a momentum. Tracers and
+    function transforms (fx, jit, torch.func, forward-mode differentiation) see the layers. torch.compile sees the
+    kernels, but chooses by itself what to recompute; batch norms over several processes recompute by kernels only.
     """
     if (
         _backend == "layers"
@@ -110,7 +111,11 @@ def stages_to_recompute(layers: nn.Sequential, map_BCHW: Tensor) -> Stages | Non
         return None  # The layers know what to do with an empty map, and refuse single values.
     if not all(_trains(stage.norm) for stage in stages.stages):
         return None
-    return stages if not compiles or fits_kernels(stages, map_BCHW) else None
+    if dtype := fits_kernels(stages, map_BCHW):
+        return stages, dtype
+    if compiles or any(type(stage.norm) is nn.SyncBatchNorm for stage in stages.stages):
+        return None
+    return stages, None
 
 
 def stages_to_fold(module: nn.Module, layers: nn.Sequential) -> Stages | None:
@@ -128,7 +133,7 @@ def stages_to_fold(module: nn.Module, layers: nn.Sequential) -> Stages | None:
     return stages if folds else None
 
 
-def _trains(norm: nn.BatchNorm2d) -> bool:
+def _trains(norm: Norm) -> bool:
     return norm.training and norm.affine and norm.track_running_stats and norm.momentum is not None
 
 
@@ -147,10 +152,14 @@ def fits_kernels(stages: Stages, map_BCHW: Tensor) -> torch.dtype | None:
         return None
     if not torch.is_autocast_enabled(map_BCHW.device.type) and stages.first.weight.dtype != dtype:
         return None
-    # An operator of torch.compile cannot call a gate's own layers.
-    if torch.compiler.is_compiling() and second.gate is not None and squeeze_excite_layers(second.gate) is None:
-        return None
-    return dtype
+    return None if torch.compiler.is_compiling() and not _fits_operator(second.gate, stages) else dtype
+
+
+def _fits_operator(gate: ChannelGate | None, stages: Stages) -> bool:
+    """Whether an operator can compute the stages: it calls no layer of a gate, and exchanges nothing with processes."""
+    if any(type(stage.norm) is nn.SyncBatchNorm for stage in stages.stages):
+        return False
+    return gate is None or squeeze_excite_layers(gate) is not None
 
 
 def _kernel_dtype(map_BCHW: Tensor) -> torch.dtype | None:

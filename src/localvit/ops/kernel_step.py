@@ -13,14 +13,20 @@ Shapes: B batch, C channels outside, E hidden channels, H and W the grid, T summ
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from localvit.ops.batch_norms import Running
 from localvit.ops.gates import scale_with
 from localvit.ops.stages import ChannelGate, Stages
+from localvit.ops.synchronized import gather_statistics, reduce_slopes
+
+if TYPE_CHECKING:
+    from localvit.ops.triton.batch_norm import NormGradients
+    from localvit.ops.triton.rows import Statistics
 
 
 class Convolutions(NamedTuple):
@@ -67,6 +73,8 @@ class Norm(NamedTuple):
     running: Running | None
     momentum: float
     eps: float
+    group: ProcessGroup | None = None
+    """The processes over which the statistics are computed; None for this one only."""
 
 
 class Gate(Protocol):
@@ -90,6 +98,9 @@ class Kept(NamedTuple):
     norm2_4E: Tensor
     mean_BE: Tensor | None = None
     gate_BE: Tensor | None = None
+    count1: Tensor | None = None
+    """Values of each channel in all processes, where the first norm's statistics are over several."""
+    count2: Tensor | None = None
 
 
 def forward(
@@ -113,15 +124,28 @@ def forward(
     expansion_EC, depthwise, projection_CE = convolutions
     z1_BSE, statistics = pointwise.pointwise_with_statistics(x_BHWC.flatten(1, 2), expansion_EC)
     z1_BHWE = z1_BSE.unflatten(1, x_BHWC.shape[1:3])
-    norm1_4E = batch_norm.norm_vectors(statistics, *norms[0])
+    norm1_4E, count1 = _norm_vectors(statistics, norms[0])
     z2_BHWE, statistics = training.norm_act_depthwise(z1_BHWE, norm1_4E, depthwise, acts[0])
-    norm2_4E = batch_norm.norm_vectors(statistics, *norms[1])
+    norm2_4E, count2 = _norm_vectors(statistics, norms[1])
     mean_BE = gate_BE = None
     if gate is not None:
         mean_BE = batch_norm.channel_means(z2_BHWE, norm2_4E, acts[1])
         gate_BE = gate.factors(mean_BE, gate_parameters)
     out_BSC = pointwise.normalized_pointwise(z2_BHWE.flatten(1, 2), projection_CE, norm2_4E, acts[1], gate_BE)
-    return out_BSC.unflatten(1, x_BHWC.shape[1:3]), Kept(z1_BHWE, z2_BHWE, norm1_4E, norm2_4E, mean_BE, gate_BE)
+    kept = Kept(z1_BHWE, z2_BHWE, norm1_4E, norm2_4E, mean_BE, gate_BE, count1, count2)
+    return out_BSC.unflatten(1, x_BHWC.shape[1:3]), kept
+
+
+def _norm_vectors(statistics: "Statistics", norm: Norm) -> tuple[Tensor, Tensor | None]:
+    """The vectors of a batch norm, and its number of values if it is over several processes."""
+    from localvit.ops.triton.batch_norm import norm_vectors
+    from localvit.ops.triton.rows import Statistics
+
+    count = None
+    if norm.group is not None:
+        statistics = Statistics(*gather_statistics(*statistics, norm.eps, norm.group))
+        count = statistics.counts_T.sum()
+    return norm_vectors(statistics, norm.weight_E, norm.bias_E, norm.running, norm.momentum, norm.eps), count
 
 
 def backward(
@@ -133,12 +157,13 @@ def backward(
     gate_parameters: Sequence[Tensor],
     kept: Kept,
     dtype: torch.dtype,
+    groups: Sequence[ProcessGroup | None] = (None, None),
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The gradients of the input, in `dtype`, and of the parameters, those of the gate last; see `forward`."""
-    from localvit.ops.triton import batch_norm, pointwise_backward, training_backward
+    from localvit.ops.triton import pointwise_backward, training_backward
 
     expansion_EC, depthwise, projection_CE = convolutions
-    z1_BHWE, z2_BHWE, norm1_4E, norm2_4E, mean_BE, gate_BE = kept
+    z1_BHWE, z2_BHWE, norm1_4E, norm2_4E, mean_BE, gate_BE, count1, count2 = kept
     grad_out_BHWC = grad_out_BHWC.contiguous()
     count = z1_BHWE.numel() // z1_BHWE.shape[3]
 
@@ -154,11 +179,11 @@ def backward(
     grad_BHWE, sums_T2E = pointwise_backward.normalized_gradient(
         grad_out_BHWC, z2_BHWE, norm2_4E, projection_CE, acts[1], gate_BE, grad_mean_BE
     )
-    second = batch_norm.norm_gradients(sums_T2E, norm2_4E, count)
+    second = _norm_gradients(sums_T2E, norm2_4E, count, count2, groups[1])
     grad_BHWE, grad_depthwise_E33, sums_T2E = training_backward.norm_act_depthwise_backward(
         grad_BHWE, z2_BHWE, norm2_4E, second.slopes_3E, z1_BHWE, norm1_4E, depthwise, acts[0]
     )
-    first = batch_norm.norm_gradients(sums_T2E, norm1_4E, count)
+    first = _norm_gradients(sums_T2E, norm1_4E, count, count1, groups[0])
     grad_x_BHWC, grad_z1_BHWE = pointwise_backward.expansion_gradients(
         grad_BHWE, z1_BHWE, norm1_4E, first.slopes_3E, expansion_EC, dtype
     )
@@ -166,6 +191,19 @@ def backward(
     first_gradients = grad_expansion_EC, first.weight_E, first.bias_E
     second_gradients = grad_depthwise_E33, second.weight_E, second.bias_E
     return grad_x_BHWC, [*first_gradients, *second_gradients, grad_projection_CE, *gate_gradients]
+
+
+def _norm_gradients(
+    sums_T2E: Tensor, norm_4E: Tensor, own_count: int, count: Tensor | None, group: ProcessGroup | None
+) -> "NormGradients":
+    """The backward pass of a batch norm, whose gradients of weight and bias are those of this process."""
+    from localvit.ops.triton.batch_norm import norm_gradients
+
+    gradients = norm_gradients(sums_T2E, norm_4E, own_count)
+    if group is None:
+        return gradients
+    assert count is not None
+    return gradients._replace(slopes_3E=reduce_slopes(*gradients[1:], norm_4E, count, group))
 
 
 class KernelGate:

@@ -14,6 +14,7 @@ from localvit.ops.batch_norms import Running, is_recomputation
 from localvit.ops.dispatch import squeeze_excite_layers
 from localvit.ops.kernel_step import Convolutions, Gate, Kept, KernelGate, LayersGate, Norm, Parameters, split
 from localvit.ops.stages import ChannelGate, Stages
+from localvit.ops.synchronized import group_of
 
 
 def feed_forward(stages: Stages, map_BCHW: Tensor, dtype: torch.dtype) -> Tensor:
@@ -63,10 +64,8 @@ class _FeedForward(torch.autograd.Function):
         ctx.gate, ctx.acts, ctx.dtype = gate, (act1, act2), x_BHWC.dtype
         ctx.forms = [(each.shape, each.dtype) for each in parameters]
         convolutions = own.convolutions(dtype)
-        norms = (
-            Norm(own.weight1_E, own.bias1_E, *_running(norm1)),
-            Norm(own.weight2_E, own.bias2_E, *_running(norm2)),
-        )
+        norms = _norm(norm1, own.weight1_E, own.bias1_E), _norm(norm2, own.weight2_E, own.bias2_E)
+        ctx.groups = [norm.group for norm in norms]
         # Under autocast x is in float32: the copy is what both products read, and what the backward pass keeps.
         x_BHWC = x_BHWC.to(dtype).contiguous()
         out_BHWC, kept = kernel_step.forward(x_BHWC, convolutions, norms, ctx.acts, gate, gate_parameters)
@@ -77,9 +76,10 @@ class _FeedForward(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out_BHWC: Tensor) -> tuple[Any, ...]:
         x_BHWC, *saved = ctx.saved_tensors
-        convolutions, kept, gate_parameters = Convolutions(*saved[:3]), Kept(*saved[3:9]), saved[9:]
+        convolutions, saved = Convolutions(*saved[:3]), saved[3:]
+        kept, gate_parameters = Kept(*saved[: len(Kept._fields)]), saved[len(Kept._fields) :]
         grad_x_BHWC, gradients = kernel_step.backward(
-            grad_out_BHWC, x_BHWC, convolutions, ctx.acts, ctx.gate, gate_parameters, kept, ctx.dtype
+            grad_out_BHWC, x_BHWC, convolutions, ctx.acts, ctx.gate, gate_parameters, kept, ctx.dtype, ctx.groups
         )
         pairs = zip(gradients, ctx.forms, strict=True)
         return (
@@ -88,7 +88,8 @@ class _FeedForward(torch.autograd.Function):
         )
 
 
-def _running(norm: Any) -> tuple[Running | None, float, float]:
-    """What a batch norm updates (None where a forward pass is repeated), its momentum and its epsilon."""
-    statistics = Running(norm.running_mean, norm.running_var, norm.num_batches_tracked)
-    return None if is_recomputation() else statistics, norm.momentum, norm.eps
+def _norm(norm: Any, weight_E: Tensor, bias_E: Tensor) -> Norm:
+    """A batch norm, whose running statistics stay as they are where a forward pass is repeated."""
+    running = Running(norm.running_mean, norm.running_var, norm.num_batches_tracked)
+    updated = None if is_recomputation() else running
+    return Norm(weight_E, bias_E, updated, norm.momentum, norm.eps, group_of(norm))

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from localvit.ops import compiled_training, kernel_training
 from localvit.ops.activations import activate, activation_backward
 from localvit.ops.batch_norms import is_recomputation, run_layers
-from localvit.ops.dispatch import fits_kernels, stages_to_recompute
+from localvit.ops.dispatch import training_path
 from localvit.ops.gates import scale_with
 from localvit.ops.stages import Stage, Stages, channel_means
 
@@ -26,10 +26,11 @@ aten = torch.ops.aten
 
 def feed_forward(layers: nn.Sequential, map_BCHW: Tensor) -> Tensor:
     """Run a locality module's layers on a map (B, C, H, W): recomputing where that gives the same, else one by one."""
-    stages = stages_to_recompute(layers, map_BCHW)
-    if stages is None:
+    path = training_path(layers, map_BCHW)
+    if path is None:
         return run_layers(layers, map_BCHW)
-    if dtype := fits_kernels(stages, map_BCHW):
+    stages, dtype = path
+    if dtype is not None:
         training = compiled_training if torch.compiler.is_compiling() else kernel_training
         out_BCHW = training.feed_forward(stages, map_BCHW, dtype)
     else:
@@ -48,7 +49,7 @@ def _recompute(stages: Stages, map_BCHW: Tensor) -> Tensor:
             stage, running, z_BHWE.contiguous(), norm.weight, norm.bias, stage.conv.weight, *gate_parameters
         )
         if updates:
-            norm.num_batches_tracked.add_(1)  # type: ignore[union-attr]  # stages_to_recompute checks it
+            norm.num_batches_tracked.add_(1)  # type: ignore[union-attr]  # training_path checks it
     return z_BHWE.permute(0, 3, 1, 2)
 
 

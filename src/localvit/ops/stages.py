@@ -55,10 +55,14 @@ class Convolution(Protocol):
     def groups(self) -> int: ...
 
 
+Norm = nn.BatchNorm2d | nn.SyncBatchNorm
+"""A batch norm that the faster paths know."""
+
+
 class Stage(NamedTuple):
     """Batch norm, activation, an optional gate, and the convolution that reads their output."""
 
-    norm: nn.BatchNorm2d
+    norm: Norm
     act: str
     """The activation's name, one of `localvit.ops.activations.ACTIVATIONS`."""
     gate: ChannelGate | None
@@ -70,7 +74,7 @@ class Stages(NamedTuple):
 
     first: nn.Conv2d
     stages: tuple[Stage, ...]
-    last_norm: nn.BatchNorm2d
+    last_norm: Norm
 
 
 def stages_of(layers: nn.Sequential) -> Stages | None:
@@ -124,7 +128,7 @@ def has_global_hooks() -> bool:
     return bool(torch_module._has_any_global_hook())
 
 
-def _stage(norm: nn.BatchNorm2d, activation: nn.Module, remaining: Iterator[nn.Module]) -> Stage | None:
+def _stage(norm: Norm, activation: nn.Module, remaining: Iterator[nn.Module]) -> Stage | None:
     act = activation_name(activation)
     layer = next(remaining, None)
     gate = None
@@ -148,8 +152,10 @@ def _is_known_conv(layer: nn.Module | None) -> TypeGuard[nn.Conv2d]:
     return layer.groups == layer.in_channels == layer.out_channels
 
 
-def _is_known_norm(layer: nn.Module | None) -> TypeGuard[nn.BatchNorm2d]:
-    return type(layer) is nn.BatchNorm2d and is_untouched(layer) and _has_plain_weights(layer)
+def _is_known_norm(layer: nn.Module | None) -> TypeGuard[Norm]:
+    if not isinstance(layer, nn.BatchNorm2d | nn.SyncBatchNorm):
+        return False
+    return type(layer) in (nn.BatchNorm2d, nn.SyncBatchNorm) and is_untouched(layer) and _has_plain_weights(layer)
 
 
 def _has_plain_weights(layer: nn.Module) -> bool:
