@@ -1,12 +1,13 @@
 # make demo: train, evaluate and predict on real images; make test: the suite; make lint: ruff and mypy;
-# make install: only the environment. Each makes the virtual environment .venv first, if it is missing.
+# make docs: the site, in build/site; make install: only the environment. Each makes the virtual environment .venv first,
+# if it is missing.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := check,digits,plot,dev
 
-.PHONY: install demo test lint test-oldest constraints dist clean
+.PHONY: install demo test lint docs test-oldest constraints dist clean
 
 install: $(VENV)/ready
 
@@ -21,9 +22,12 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: install
+	$(BIN)/python docs/make_site.py
+
 $(VENV)/ready: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(EXTRAS)]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(EXTRAS),docs]"
 	touch $@
 
 # The suite on the oldest versions that pyproject.toml claims.

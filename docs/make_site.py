@@ -7,6 +7,7 @@ notebooks with their outputs), and lets Zensical render them. Any warning fails 
 import ast
 import contextlib
 import io
+import os
 import re
 import shutil
 import subprocess
@@ -17,55 +18,56 @@ from typing import Any
 
 import jupytext
 
-ROOT = Path(__file__).parents[1]
-DOCS = ROOT / "docs"
+ROOT = Path(__file__).resolve().parents[1]
 OUTSIDE = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 LINK = re.compile(r"(\]\()([^)#\s]+)")
 
 
-def main() -> int:
-    """Write build/docs and build/site. Returns the exit status: 1 if Zensical warns."""
-    pages = ROOT / "build" / "docs"
+def main(root: Path = ROOT) -> int:
+    """Write build/docs and build/site of the repository `root`. Returns the exit status: 1 if Zensical warns."""
+    pages = root / "build" / "docs"
     shutil.rmtree(pages, ignore_errors=True)
-    put_pages_together(pages)
+    put_pages_together(root, pages)
     command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean"]
-    run = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    run = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(run.stdout, end="")
     if run.returncode or re.search(r"\bwarning\b", run.stdout, re.IGNORECASE):
         print("make_site: the build has warnings or failed", file=sys.stderr)
         return 1
-    print(f"the site: {ROOT / 'build' / 'site' / 'index.html'}")
+    print(f"the site: {root / 'build' / 'site' / 'index.html'}")
     return 0
 
 
-def put_pages_together(pages: Path) -> None:
+def put_pages_together(root: Path, pages: Path) -> None:
     """Copy every page and figure to `pages`, with links that hold there, and run the notebooks."""
-    shutil.copytree(DOCS, pages, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
-    for path in DOCS.rglob("*.md"):
-        (pages / path.relative_to(DOCS)).write_text(on_the_site(path.read_text(), path.parent), encoding="utf-8")
+    docs = root / "docs"
+    shutil.copytree(docs, pages, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    for path in docs.rglob("*.md"):
+        (pages / path.relative_to(docs)).write_text(on_the_site(path.read_text(), path.parent, root), encoding="utf-8")
     for name, page in OUTSIDE.items():
-        (pages / page).write_text(on_the_site((ROOT / name).read_text(), ROOT), encoding="utf-8")
+        (pages / page).write_text(on_the_site((root / name).read_text(), root, root), encoding="utf-8")
     (pages / "notebooks").mkdir(exist_ok=True)
-    for path in sorted((DOCS / "notebooks").glob("*.py")):
-        text = on_the_site(notebook_page(path, pages / "notebooks"), path.parent)
+    for path in sorted((docs / "notebooks").glob("*.py")):
+        text = on_the_site(notebook_page(path, pages / "notebooks"), path.parent, root)
         (pages / "notebooks" / f"{path.stem}.md").write_text(text, encoding="utf-8")
 
 
-def on_the_site(text: str, folder: Path) -> str:
+def on_the_site(text: str, folder: Path, root: Path) -> str:
     """The page `text` of `folder`, with its relative links as they are on the site."""
+    docs = root / "docs"
+    depth = len(folder.relative_to(docs).parts) if folder.is_relative_to(docs) else 0
 
     def moved(match: re.Match[str]) -> str:
         opening, target = match.groups()
         if "://" in target or target.startswith("mailto:"):
             return match[0]
-        file = (folder / target).resolve()
-        if file.parent == ROOT:  # one of OUTSIDE; anything else is not on the site, which Zensical then reports
-            target = str(Path(OUTSIDE.get(file.name, target)))
-        elif file.is_relative_to(DOCS):
-            target = str(file.relative_to(DOCS))
-        if file.suffix == ".py":
+        file = Path(os.path.normpath(folder / target))
+        if file.parent == root:  # one of OUTSIDE; anything else is not on the site, which Zensical then reports
+            target = OUTSIDE.get(file.name, target)
+        elif file.is_relative_to(docs):
+            target = file.relative_to(docs).as_posix()
+        if target.endswith(".py"):
             target = target.removesuffix(".py") + ".md"
-        depth = len(folder.relative_to(DOCS).parts) if folder.is_relative_to(DOCS) else 0
         return f"{opening}{'../' * depth}{target}"
 
     return LINK.sub(moved, text)

@@ -5,6 +5,9 @@
 # small model [are in the package](../models.md), and the image is drawn here.
 
 # %%
+import tempfile
+from pathlib import Path
+
 import localvit
 import matplotlib.pyplot as plt
 import torch
@@ -26,10 +29,11 @@ draw.rectangle((0, 200, 320, 320), fill=(30, 70, 120))
 draw.polygon([(40, 170), (290, 170), (250, 235), (80, 235)], fill=(90, 30, 30))
 draw.rectangle((110, 120, 220, 170), fill=(235, 235, 235))
 draw.rectangle((140, 70, 165, 120), fill=(40, 40, 40))
-image.save("ship.png")
+file = Path(tempfile.mkdtemp()) / "ship.png"
+image.save(file)
 plt.figure(figsize=(2.4, 2.4))
 plt.imshow(image)
-plt.axis("off");
+_ = plt.axis("off")
 
 # %% [markdown]
 # ## Predict
@@ -37,7 +41,7 @@ plt.axis("off");
 # `predict` resizes, crops and normalizes as in evaluation.
 
 # %%
-[prediction] = localvit.predict(model, ["ship.png"])
+[prediction] = localvit.predict(model, [file])
 for name, probability in zip(prediction.class_names, prediction.probabilities, strict=True):
     print(f"{name:12} {probability:.3f}")
 
@@ -84,5 +88,5 @@ for number, module in enumerate((m for m in model.modules() if isinstance(m, Loc
     print(f"block {number}: {share:.0%}")
 
 # %% [markdown]
-# Equal weights would give 89 %. The last block's filters are trained too, but their output reaches nothing: the head
-# reads the class token, [which has no neighbors](../how_it_works.md#where-it-does-nothing).
+# Equal weights would give 89 %. The last block's filters do not count: [their output reaches
+# nothing](../how_it_works.md#where-it-does-nothing), since the head of this model reads the class token.

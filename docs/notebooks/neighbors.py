@@ -54,14 +54,14 @@ show(maps, ["no neighbors", "locality", "locality and gate"])
 # %%
 stack = [localvit.LocalityFeedForward(16, 16, act="hs") for _ in range(4)]
 maps = [reach(torch.nn.Sequential(*stack[:depth]).eval(), map_BCHW, 5, 5) for depth in (1, 2, 3, 4)]
-show(maps, [f"{depth} layers" for depth in (1, 2, 3, 4)])
+show(maps, ["1 layer", "2 layers", "3 layers", "4 layers"])
 [int((map_HW > 0).sum()) for map_HW in maps]
 
 # %% [markdown]
 # ## A trained model without its neighbors
 #
 # The model in the package was [trained on CIFAR-10](../models.md). Set every weight of its 3x3 filters to zero except
-# the center, and its neighbors are gone; all else stays. How much do the probabilities change?
+# the center, and its neighbors are gone; all else stays. How often does the class stay the same?
 
 # %%
 model = localvit.create_model("localvit_nano_patch4_32", pretrained=True).eval()
