@@ -16,6 +16,8 @@ from localvit_cli.published import to_config
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.py"))
+ANY_SETTINGS = str(ROOT / "src" / "localvit" / "train" / "recipes" / "digits.yaml")
+"""A file of settings, in the place of one that a run would have written."""
 _FENCE = re.compile(r"^(?:<!-- not run: (?P<reason>.+?) -->\n)?```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
 
 
@@ -68,7 +70,7 @@ def check_command(words: list[str]) -> None:
             assert words[1] in COMMANDS, f"there is no command {words[1]}"
             module = importlib.import_module(f"localvit_cli.{words[1].replace('-', '_')}")
             if words[1] == "train":
-                module.parse(["--config=" + str(ROOT / "src/localvit/train/recipes/digits.yaml") if word.endswith("config.yaml") else word for word in words[2:] if word != "--config"])
+                module.parse([ANY_SETTINGS if word.endswith("config.yaml") else word for word in words[2:]])
             else:
                 tyro.cli(getattr(module, words[1].title().replace("-", "")), args=words[2:])
     except SystemExit as end:
