@@ -88,8 +88,12 @@ def notebook_page(path: Path, folder: Path) -> str:
         output = run_cell(cell["source"], names, str(path))
         if output:
             parts.append(f"```text\n{output}\n```")
-        parts += [f"![Figure drawn by the code above]({name})" for name in save_figures(folder, f"{path.stem}_{number}")]
-    parts.append(f"The source of this page is `docs/notebooks/{path.name}`: open it with Jupyter and jupytext, or run it.")
+        parts += [
+            f"![Figure drawn by the code above]({name})" for name in save_figures(folder, f"{path.stem}_{number}")
+        ]
+    parts.append(
+        f"The source of this page is `docs/notebooks/{path.name}`: open it with Jupyter and jupytext, or run it."
+    )
     return "\n\n".join(parts) + "\n"
 
 

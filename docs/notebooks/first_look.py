@@ -8,10 +8,11 @@
 import tempfile
 from pathlib import Path
 
-import localvit
 import matplotlib.pyplot as plt
 import torch
 from PIL import Image, ImageDraw
+
+import localvit
 
 torch.manual_seed(0)
 model = localvit.create_model("localvit_nano_patch4_32", pretrained=True).eval()
@@ -63,9 +64,7 @@ with torch.no_grad():
 # weight: edges, blobs and differences in several directions, learned from 50,000 small images.
 
 # %%
-from localvit import LocalityFeedForward
-
-first = next(module for module in model.modules() if isinstance(module, LocalityFeedForward))
+first = next(module for module in model.modules() if isinstance(module, localvit.LocalityFeedForward))
 depthwise = next(layer for layer in first.conv if getattr(layer, "groups", 1) > 1)
 filters = depthwise.weight.detach()[:, 0]
 strongest = filters[filters.abs().amax((1, 2)).argsort(descending=True)[:24]]
@@ -81,7 +80,8 @@ for axis, weights in zip(axes.flat, strongest, strict=True):
 # weight that lies on the eight neighbors.
 
 # %%
-for number, module in enumerate((m for m in model.modules() if isinstance(m, LocalityFeedForward)), start=1):
+feed_forwards = [module for module in model.modules() if isinstance(module, localvit.LocalityFeedForward)]
+for number, module in enumerate(feed_forwards, start=1):
     depthwise = next(layer for layer in module.conv if getattr(layer, "groups", 1) > 1)
     weights = depthwise.weight.detach().abs()
     share = 1 - weights[..., 1, 1].sum() / weights.sum()

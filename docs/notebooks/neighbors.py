@@ -4,9 +4,11 @@
 # How far does a change of one patch reach, in one layer and through several? Runs offline in a few seconds.
 
 # %%
-import localvit
 import matplotlib.pyplot as plt
+import timm
 import torch
+
+import localvit
 
 torch.manual_seed(0)
 
@@ -21,7 +23,7 @@ def reach(module, map_BCHW, row, column):
 
 def show(maps, titles):
     """Maps side by side, each scaled by its largest value."""
-    figure, axes = plt.subplots(1, len(maps), figsize=(2.6 * len(maps), 2.8), squeeze=False)
+    _, axes = plt.subplots(1, len(maps), figsize=(2.6 * len(maps), 2.8), squeeze=False)
     for axis, map_HW, title in zip(axes[0], maps, titles, strict=True):
         axis.imshow((map_HW / map_HW.max()) ** 0.5, cmap="magma", vmin=0, vmax=1)
         axis.set_title(title, fontsize=9)
@@ -32,8 +34,8 @@ def show(maps, titles):
 # ## One feed-forward
 #
 # Without the depth-wise convolution, a patch changes itself only. With it, a patch and its eight neighbors. With a
-# gate, every patch changes a little, because the gate reads the mean of the whole map. (Brightness is the square root of
-# the change, so that small changes are visible.)
+# gate, every patch changes a little, because the gate reads the mean of the whole map. (Brightness is the square root
+# of the change, so that small changes are visible.)
 
 # %%
 map_BCHW = torch.randn(1, 16, 11, 11)
@@ -88,8 +90,6 @@ print(f"{same.sum()} of {len(same)} smooth random images get the same class")
 # model is unchanged until it is trained.
 
 # %%
-import timm
-
 vit = timm.create_model("vit_tiny_patch16_224", depth=2).eval()
 localized = localvit.localize(vit)
 images = torch.randn(1, 3, 224, 224)

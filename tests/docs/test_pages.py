@@ -84,7 +84,9 @@ def test_links_and_anchors_lead_somewhere(page):
 
 
 def test_each_page_runs_here_or_says_why_not():
-    with_code = {page.stem for page in documents.PAGES if {block.kind for block in documents.blocks(page)} & {"python", "bash"}}
+    with_code = {
+        page.stem for page in documents.PAGES if {block.kind for block in documents.blocks(page)} & {"python", "bash"}
+    }
     assert with_code == {*RUN_HERE, *ELSEWHERE, *NOT_RUN}
 
 
@@ -150,7 +152,7 @@ def test_every_block_runs_in_order(name, place, capsys):
     if name == "README" and importlib.util.find_spec("onnxruntime") is None:
         pytest.skip("onnxruntime is an extra")
     if name == "reproducibility":
-        run_command("localvit train --recipe finetune --data-path images --output-dir runs/mine".split())
+        run_command(["localvit", "train", "--recipe", "finetune", "--data-path", "images", "--output-dir", "runs/mine"])
     names: dict = {}
     for block in documents.blocks(page):
         if block.reason is not None:

@@ -1,4 +1,4 @@
-"""The site: it builds without a warning, every page is in the navigation, every link and anchor in it leads somewhere."""
+"""The site builds without a warning, every page is in its navigation, and every link and anchor leads somewhere."""
 
 import importlib.util
 import shutil
@@ -90,7 +90,9 @@ def test_a_broken_link_fails_the_build(make_site, tmp_path, capfd):
     for name in SOURCES:
         (tmp_path / name).write_text("# Page\n")
     (tmp_path / "docs").mkdir()
-    (tmp_path / "zensical.toml").write_text('[project]\nsite_name = "x"\ndocs_dir = "build/docs"\nsite_dir = "build/site"\n')
+    (tmp_path / "zensical.toml").write_text(
+        '[project]\nsite_name = "x"\ndocs_dir = "build/docs"\nsite_dir = "build/site"\n'
+    )
     (tmp_path / "docs" / "other.md").write_text("# Other\n\n[home](../README.md#page)\n")
     assert make_site.main(tmp_path) == 0, capfd.readouterr()
     (tmp_path / "docs" / "other.md").write_text("# Other\n\n[home](../README.md#nothing)\n")
