@@ -105,3 +105,15 @@ def test_a_cell_gives_what_it_prints_and_its_last_value(make_site):
     assert make_site.run_cell("y = x", names, "cell") == ""
     assert names["y"] == 3
     assert "matplotlib" in sys.modules or list(make_site.save_figures(Path(), "none")) == []
+
+
+def test_the_figure_of_the_architecture_shows_the_imports(tmp_path):
+    spec = importlib.util.spec_from_file_location("make_architecture", ROOT / "docs" / "make_architecture.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    source = ROOT / "src" / "localvit"
+    assert module.FIGURE.read_text() == module.draw(source), "run python docs/make_architecture.py"
+    assert module.imports(source / "locality") == {"ops"}
+    (tmp_path / "unheard").mkdir()
+    with pytest.raises(ValueError, match="unheard"):
+        module.layers(tmp_path)
