@@ -272,3 +272,11 @@ def test_a_failed_write_keeps_the_previous_file(nano, tmp_path, monkeypatch):
         localvit.save_checkpoint(nano, path)
     assert path.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_a_checkpoint_prints_no_weights(tmp_path):
+    model = localvit.create_model("localvit_nano_patch4_32", depth=1)
+    localvit.save_checkpoint(model, tmp_path / "m.safetensors")
+    printed = repr(localvit.load_checkpoint(model, tmp_path / "m.safetensors"))
+    assert "tensor(" not in printed
+    assert "localvit_nano_patch4_32" in printed

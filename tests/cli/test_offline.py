@@ -42,7 +42,8 @@ def test_eval_and_predict(command, model, tmp_path, capsys):
 
 def test_training(tmp_path):
     model = localvit.create_model("localvit_tiny", num_classes=3)
-    with pytest.raises(RuntimeError, match=r"give the file with --finetune FILE$"):
+    packaged = "--model localvit_nano_patch4_32 --finetune localvit_nano_patch4_32"
+    with pytest.raises(RuntimeError, match=rf"give the file with --finetune FILE, or .* in this package: {packaged}$"):
         load_pretrained(model, "localvit_tiny")
     with pytest.raises(RuntimeError, match=r"give the file with --teacher-checkpoint FILE$"):
         build_teacher("localvit_tiny", None, 1000, None, "cpu", preprocessing=Preprocessing())

@@ -31,9 +31,9 @@ class Checkpoint:
     """The file."""
     layout: Literal["localvit", "published"]
     """Which names the entries have: the model's or the published program's."""
-    raw: dict[str, Tensor]
+    raw: dict[str, Tensor] = field(repr=False)
     """The trained weights."""
-    ema: dict[str, Tensor] | None = None
+    ema: dict[str, Tensor] | None = field(default=None, repr=False)
     """Their moving average, if there is one."""
     has_header: bool = False
     """Whether the file describes its model completely, as files of this package do."""

@@ -115,7 +115,9 @@ def _load_source(source: str, model: Any) -> tuple[Any, list[str] | None, Prepro
         try:
             ready = load_model(source)
         except DownloadError as error:
-            raise error.with_advice("give the file with --finetune FILE") from error
+            packaged = "--model localvit_nano_patch4_32 --finetune localvit_nano_patch4_32"
+            advice = f"give the file with --finetune FILE, or start from the weights in this package: {packaged}"
+            raise error.with_advice(advice) from error
         return ready.model, ready.class_names, ready.preprocessing
     checkpoint = read_checkpoint(source)
     if "localvit" in checkpoint.about:  # written by localvit, so it contains the arguments of its model
