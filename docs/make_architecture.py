@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURE = ROOT / "docs" / "figures" / "architecture.svg"
-ROW, LEFT, TOP = 40, 148, 96
+ROW, LEFT, TOP = 46, 160, 112
 
 
 def imports(package: Path) -> set[str]:
@@ -64,23 +64,23 @@ def draw(source: Path) -> str:
     for column, name in enumerate(names):
         x = LEFT + 26 * column + 13
         turned = f'transform="rotate(-45 {x + 4} {TOP - 10})"'
-        parts.append(f'<text x="{x + 4}" y="{TOP - 10}" font-size="12" fill="#57606a" {turned}>{name}</text>')
+        parts.append(f'<text x="{x + 4}" y="{TOP - 10}" font-size="14" fill="#57606a" {turned}>{name}</text>')
     for row, path in enumerate(order):
         y = TOP + ROW * row
         used = imports(path)
         if row % 2 == 0:
             parts.append(f'<rect x="12" y="{y}" width="{width - 24}" height="{ROW}" rx="4" fill="#f6f8fa"/>')
-        parts.append(f'<text x="24" y="{y + 25}" font-size="14" font-weight="600" fill="#1a4fc4">{path.name}</text>')
+        parts.append(f'<text x="24" y="{y + 28}" font-size="16" font-weight="600" fill="#1a4fc4">{path.name}</text>')
         for column, name in enumerate(names[:row]):
             x = LEFT + 26 * column + 13
             if name in used:
-                parts.append(f'<circle cx="{x}" cy="{y + 20}" r="6" fill="#2f6feb"/>')
+                parts.append(f'<circle cx="{x}" cy="{y + 23}" r="6" fill="#2f6feb"/>')
             else:
-                parts.append(f'<circle cx="{x}" cy="{y + 20}" r="2" fill="#d0d7de"/>')
-        lines = textwrap.wrap(contract(path).replace("`", ""), 88)[:2]
+                parts.append(f'<circle cx="{x}" cy="{y + 23}" r="2" fill="#d0d7de"/>')
+        lines = textwrap.wrap(contract(path).replace("`", ""), 74)[:2]
         for number, line in enumerate(lines):
-            baseline = y + (24 if len(lines) == 1 else 17 + 16 * number)
-            parts.append(f'<text x="{text_at}" y="{baseline}" font-size="13" fill="#24292f">{escape(line)}</text>')
+            baseline = y + (28 if len(lines) == 1 else 19 + 19 * number)
+            parts.append(f'<text x="{text_at}" y="{baseline}" font-size="15.5" fill="#24292f">{escape(line)}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
