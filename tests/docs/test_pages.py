@@ -5,7 +5,6 @@ the small model in the package. `tests/cli/test_start.py` and `tests/train/test_
 and torchrun do.
 """
 
-import importlib.util
 import runpy
 from pathlib import Path
 
@@ -43,7 +42,7 @@ NOT_RUN = {
     "train_speed": "benchmarks",
 }
 WRITTEN = {
-    "README": ("report/report.html", "runs/mine/best.onnx"),
+    "README": ("report/report.html", "runs/mine/best.safetensors"),
     "train": ("report/report.html", "predictions.csv", "mine.pth", "runs.png", "runs/mine/summary.md"),
     "walk_own_images": ("report/report.html", "predictions.csv"),
 }
@@ -118,8 +117,8 @@ def place(tmp_path, monkeypatch):
 
 
 def needs_more(words: list[str]) -> bool:
-    """Whether a command needs a GPU, or a program that takes its time; `test_every_command_parses` has parsed it."""
-    return "--cuda-graph" in words or "model.onnx" in words
+    """Whether a command needs a GPU, or an export: these take half a minute each, and tests/exporters runs them."""
+    return "--cuda-graph" in words or "export" in words or any(word.endswith(".onnx") for word in words)
 
 
 def run_command(words: list[str]) -> None:
@@ -149,8 +148,6 @@ def run_command(words: list[str]) -> None:
 @pytest.mark.parametrize("name", RUN_HERE)
 def test_every_block_runs_in_order(name, place, capsys):
     page = next(page for page in documents.PAGES if page.stem == name)
-    if name == "README" and importlib.util.find_spec("onnxruntime") is None:
-        pytest.skip("onnxruntime is an extra")
     if name == "reproducibility":
         run_command(["localvit", "train", "--recipe", "finetune", "--data-path", "images", "--output-dir", "runs/mine"])
     names: dict = {}
