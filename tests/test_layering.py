@@ -24,6 +24,7 @@ LAYERS = (
     "train",
     "bench",
     "exporters",
+    "web_page",
 )
 FILES = sorted((SRC / "localvit").rglob("*.py"))
 

@@ -1,4 +1,4 @@
-"""`localvit demo`: train, evaluate and use a small model, in a few minutes on two cores."""
+"""`localvit demo`: train, evaluate and use a small model, in a few minutes on two cores; or a model as a web page."""
 
 import json
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from localvit.train.config import TrainConfig
 from localvit.train.recipe import read_recipe, read_settings
 from localvit.train.run_folder import CONFIG, LAST, contains_run, remove_run
 from localvit.train.trackers import CURVES
+from localvit_cli import UsageError
 from localvit_cli.eval import Eval
 from localvit_cli.predict import Predict
 from localvit_cli.streams import printable
@@ -27,7 +28,7 @@ PACKAGED = "localvit_nano_patch4_32"
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """Train a small LocalViT on handwritten digits, evaluate it and predict."""
+    """Train a small LocalViT on handwritten digits, evaluate it and predict. With --web, write a web page instead."""
 
     output_dir: Path = Path("runs/demo")
     """Folder for the checkpoint, the curves and the report. Files of an earlier demo there are replaced."""
@@ -35,9 +36,20 @@ class Demo:
     """Folder to write the digits to."""
     seed: int = 0
     """Seed of the run."""
+    web: Annotated[Path | None, optional("DIR")] = None
+    """Instead of training, write a page to this folder that classifies images in the browser, without a server."""
+    model: Annotated[str | None, optional("FILE", f"with --web {PACKAGED}")] = None
+    """The page's model: a checkpoint, a name, or an .onnx file of localvit export."""
+    webgpu: bool = False
+    """Let the page offer to compute on the GPU. It is about 12 MB larger."""
 
     def run(self) -> None:
         """Run the demo. Raises RuntimeError if the accuracy is lower than expected, and SystemExit as `run_demo`."""
+        if self.web is not None:
+            self._write_page(self.web)
+            return
+        if self.model is not None or self.webgpu:
+            raise UsageError(f"--{'webgpu' if self.webgpu else 'model'} has no effect without --web DIR")
         # The number of threads affects rounding. With one, a seed gives the same result on any number of cores.
         torch.set_num_threads(1)
         data_path = self.data_path or default_digits_folder()
@@ -45,6 +57,17 @@ class Demo:
         acc1 = run_demo(TrainConfig(**read_recipe("digits") | own))
         if not acc1 >= EXPECTED_ACC1:
             raise RuntimeError(f"Acc@1 on the digits is {acc1:.3f}; at least {EXPECTED_ACC1} is expected")
+
+    def _write_page(self, folder: Path) -> None:
+        from localvit.web_page import write_page
+
+        trained = Demo()
+        for name in ("output_dir", "data_path", "seed"):
+            if getattr(self, name) != getattr(trained, name):
+                raise UsageError(f"--{name.replace('_', '-')} has no effect with --web, which trains nothing")
+        page = write_page(self.model or PACKAGED, folder, webgpu=self.webgpu)
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        print(printable(f"{page}: {size / 1e6:.0f} MB with its files; open it in a browser"), flush=True)
 
 
 def run_demo(config: TrainConfig) -> float:

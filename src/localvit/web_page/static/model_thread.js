@@ -1,0 +1,64 @@
+"use strict";
+// The model's thread, seen from the page: it is loaded, given the newest image, and started again after a failure.
+
+/** Raised for an image that cannot be classified; the model is still usable. */
+class UnusableImage extends Error {}
+
+class Model {
+  /**
+   * @param {object} settings The model's, with `gpu`.
+   */
+  constructor(settings) {
+    this.settings = settings;
+    this.start();
+  }
+
+  /** Start the thread. `ready` is a promise that is rejected with an Error if the model cannot be loaded. */
+  start() {
+    this.worker = new Worker(URL.createObjectURL(FILES.get("worker.js")));
+    this.worker.onmessage = ({data}) => this.answered(data);
+    this.worker.onerror = (event) => {
+      event.preventDefault();
+      this.answered({answer: "error", message: event.message || "its thread could not be started"});
+    };
+    const [ort, wasm, model, resizer] = ["ort.mjs", "ort.wasm", "model.onnx", "resizer.onnx"].map((name) => FILES.get(name));
+    this.ready = this.ask({request: "load", ort, wasm, model, resizer, settings: this.settings});
+    this.ready.catch(() => {}); // whoever awaits it sees the error
+  }
+
+  /**
+   * @param {Blob} file
+   * @returns {Promise<object>} What `classify` in worker.js returns.
+   */
+  async classify(file) {
+    await this.ready;
+    try {
+      return await this.ask({request: "classify", file});
+    } catch (error) {
+      if (!(error instanceof UnusableImage)) this.restart(); // memory that ran out stays so
+      throw error;
+    }
+  }
+
+  restart() {
+    this.stop();
+    this.start();
+  }
+
+  stop() {
+    this.worker.terminate();
+  }
+
+  ask(message) {
+    return new Promise((resolve, reject) => {
+      this.pending = {resolve, reject};
+      this.worker.postMessage(message);
+    });
+  }
+
+  answered({answer, ...values}) {
+    const {resolve, reject} = this.pending;
+    if (answer !== "error") resolve(values);
+    else reject(values.isImage ? new UnusableImage(values.message) : new Error(values.message));
+  }
+}
