@@ -78,7 +78,7 @@ def _check_free(folder: Path) -> None:
 
 
 def _exported(model: str | Path, path: Path) -> ExportedModel:
-    """The model as an .onnx file: the given one, or a new one at `path`. Raises ValueError for one that cannot serve."""
+    """The model as an .onnx file: the given one, or a new one at `path`. Raises ValueError for an unsuitable one."""
     if is_exported_path(model):
         path = Path(model)
         if path.suffix != ".onnx":
@@ -111,13 +111,17 @@ def _write_files(folder: Path, exported: ExportedModel, resizer: Path, runtime: 
             stream.writelines(_carrying_script(name, kind, content))
     metadata = exported.metadata
     scripts = [_SCRIPTS[0], *(f"{_CARRIED}/{name}.js" for name, *_ in carried), *_SCRIPTS[1:]]
-    page = _environment().get_template(f"{INDEX}.jinja").render(
-        title=f"Image classification with {metadata.architecture}",
-        version=VERSION,
-        settings=_settings(metadata),
-        about=_about(metadata, runtime, len(carried[-1][2])),
-        webgpu=webgpu,
-        scripts=scripts,
+    page = (
+        _environment()
+        .get_template(f"{INDEX}.jinja")
+        .render(
+            title=f"Image classification with {metadata.architecture}",
+            version=VERSION,
+            settings=_settings(metadata),
+            about=_about(metadata, runtime, len(carried[-1][2])),
+            webgpu=webgpu,
+            scripts=scripts,
+        )
     )
     (folder / INDEX).write_text(page, encoding="utf-8")
 

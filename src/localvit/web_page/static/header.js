@@ -4,8 +4,8 @@
 const JPEG_SIZES = [0xc0, 0xc1, 0xc2, 0xc3, 0xc5, 0xc6, 0xc7, 0xc9, 0xca, 0xcb, 0xcd, 0xce, 0xcf];
 
 /**
- * The size and the EXIF orientation of an image file. The orientation in `bytes` is set to 1, so that the browser decodes
- * the pixels as they are stored: training and `localvit predict` use them so.
+ * The size and the EXIF orientation of an image file. The orientation in `bytes` is set to 1, so that the browser
+ * decodes the pixels as they are stored: training and `localvit predict` use them so.
  *
  * @param {Uint8Array} bytes The file.
  * @returns {{width: number, height: number, orientation: number}} Zeros for a size that is unknown; orientation 1 to 8.

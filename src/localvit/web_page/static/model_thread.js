@@ -1,7 +1,7 @@
 "use strict";
 // The model's thread, seen from the page: it is loaded, given the newest image, and started again after a failure.
 
-/** Raised for an image that cannot be classified; the model is still usable. */
+/** An image that cannot be classified; the model is still usable. The message continues a sentence about the image. */
 class UnusableImage extends Error {}
 
 class Model {
@@ -21,7 +21,8 @@ class Model {
       event.preventDefault();
       this.answered({answer: "error", message: event.message || "its thread could not be started"});
     };
-    const [ort, wasm, model, resizer] = ["ort.mjs", "ort.wasm", "model.onnx", "resizer.onnx"].map((name) => FILES.get(name));
+    const names = ["ort.mjs", "ort.wasm", "model.onnx", "resizer.onnx"];
+    const [ort, wasm, model, resizer] = names.map((name) => FILES.get(name));
     this.ready = this.ask({request: "load", ort, wasm, model, resizer, settings: this.settings});
     this.ready.catch(() => {}); // whoever awaits it sees the error
   }
@@ -45,8 +46,10 @@ class Model {
     this.start();
   }
 
+  /** End the thread, also while it computes. */
   stop() {
     this.worker.terminate();
+    this.pending.reject(new UnusableImage("was not classified, because the model was changed: choose it again."));
   }
 
   ask(message) {

@@ -35,7 +35,7 @@ async function take(file) {
       const result = await model.classify(current);
       if (!next) show(current.name, result);
     } catch (error) {
-      if (!next) fail(`${current.name}: ${reasonOf(error)}`);
+      if (!next) fail(`${current.name} ${reasonOf(error)}`);
     }
   }
   running = false;
@@ -45,8 +45,8 @@ async function take(file) {
 function reasonOf(error) {
   if (error instanceof UnusableImage) return error.message;
   const isMemory = /alloc|memory|out of bounds/i.test(error.message);
-  return isMemory ? "This device has not enough memory for the image: make it smaller."
-    : `The model failed (${error.message}).`;
+  return isMemory ? "needs more memory than this device has: make it smaller."
+    : `could not be classified: the model failed (${error.message}).`;
 }
 
 function show(name, {width, height, orientation, exact, preview, seen, probabilities, milliseconds}) {
@@ -70,8 +70,8 @@ function notesOn(orientation, exact) {
   const notes = [];
   if (orientation !== 1) {
     const turn = TURNS[orientation] ?? "and mirrored";
-    notes.push(`The file says that its image is to be shown turned ${turn}. The model is given the pixels as they are ` +
-      "stored, as in training; if that is on its side, turn the image and save it.");
+    notes.push(`The file says that its image is to be shown turned ${turn}. The model is given the pixels as they ` +
+      "are stored, as in training; if that is on its side, turn the image and save it.");
   }
   if (!exact) notes.push("Without WebGL, the colors of transparent pixels differ from those in training.");
   return notes.join(" ");
@@ -129,6 +129,7 @@ function takeFirst(files, otherwise) {
 }
 
 function setUpFiles() {
+  element("choose").addEventListener("click", () => element("file").click());
   for (const input of [element("file"), element("camera-file")]) {
     input.addEventListener("change", () => {
       takeFirst([...input.files]);

@@ -5,7 +5,7 @@
 const MOST_PIXELS = 64e6; // of one image; the resizing takes 15 bytes for each
 const TILE = 2048; // pixels; a graphics card may take no more than 4096 at once
 
-/** An error whose message is for the person who chose the image. */
+/** What is wrong with an image. The message continues a sentence that starts with the name of its file. */
 class ImageError extends Error {}
 
 /**
@@ -14,15 +14,15 @@ class ImageError extends Error {}
  */
 async function decode(file) {
   const bytes = new Uint8Array(await file.arrayBuffer().catch(() => {
-    throw new ImageError("The file cannot be read: it was moved or deleted, or it is a folder.");
+    throw new ImageError("cannot be read: it was moved or deleted, or it is a folder.");
   }));
-  if (!bytes.length) throw new ImageError("The file is empty.");
+  if (!bytes.length) throw new ImageError("is empty.");
   const {width, height, orientation} = readHeader(bytes);
   checkSize(width, height);
   const asStored = {imageOrientation: "none", premultiplyAlpha: "none", colorSpaceConversion: "none"};
   const bitmap = await createImageBitmap(new Blob([bytes], {type: file.type}), asStored).catch(() => {
-    throw new ImageError("It cannot be read as an image: the file is damaged, not an image, or of a kind that this " +
-      "browser does not read. JPEG, PNG, WebP, GIF and BMP files can be read.");
+    throw new ImageError("cannot be read as an image: it is damaged, or not a JPEG, PNG, WebP, GIF or BMP file, nor " +
+      "of another kind that this browser reads.");
   });
   checkSize(bitmap.width, bitmap.height);
   return {bitmap, orientation};
@@ -30,7 +30,7 @@ async function decode(file) {
 
 function checkSize(width, height) {
   if (width * height <= MOST_PIXELS) return;
-  throw new ImageError(`The image has ${width.toLocaleString("en")} × ${height.toLocaleString("en")} pixels, and this ` +
+  throw new ImageError(`has ${width.toLocaleString("en")} × ${height.toLocaleString("en")} pixels, and this ` +
     `page takes at most ${MOST_PIXELS / 1e6} million: make it smaller.`);
 }
 
@@ -38,8 +38,8 @@ function checkSize(width, height) {
  * The pixels of an image, one color after another.
  *
  * @param {ImageBitmap} bitmap
- * @returns {{planes: Uint8Array, exact: boolean}} Red, green, blue of each pixel, 3 × height × width. They are not exact
- *     if the image is transparent and the browser cannot give the colors of transparent pixels.
+ * @returns {{planes: Uint8Array, exact: boolean}} Red, green, blue of each pixel, 3 × height × width. They are not
+ *     exact if the image is transparent and the browser cannot give the colors of transparent pixels.
  */
 function pixelsOf(bitmap) {
   const {width, height} = bitmap;
@@ -96,7 +96,7 @@ function webGLReader() {
       gl.deleteFramebuffer(framebuffer);
       gl.deleteTexture(texture);
       if (gl.getError() !== gl.NO_ERROR || gl.isContextLost()) {
-        throw new ImageError("The graphics card could not hold the image: close other pages, or make it smaller.");
+        throw new ImageError("does not fit into the graphics card's memory: close other pages, or make it smaller.");
       }
       return rgba;
     },

@@ -22,8 +22,8 @@ self.onmessage = async ({data}) => {
 };
 
 /**
- * @param {{ort: Blob, wasm: Blob, model: Blob, resizer: Blob, settings: object}} files `ort` and `wasm` are the runtime;
- *     `settings` are the model's, with `gpu` for WebGPU.
+ * @param {{ort: Blob, wasm: Blob, model: Blob, resizer: Blob, settings: object}} files `ort` and `wasm` are the
+ *     runtime; `settings` are the model's, with `gpu` for WebGPU.
  */
 async function load(files) {
   settings = files.settings;
@@ -55,7 +55,7 @@ async function classify(file) {
   const {[classifier.outputNames[0]]: output} = await classifier.run({[classifier.inputNames[0]]: given});
   const milliseconds = performance.now() - start;
   const probabilities = settings.output === "logits" ? softmax(output.data) : Float32Array.from(output.data);
-  if (!probabilities.every(Number.isFinite)) throw new ImageError("The model's output for this image is not finite.");
+  if (!probabilities.every(Number.isFinite)) throw new ImageError("makes the model's output not finite.");
   return {width, height, orientation, exact, preview, seen: Uint8Array.from(seen.data), probabilities, milliseconds};
 }
 
