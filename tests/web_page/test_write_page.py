@@ -1,7 +1,9 @@
 """Writing the page, without a browser: what is refused, what stays, and how onnxruntime-web is fetched."""
 
+import base64
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -71,11 +73,10 @@ def test_the_version_and_every_hash_are_pinned():
     assert all(package["integrity"].startswith("sha512-") for name, package in packages.items() if name)
 
 
-@pytest.mark.parametrize("size", [(24, 24), (24, 32)])
-def test_the_resizer_gives_the_pixels_of_evaluation(size, tmp_path):
+def test_the_resizer_gives_the_pixels_of_evaluation(tmp_path):
     import onnxruntime
 
-    preprocessing = Preprocessing(input_size=size, crop_pct=0.8, interpolation="bilinear")
+    preprocessing = Preprocessing(input_size=(24, 32), crop_pct=0.8, interpolation="bilinear")
     write_resizer(preprocessing, tmp_path / "resizer.onnx")
     session = onnxruntime.InferenceSession(str(tmp_path / "resizer.onnx"))
     for height, width in ((53, 61), (401, 37), (7, 11), (24, 32)):
@@ -84,44 +85,41 @@ def test_the_resizer_gives_the_pixels_of_evaluation(size, tmp_path):
         assert np.array_equal(seen[0].transpose(1, 2, 0), np.asarray(preprocessing.resizing()(Image.fromarray(image))))
 
 
-def test_a_page_replaces_an_earlier_one_and_nothing_else(model_file, fake_runtime, tmp_path):
-    page, other = tmp_path / "page", tmp_path / "other"
-    index = write_page(model_file, page)
-    assert "tiny" in index.read_text()
-    carried = (page / "carried" / "model.onnx.js").read_bytes()
-    (page / "carried" / "old.js").write_text("old")
-    assert write_page(model_file, page) == index
-    assert (page / "carried" / "model.onnx.js").read_bytes() == carried
-    assert not (page / "carried" / "old.js").exists()
-    other.mkdir()
-    (other / "thesis.txt").write_text("mine")
+def test_a_page_replaces_an_earlier_one_and_nothing_else(fake_runtime, tmp_path):
+    file, page, other = tmp_path / "tiny.onnx", tmp_path / "page", tmp_path / "other"
+    export(tiny_model(), file, Onnx(dynamic="none"), preprocessing=PREPROCESSING)
+    for path, content in (
+        (page / "index.html", '<meta name="generator" content="localvit 0.0.1">'),
+        (page / "carried" / "old.js", "old"),
+        (other / "thesis.txt", "mine"),
+    ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    index = write_page(file, page)
+    assert "Image classification" in index.read_text()
+    names = {path.name for path in (page / "carried").iterdir()}
+    assert names == {f"{name}.js" for name in ("model.onnx", "resizer.onnx", "ort.mjs", "ort.wasm", "worker.js")}
+    text = (page / "carried" / "model.onnx.js").read_text()
+    assert b"".join(map(base64.b64decode, re.findall(r'"([^"]*)",\n', text))) == file.read_bytes()
+
     with pytest.raises(FileExistsError, match="contains something else than a page"):
-        write_page(model_file, other)
+        write_page(file, other)
     with pytest.raises(FileExistsError, match="is a file: give the path of a folder"):
-        write_page(model_file, other / "thesis.txt")
-    assert [file.name for file in other.iterdir()] == ["thesis.txt"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "other", "page"]
-
-
-@pytest.fixture(scope="module")
-def model_file(tmp_path_factory) -> Path:
-    """An .onnx file of a small model, which normalizes."""
-    path = tmp_path_factory.mktemp("onnx") / "tiny.onnx"
-    export(tiny_model(), path, Onnx(dynamic="none"), preprocessing=PREPROCESSING)
-    return path
+        write_page(file, other / "thesis.txt")
+    assert (other / "thesis.txt").read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"cache", "other", "page", "tiny.onnx", "tiny.onnx.json"}
 
 
 def test_files_that_cannot_serve_are_refused(fake_runtime, tmp_path):
-    raw, border = tmp_path / "raw.onnx", tmp_path / "border.onnx"
+    raw = tmp_path / "raw.onnx"
     export(tiny_model(), raw, Onnx(include=(), dynamic="none"), preprocessing=PREPROCESSING)
     with pytest.raises(ValueError, match=r"raw\.onnx takes normalized images: export the checkpoint without --raw"):
         write_page(raw, tmp_path / "page")
     with pytest.raises(ValueError, match=r"model\.xml cannot run in a browser: give an \.onnx file"):
         write_page(tmp_path / "model.xml", tmp_path / "page")
     squashed = Preprocessing.from_dict(PREPROCESSING.to_dict() | {"crop_mode": "squash"})
-    export(tiny_model(), border, Onnx(dynamic="none"), preprocessing=squashed)
     with pytest.raises(ValueError, match="only for a center crop"):
-        write_page(border, tmp_path / "page")
+        write_resizer(squashed, tmp_path / "resizer.onnx")
     assert not (tmp_path / "page").exists()
 
 
