@@ -41,7 +41,7 @@ class Demo:
     model: Annotated[str | None, optional("FILE", f"with --web {PACKAGED}")] = None
     """The page's model: a checkpoint, a name, or an .onnx file of localvit export."""
     webgpu: bool = False
-    """Let the page offer to compute on the GPU. It is about 12 MB larger."""
+    """Let the page offer to compute on the GPU. It is 36 MB larger."""
 
     def run(self) -> None:
         """Run the demo. Raises RuntimeError if the accuracy is lower than expected, and SystemExit as `run_demo`."""

@@ -21,6 +21,7 @@ from localvit.web_page.vendored import web_runtime
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
+CARRIED = ("model.onnx", "resizer.onnx", "worker.js", "ort.mjs", "ort.wasm", "ort-gpu.mjs", "ort-gpu.wasm")
 ROOT = Path(__file__).parents[2]
 
 
@@ -37,7 +38,12 @@ def fake_runtime(empty_cache) -> None:
     [version] = json.loads((ROOT / "src/localvit/web_page/npm/package.json").read_text())["dependencies"].values()
     folder = empty_cache / f"onnxruntime-web-{version}"
     folder.mkdir(parents=True)
-    for name in ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm"):
+    for name in (
+        "ort.wasm.bundle.min.mjs",
+        "ort-wasm-simd-threaded.wasm",
+        "ort.webgpu.bundle.min.mjs",
+        "ort-wasm-simd-threaded.asyncify.wasm",
+    ):
         (folder / name).write_bytes(b"runtime")
 
 
@@ -95,10 +101,11 @@ def test_a_page_replaces_an_earlier_one_and_nothing_else(fake_runtime, tmp_path)
     ):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)
-    index = write_page(file, page)
+    index = write_page(file, page, webgpu=True)
     assert "Image classification" in index.read_text()
+    assert 'id="gpu"' in index.read_text()
     names = {path.name for path in (page / "carried").iterdir()}
-    assert names == {f"{name}.js" for name in ("model.onnx", "resizer.onnx", "ort.mjs", "ort.wasm", "worker.js")}
+    assert names == {f"{name}.js" for name in CARRIED}
     text = (page / "carried" / "model.onnx.js").read_text()
     assert b"".join(map(base64.b64decode, re.findall(r'"([^"]*)",\n', text))) == file.read_bytes()
 

@@ -39,7 +39,7 @@ def write_page(model: str | Path, folder: str | Path, *, webgpu: bool = False) -
     Args:
         model: a checkpoint, a model's name (with its released weights), or an .onnx file that `localvit.export` wrote.
         folder: folder to write, new or empty or with an earlier page, which is replaced.
-        webgpu: offer a choice to compute on the GPU. The page is about 12 MB larger.
+        webgpu: offer a choice to compute on the GPU. The page is 36 MB larger.
 
     Returns:
         The page's index.html. A browser opens it from the disk, or from any server of files.
@@ -98,19 +98,18 @@ def _write_files(folder: Path, exported: ExportedModel, resizer: Path, runtime: 
     base = resources.files("localvit.evaluation.report").joinpath("base.css")
     (folder / "page.css").write_text(_text(base) + "\n" + _text(static.joinpath("page.css")), encoding="utf-8")
     worker = "\n".join(_text(static.joinpath(name)) for name in _WORKER)
-    carried = (
-        ("worker.js", "text/javascript", worker.encode()),
-        ("ort.mjs", "text/javascript", runtime.script.read_bytes()),
-        ("ort.wasm", "application/wasm", runtime.wasm.read_bytes()),
-        ("resizer.onnx", "application/octet-stream", resizer.read_bytes()),
-        ("model.onnx", "application/octet-stream", exported.path.read_bytes()),
-    )
+    carried = {
+        "worker.js": worker.encode(),
+        **{name: path.read_bytes() for name, path in runtime.files.items()},
+        "resizer.onnx": resizer.read_bytes(),
+        "model.onnx": exported.path.read_bytes(),
+    }
     (folder / _CARRIED).mkdir()
-    for name, kind, content in carried:
+    for name, content in carried.items():
         with (folder / _CARRIED / f"{name}.js").open("w", encoding="ascii") as stream:
-            stream.writelines(_carrying_script(name, kind, content))
+            stream.writelines(_carrying_script(name, content))
     metadata = exported.metadata
-    scripts = [_SCRIPTS[0], *(f"{_CARRIED}/{name}.js" for name, *_ in carried), *_SCRIPTS[1:]]
+    scripts = [_SCRIPTS[0], *(f"{_CARRIED}/{name}.js" for name in carried), *_SCRIPTS[1:]]
     page = (
         _environment()
         .get_template(f"{INDEX}.jinja")
@@ -118,7 +117,7 @@ def _write_files(folder: Path, exported: ExportedModel, resizer: Path, runtime: 
             title=f"Image classification with {metadata.architecture}",
             version=VERSION,
             settings=_settings(metadata),
-            about=_about(metadata, runtime, len(carried[-1][2])),
+            about=_about(metadata, runtime, len(carried["model.onnx"])),
             webgpu=webgpu,
             scripts=scripts,
         )
@@ -140,9 +139,9 @@ def _text(file: Traversable) -> str:
     return file.read_text(encoding="utf-8")
 
 
-def _carrying_script(name: str, kind: str, content: bytes) -> Iterator[str]:
+def _carrying_script(name: str, content: bytes) -> Iterator[str]:
     """A script that hands a file to the page, in parts."""
-    yield f"carry({json.dumps(name)}, {json.dumps(kind)}, [\n"
+    yield f"carry({json.dumps(name)}, [\n"
     for start in range(0, len(content), _PART):
         yield f'"{base64.b64encode(content[start : start + _PART]).decode()}",\n'
     yield "]);\n"
@@ -168,7 +167,7 @@ def _about(metadata: ExportMetadata, runtime: WebRuntime, size: int) -> list[tup
         ("Classes", f"{metadata.num_classes:,}: {shown}"),
         ("Images are", f"resized and cropped to {metadata.preprocessing}"),
         ("Made from", metadata.source),
-        ("Runs in", f"{PACKAGE} {runtime.version} (Microsoft, MIT license), on one thread of the CPU"),
+        ("Runs in", f"{PACKAGE} {runtime.version} (Microsoft, MIT license)"),
         ("Written by", f"localvit {VERSION}"),
     ]
 

@@ -17,27 +17,22 @@ PACKAGE = "onnxruntime-web"
 
 @dataclass(frozen=True, kw_only=True)
 class WebRuntime:
-    """The two files of onnxruntime-web that a page needs."""
+    """The files of onnxruntime-web that a page needs."""
 
     version: str
-    script: Path
-    """A JavaScript module."""
-    wasm: Path
-    """The WebAssembly program that it runs."""
+    files: dict[str, Path]
+    """By their names in the page: JavaScript modules, and the WebAssembly programs that they run."""
 
 
-_FILES = {
-    False: ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm"),
-    True: ("ort.webgpu.bundle.min.mjs", "ort-wasm-simd-threaded.asyncify.wasm"),
-}
-"""Script and WebAssembly program, without and with WebGPU."""
+_CPU = {"ort.mjs": "ort.wasm.bundle.min.mjs", "ort.wasm": "ort-wasm-simd-threaded.wasm"}
+_GPU = {"ort-gpu.mjs": "ort.webgpu.bundle.min.mjs", "ort-gpu.wasm": "ort-wasm-simd-threaded.asyncify.wasm"}
 
 
 def web_runtime(*, webgpu: bool = False) -> WebRuntime:
     """onnxruntime-web from the user's cache, where npm puts it the first time.
 
     Args:
-        webgpu: the larger program, which can also run on the GPU.
+        webgpu: with the program that computes on the GPU, which lacks operators that resizing needs on the CPU.
 
     Raises RuntimeError, with what to do, if npm is missing or fails.
     """
@@ -45,8 +40,8 @@ def web_runtime(*, webgpu: bool = False) -> WebRuntime:
     folder = cache_folder() / f"{PACKAGE}-{version}"
     if not folder.is_dir():
         _fetch(folder, version)
-    script, wasm = (folder / name for name in _FILES[webgpu])
-    return WebRuntime(version=version, script=script, wasm=wasm)
+    names = _CPU | _GPU if webgpu else _CPU
+    return WebRuntime(version=version, files={name: folder / file for name, file in names.items()})
 
 
 def cache_folder() -> Path:
@@ -81,7 +76,7 @@ def _fetch(folder: Path, version: str) -> None:
             )
         kept = Path(temporary, "kept")
         kept.mkdir()
-        for file in sorted({name for files in _FILES.values() for name in files}):
+        for file in (_CPU | _GPU).values():
             shutil.copy(Path(temporary, "node_modules", PACKAGE, "dist", file), kept)
         try:
             kept.rename(folder)

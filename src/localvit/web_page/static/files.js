@@ -8,11 +8,10 @@ const FILES = new Map();
  * Called by the scripts that carry files.
  *
  * @param {string} name
- * @param {string} type MIME type.
  * @param {string[]} parts The contents in base64. Each part is decoded by itself, which needs little memory.
  */
-function carry(name, type, parts) {
-  FILES.set(name, new Blob(parts.map(fromBase64), {type}));
+function carry(name, parts) {
+  FILES.set(name, new Blob(parts.map(fromBase64), {type: "text/javascript"}));
 }
 
 function fromBase64(text) {

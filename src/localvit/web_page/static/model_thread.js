@@ -4,6 +4,8 @@
 /** An image that cannot be classified; the model is still usable. The message continues a sentence about the image. */
 class UnusableImage extends Error {}
 
+const LARGE = 16e6; // pixels
+
 class Model {
   /**
    * @param {object} settings The model's, with `gpu`.
@@ -21,9 +23,7 @@ class Model {
       event.preventDefault();
       this.answered({answer: "error", message: event.message || "its thread could not be started"});
     };
-    const names = ["ort.mjs", "ort.wasm", "model.onnx", "resizer.onnx"];
-    const [ort, wasm, model, resizer] = names.map((name) => FILES.get(name));
-    this.ready = this.ask({request: "load", ort, wasm, model, resizer, settings: this.settings});
+    this.ready = this.ask({request: "load", files: FILES, settings: this.settings});
     this.ready.catch(() => {}); // whoever awaits it sees the error
   }
 
@@ -34,7 +34,9 @@ class Model {
   async classify(file) {
     await this.ready;
     try {
-      return await this.ask({request: "classify", file});
+      const result = await this.ask({request: "classify", file});
+      if (result.width * result.height > LARGE) this.restart(); // its memory would stay as large
+      return result;
     } catch (error) {
       if (!(error instanceof UnusableImage)) this.restart(); // memory that ran out stays so
       throw error;

@@ -2,7 +2,7 @@
 // Image files as pixels, the same that PIL gives for `image.convert("RGB")`: as they are stored, without the file's
 // orientation and color profile, and with the colors of transparent pixels.
 
-const MOST_PIXELS = 64e6; // of one image; the resizing takes 15 bytes for each
+const MOST_PIXELS = 64e6; // of one image; each takes about 22 bytes of memory
 const TILE = 2048; // pixels; a graphics card may take no more than 4096 at once
 
 /** What is wrong with an image. The message continues a sentence that starts with the name of its file. */

@@ -3,7 +3,7 @@
 
 const PREVIEW = 640; // longest side of the preview, in pixels
 
-let ort, settings, resizer, classifier;
+let settings, resizer, classifier, Tensor;
 
 self.onmessage = async ({data}) => {
   const {request, ...values} = data;
@@ -22,20 +22,30 @@ self.onmessage = async ({data}) => {
 };
 
 /**
- * @param {{ort: Blob, wasm: Blob, model: Blob, resizer: Blob, settings: object}} files `ort` and `wasm` are the
- *     runtime; `settings` are the model's, with `gpu` for WebGPU.
+ * @param {{files: Map<string, Blob>, settings: object}} values The page's files, and the model's settings, with `gpu`
+ *     for WebGPU.
  */
-async function load(files) {
-  settings = files.settings;
-  // By its text: modules at blob: addresses may not be imported by a page that was opened from a disk.
-  ort = await import(`data:text/javascript,${encodeURIComponent(await files.ort.text())}`);
+async function load({files, settings: given}) {
+  settings = given;
+  const cpu = await runtime(files, "ort");
+  Tensor = cpu.Tensor;
+  resizer = await session(cpu, files.get("resizer.onnx"), "wasm"); // the GPU's runtime has no float64
+  classifier = settings.gpu
+    ? await session(await runtime(files, "ort-gpu"), files.get("model.onnx"), "webgpu")
+    : await session(cpu, files.get("model.onnx"), "wasm");
+}
+
+/** onnxruntime-web, by its text: a page that was opened from a disk may not import modules at blob: addresses. */
+async function runtime(files, name) {
+  const ort = await import(`data:text/javascript,${encodeURIComponent(await files.get(`${name}.mjs`).text())}`);
   ort.env.wasm.numThreads = 1; // more need headers that a file or a simple server does not send
-  ort.env.wasm.wasmBinary = await files.wasm.arrayBuffer();
+  ort.env.wasm.wasmBinary = await files.get(`${name}.wasm`).arrayBuffer();
   ort.env.logLevel = "error";
-  const bytes = async (blob) => new Uint8Array(await blob.arrayBuffer());
-  resizer = await ort.InferenceSession.create(await bytes(files.resizer), {executionProviders: ["wasm"]});
-  const provider = settings.gpu ? "webgpu" : "wasm";
-  classifier = await ort.InferenceSession.create(await bytes(files.model), {executionProviders: [provider]});
+  return ort;
+}
+
+async function session(ort, model, provider) {
+  return ort.InferenceSession.create(new Uint8Array(await model.arrayBuffer()), {executionProviders: [provider]});
 }
 
 /** Decode, resize and classify an image file. */
@@ -48,7 +58,7 @@ async function classify(file) {
   const preview = await createImageBitmap(bitmap, {resizeWidth, resizeHeight, resizeQuality: "high"});
   bitmap.close();
 
-  const image = new ort.Tensor("uint8", planes, [1, 3, height, width]);
+  const image = new Tensor("uint8", planes, [1, 3, height, width]);
   const {seen} = await resizer.run({images: image});
   const given = asInput(settings.resizesItself ? image : seen);
   const start = performance.now();
@@ -62,7 +72,7 @@ async function classify(file) {
 /** The model's input: the pixels as they are, or from 0 to 1. */
 function asInput(pixels) {
   if (settings.inputType === "uint8") return pixels;
-  return new ort.Tensor("float32", Float32Array.from(pixels.data, (value) => value / 255), pixels.dims);
+  return new Tensor("float32", Float32Array.from(pixels.data, (value) => value / 255), pixels.dims);
 }
 
 function softmax(logits) {
