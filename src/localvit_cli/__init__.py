@@ -28,7 +28,7 @@ COMMANDS = {
     "export": "Write a model as a file for other runtimes, with proof.",
     "push": "Share a trained model on the Hugging Face Hub.",
     "bench": "Measure speed, latency, memory and cost of models.",
-    "demo": "Train, evaluate and use a small model on handwritten digits; or write a web page.",
+    "demo": "Train a small model on digits, or write a model as a web page.",
 }
 
 
