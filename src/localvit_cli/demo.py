@@ -28,7 +28,10 @@ PACKAGED = "localvit_nano_patch4_32"
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """Train a small LocalViT on handwritten digits, evaluate it and predict. With --web, write a web page instead."""
+    """Train a small LocalViT on handwritten digits, evaluate it and predict.
+
+    With --web, write a web page that classifies images instead.
+    """
 
     output_dir: Path = Path("runs/demo")
     """Folder for the checkpoint, the curves and the report. Files of an earlier demo there are replaced."""
