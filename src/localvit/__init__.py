@@ -15,7 +15,7 @@ from localvit.checkpoints import (
 from localvit.evaluation.evaluate import Evaluation, evaluate
 from localvit.evaluation.predict import Prediction, predict
 from localvit.hub import HubError, from_hub, push, save_hub_folder
-from localvit.exporters import ExportReport, Onnx, OpenVINO, TorchExport, export
+from localvit.exporters import ExportReport, Int8, Onnx, OpenVINO, TorchExport, export
 from localvit.inference.cost import locality_report
 from localvit.inference.fusion import fuse
 from localvit.inference.runner import InferenceOptions, LoadedModel, load_model
@@ -40,6 +40,7 @@ __all__ = [
     "ExportReport",
     "HubError",
     "InferenceOptions",
+    "Int8",
     "LoadedModel",
     "LocalityFeedForward",
     "Onnx",

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Annotated, Literal
 import tyro
 
 from localvit.bench.measure import measure, number_of_rounds
-from localvit.bench.prepare import BenchOptions, prepare
+from localvit.bench.prepare import BenchOptions
 from localvit.bench.result import NOISE_LIMIT, BenchResult
 from localvit.bench.tables import as_text, as_values
 from localvit.utils.devices import DTYPES, choose_device
 from localvit.utils.files import check_writable
 from localvit_cli import UsageError
+from localvit_cli.bench_runtimes import parse_runtimes, prepare_all
 from localvit_cli.console import progress
 from localvit_cli.eval import image_size
 
@@ -32,9 +34,12 @@ class Bench:
     names: Annotated[
         tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL...", help_behavior_hint="(required)")
     ]
-    """Model names (random weights; nothing is downloaded) or checkpoint files."""
+    """Model names (random weights; nothing is downloaded), checkpoints or exported files."""
     baseline: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = "deit_tiny_patch16_224"
     """Model to compare with, measured in the same rounds; None for no comparison."""
+    runtime: str = "torch"
+    """What runs the models, with commas between: torch, torch-compile, onnxruntime, onnxruntime-int8, openvino,
+    openvino-bfloat16, openvino-int8. Exported files run in their own."""
     train: bool = False
     """Measure training steps (forward, cross entropy, backward, AdamW) instead of inference."""
     batch_sizes: tuple[int, ...] = (1, 16, 64)
@@ -64,7 +69,9 @@ class Bench:
     def run(self) -> None:
         """Measure, print the tables or JSON, and draw the plot if asked for. Raises RuntimeError if it is too noisy."""
         if not self.names:
-            raise UsageError("no model given; give model names (`localvit models` lists ours) or checkpoint files")
+            raise UsageError(
+                "no model given; give model names (`localvit models` lists ours), checkpoints or exported files"
+            )
         size = image_size(self.input_size)
         options = self._options()
         draw = _drawing_function(self.plot) if self.plot else None  # errors must come before minutes of measuring
@@ -101,12 +108,16 @@ class Bench:
         return options
 
     def _measure(self, options: BenchOptions, size: tuple[int, int] | None) -> BenchResult:
-        names = dict.fromkeys((*self.names, *([self.baseline] if self.baseline else [])))
-        models = [prepare(name, options, size) for name in names]
-        if self.plot and all(model.acc1 is None for model in models):
-            raise UsageError(f"--plot: no accuracy is published for {', '.join(names)} at this image size")
-        with progress("bench", number_of_rounds(options), "rounds") as advance:
-            return measure(models, options, baseline=self.baseline, progress=advance)
+        runtimes = parse_runtimes(self.runtime)
+        if self.plot and len(runtimes) > 1:
+            raise UsageError("--plot shows one runtime: name one with --runtime")
+        with tempfile.TemporaryDirectory() as folder:
+            models = prepare_all(self.names, self.baseline, runtimes, options, size, Path(folder))
+            if self.plot and all(model.acc1 is None for model in models):
+                names = ", ".join(dict.fromkeys(model.name for model in models))
+                raise UsageError(f"--plot: no accuracy is published for {names} at this image size")
+            with progress("bench", number_of_rounds(options), "rounds") as advance:
+                return measure(models, options, baseline=self.baseline, progress=advance)
 
     def _check_noise(self, measured: BenchResult) -> None:
         noise = measured.noise()

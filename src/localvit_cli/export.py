@@ -12,7 +12,7 @@ from PIL import Image
 from localvit.data.folders import PathImages
 from localvit.data.images import load_image
 from localvit.data.preprocessing import Preprocessing
-from localvit.exporters import FORMATS, Format, ProofError, export
+from localvit.exporters import FORMATS, Format, Int8, ProofError, export
 from localvit.inference.runner import LoadedModel, is_checkpoint_path, load_model
 from localvit_cli import UsageError
 from localvit_cli.eval import image_size
@@ -46,6 +46,8 @@ class Export:
     """Include nothing: normalized images go in, and logits come out."""
     input_type: Literal["uint8", "float32"] = "uint8"
     """uint8 for RGB from 0 to 255, float32 for RGB from 0 to 1."""
+    precision: Literal["float32", "float16"] = "float32"
+    """float16 stores the weights in half the bytes; all layers still compute in float32."""
     opset: Annotated[int | None, optional("N", "20")] = None
     """Version of ONNX's operators."""
     fuse: Annotated[bool | None, optional("", "what the format's runtime runs faster")] = None
@@ -57,7 +59,15 @@ class Export:
     input_size: Annotated[tuple[int, ...], optional("PIXELS...", "the model's own")] = ()
     """Side of the input, or its height and width, in pixels."""
     images: Annotated[Path | None, optional("PATH", "drawn images")] = None
-    """Images, or a folder of them, for the proof."""
+    """Images, or a folder of them, for the proof; with --int8, those without labels that it is checked on."""
+    int8: bool = False
+    """Quantize to int8 after training, if that costs little: smaller, and faster where the processor has int8."""
+    calibrate: Annotated[Path | None, optional("DIR")] = None
+    """Training images, without which int8 is not possible; 300 of them are used."""
+    data_path: Annotated[Path | None, optional("DIR", "images of --images, or of --calibrate, without labels")] = None
+    """Held-out images for --int8, in a folder per class."""
+    max_drop: Annotated[float | None, optional("POINTS", "0.5")] = None
+    """How much Acc@1 may drop with --int8, in points (percent); otherwise the file is deleted."""
 
     def run(self) -> None:
         """Export and print the report."""
@@ -85,6 +95,8 @@ class Export:
         if self.raw and self.include is not None:
             raise UsageError("--raw includes nothing: leave out --include, or --raw")
         options: dict[str, Any] = {"dynamic": self.dynamic, "include": self._include(), "input_type": self.input_type}
+        options["precision"] = self.precision
+        options["int8"] = self._int8()
         own = FORMATS[self.format]
         known = {each.name for each in fields(own)}
         for name in ("opset", "fuse"):
@@ -96,6 +108,21 @@ class Export:
             return own(**options)
         except ValueError as error:
             raise UsageError(str(error)) from error
+
+    def _int8(self) -> Int8 | None:
+        """Raises UsageError for options that belong together and were not given together."""
+        if not self.int8:
+            for name in ("calibrate", "data_path", "max_drop"):
+                if getattr(self, name) is not None:
+                    raise UsageError(f"--{name.replace('_', '-')} belongs to --int8: add --int8, or leave it out")
+            return None
+        if self.calibrate is None:
+            raise UsageError("--int8 needs --calibrate DIR, a folder of training images")
+        drop = {} if self.max_drop is None else {"max_drop": self.max_drop}
+        try:
+            return Int8(calibrate=self.calibrate, data_path=self.data_path, images=self.images, **drop)
+        except ValueError as error:
+            raise UsageError(f"--max-drop: {error}") from error
 
     def _include(self) -> tuple[str, ...]:
         if self.raw:

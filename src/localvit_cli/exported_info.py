@@ -41,6 +41,7 @@ def exported_text(facts: dict[str, Any]) -> str:
         ("input", facts["input"]),
         ("input shape", " x ".join(axis if side is None else str(side) for axis, side in axes)),
         ("output", f"{facts['output']} (batch, {facts['num_classes']})"),
+        ("precision", facts["precision"]),
         ("does itself", ", ".join(facts["in_graph"]) or "nothing but the model"),
         ("preprocessing", _lines(facts["preprocessing"])),
         ("made from", facts["source"]),

@@ -183,6 +183,29 @@ def test_the_baseline_must_be_among_the_models(clock):
         measure([clocked("a", clock, [1.0], options)], options, baseline="b")
 
 
+def test_each_runtime_is_compared_with_the_baseline_in_it(clock):
+    options = BenchOptions(device=CPU, batch_sizes=(1,), rounds=3)
+    seconds = {("a", "torch"): 8.0, ("a", "x"): 2.0, ("b", "torch"): 4.0, ("b", "x"): 3.0, ("a", "y"): 1.0}
+    models = [
+        replace(clocked(name, clock, [each], options), runtime=runtime) for (name, runtime), each in seconds.items()
+    ]
+    measured = measure(models, options, baseline="b")
+    ratios = {
+        (result.model.name, result.model.runtime): result.batches[0].ratio and result.batches[0].ratio.median
+        for result in measured.models
+    }
+    assert ratios == {
+        ("a", "torch"): 0.5,
+        ("a", "x"): 1.5,
+        ("a", "y"): 4,  # where the baseline is not, with the first: torch
+        ("b", "torch"): None,
+        ("b", "x"): None,
+    }
+    table = as_text(measured)
+    assert [line.split()[:2] for line in table.splitlines()[2:5]] == [["a", "torch"], ["a", "x"], ["b", "torch"]]
+    assert [each["runtime"] for each in as_values(measured)["models"]] == ["torch", "x", "torch", "x", "y"]
+
+
 class Twice(nn.Module):
     """Two layers save one tensor, a third saves a view of it, and an in-place activation saves its output."""
 

@@ -131,9 +131,3 @@ def test_a_damaged_or_foreign_file_is_one_clear_line(exported, tmp_path, damage,
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no exported file at .*none\.onnx"):
         load_model(tmp_path / "none.onnx")
-
-
-def test_bench_measures_models_in_torch(exported, capsys):
-    assert main(["bench", str(exported[0]), "--baseline", "None"]) == 1
-    [*_, line] = capsys.readouterr().err.splitlines()
-    assert "give the checkpoint" in line

@@ -38,17 +38,18 @@ def measure(
     """Measure `models` in turn.
 
     Args:
-        models: Models prepared with `options`, each with another name.
+        models: Models prepared with `options`, each with another name or runtime.
         options: What to measure.
-        baseline: Name of the model to compare the others with.
+        baseline: Name of the model to compare the others with, each in its own runtime if it is there.
         progress: Called with 1 after each round; there are `number_of_rounds(options)`.
 
     Raises:
         ValueError: If the baseline is not among the models. Errors of the models themselves pass through.
     """
-    by_name = {model.name: model for model in models}
-    if baseline is not None and baseline not in by_name:
+    by_name = {model.title: model for model in models}
+    if baseline is not None and all(model.name != baseline for model in models):
         raise ValueError(f"the baseline {baseline} is not among the models: {', '.join(by_name)}")
+    compared_with = {name: _baseline_of(model, models, baseline) for name, model in by_name.items()}
     gemm, gemm_size = _gemm(options)
     batches: dict[str, list[BatchResult]] = {name: [] for name in by_name}
     gemm_rates: list[float] = []
@@ -56,7 +57,7 @@ def measure(
         for batch_size in options.batch_sizes:
             calls = {name: model.call(batch_size) for name, model in by_name.items()}
             timed = {**calls, _GEMM: gemm}
-            calls_per_round = {name: _warm_up(call, options.device) for name, call in timed.items()}
+            calls_per_round = {name: warm_up(call, options.device) for name, call in timed.items()}
             seconds = time_rounds(timed, calls_per_round, options, progress)
             rates = [gemm_size**3 / each for each in seconds[_GEMM]]
             gemm_rates += rates
@@ -67,8 +68,8 @@ def measure(
                         calls_per_round=calls_per_round[name],
                         images_per_second=Quartiles.of([batch_size / each for each in seconds[name]]),
                         ratio=None
-                        if baseline in (None, name)
-                        else Quartiles.of(_ratios(seconds[baseline], seconds[name])),
+                        if (other := compared_with[name]) in (None, name)
+                        else Quartiles.of(_ratios(seconds[other], seconds[name])),
                         share_of_gemm_rate=_share_of_gemm_rate(model, batch_size, rates, seconds[name]),
                         peak_memory_bytes=_peak_memory(model, calls[name]),
                     )
@@ -86,6 +87,12 @@ def measure(
         hardware=_hardware(options.device),
         versions=versions(),
     )
+
+
+def _baseline_of(model: BenchModel, models: Sequence[BenchModel], baseline: str | None) -> str | None:
+    """Title of the baseline in the model's runtime, or in the first that it is in."""
+    titles = {each.runtime: each.title for each in reversed(models) if each.name == baseline}
+    return titles.get(model.runtime, next(reversed(titles.values()), None))
 
 
 def number_of_rounds(options: BenchOptions) -> int:
@@ -117,7 +124,9 @@ def _ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[
 
 def _share_of_gemm_rate(
     model: BenchModel, batch_size: int, gemm_rates: Sequence[float], seconds: Sequence[float]
-) -> Quartiles:
+) -> Quartiles | None:
+    if model.fused_multiply_adds is None:
+        return None
     # For each matrix product of the forward pass, the backward pass has two.
     multiply_adds = model.fused_multiply_adds * batch_size * (3 if model.options.train else 1)
     return Quartiles.of(_ratios([multiply_adds / rate for rate in gemm_rates], seconds))
@@ -128,7 +137,7 @@ def _latencies(
 ) -> dict[str, Latency]:
     calls = {name: model.call(1) for name, model in models.items()}
     for call in calls.values():
-        _warm_up(call, options.device)
+        warm_up(call, options.device)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(options.rounds):
         for name, call in calls.items():
@@ -154,7 +163,7 @@ def _synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _warm_up(call: Call, device: torch.device) -> int:
+def warm_up(call: Call, device: torch.device) -> int:
     """Compile, allocate and choose algorithms. Returns the number of calls to time together."""
     for _ in range(_WARM_UP_CALLS):
         call()

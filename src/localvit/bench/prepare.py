@@ -6,6 +6,7 @@ Shapes: B batch, C channels, H and W height and width in pixels.
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from torch import Tensor, nn
 
 from localvit.data.preprocessing import Preprocessing
 from localvit.inference.cost import count_multiply_adds, count_parameters
-from localvit.inference.exported import is_exported_path
+from localvit.inference.exported import ExportedModel, is_exported_path
 from localvit.inference.fusion import fuse
-from localvit.inference.runner import is_checkpoint_path, load_model
+from localvit.inference.runner import LoadedModel, is_checkpoint_path, load_model
 from localvit.models.factory import create_model
 from localvit.models.registry import find_model
 
@@ -76,29 +77,41 @@ class BenchModel:
     """A model ready to be measured, on its device."""
 
     name: str
-    """Name of the model or path of the checkpoint, as given."""
+    """Name of the model, or path of the checkpoint or exported file, as given."""
+    runtime: str = "torch"
+    """What runs it: torch, or the runtime and precision of an exported file, which runs on the CPU."""
     input_size: tuple[int, int, int]
     """Channels, height and width of an image, in pixels."""
-    parameters: int
-    """Number of parameters, before fusing."""
-    multiply_adds: int
+    parameters: int | None
+    """Number of parameters, before fusing; None for an exported file, as are the following counts."""
+    multiply_adds: int | None
     """Multiply-adds per image, before fusing."""
-    fused_multiply_adds: int
+    fused_multiply_adds: int | None
     """Multiply-adds per image of the forward pass that is measured, which fusing may reduce."""
-    saved_bytes_per_image: int
+    saved_bytes_per_image: int | None
     """Bytes that an eager training forward saves for the backward pass (see `saved_bytes`), per image."""
     acc1: float | None
     """Published Acc@1 in percent; None if there is none for this model and image size."""
     module: Any
-    """The module that is measured; an nn.Module, or what torch.compile made of it."""
+    """The module that is measured: an nn.Module, what torch.compile made of it, or an `ExportedModel`."""
     options: BenchOptions
     """The options it was prepared with."""
     optimizer: torch.optim.Optimizer | None
     """None in inference."""
 
+    @property
+    def title(self) -> str:
+        """Name and runtime."""
+        return self.name if self.runtime == "torch" else f"{self.name} in {self.runtime}"
+
     def call(self, batch_size: int) -> Call:
         """The call to measure: inference or a training step on one fixed batch of random images."""
         options = self.options
+        if isinstance(self.module, ExportedModel):
+            images_BCHW = torch.randn(batch_size, *self.input_size)
+            if "resize" in self.module.metadata.in_graph:
+                images_BCHW = torch.randint(256, images_BCHW.shape, dtype=torch.uint8)
+            return partial(self.module.run, self.module.as_input(images_BCHW))
         dtype = torch.float32 if options.train else options.dtype
         images_BCHW = torch.randn(batch_size, *self.input_size, device=options.device, dtype=dtype)
         images_BCHW = images_BCHW.to(memory_format=options.memory_format)
@@ -147,17 +160,10 @@ def prepare(source: str, options: BenchOptions, input_size: tuple[int, int] | No
     Raises:
         The errors of `load_model` for files and of `create_model` for names.
     """
-    model: Any
-    acc1 = None
-    if is_exported_path(source):
-        raise ValueError(f"{source} is an exported file, and bench measures models in torch: give the checkpoint")
-    if is_checkpoint_path(source):
-        ready = load_model(source, input_size=input_size)
-        model, preprocessing = ready.model, ready.preprocessing
-    else:
-        size_args: dict[str, Any] = {"img_size": input_size} if input_size else {}
-        model = create_model(source, **size_args).eval()
-        preprocessing = Preprocessing.from_pretrained_cfg(model.pretrained_cfg, input_size)
+    loaded = load(source, input_size)
+    preprocessing, acc1 = loaded.preprocessing, None
+    model: Any = loaded.model
+    if not is_checkpoint_path(source):
         published = find_model(source)
         if published is not None and preprocessing.input_size == tuple(model.pretrained_cfg["input_size"][1:]):
             acc1 = published.acc1
@@ -195,9 +201,58 @@ def prepare(source: str, options: BenchOptions, input_size: tuple[int, int] | No
     )
 
 
+def load(source: str, input_size: tuple[int, int] | None = None) -> LoadedModel:
+    """A checkpoint, or a named model with random weights."""
+    if is_checkpoint_path(source):
+        return load_model(source, input_size=input_size)
+    size_args: dict[str, Any] = {"img_size": input_size} if input_size else {}
+    model: Any = create_model(source, **size_args).eval()
+    return LoadedModel(
+        model=model,
+        name=source,
+        class_names=None,
+        preprocessing=Preprocessing.from_pretrained_cfg(model.pretrained_cfg, input_size),
+        description=f"{source}, random weights",
+    )
+
+
+def prepare_exported(path: Path, options: BenchOptions) -> BenchModel:
+    """Prepare an exported file for measuring. What it includes, such as normalization, is measured too.
+
+    Raises:
+        ValueError: If the options ask for what has no effect on it.
+        CheckpointError: If the file is damaged.
+    """
+    return of_exported(str(path), ExportedModel.open(path), options)
+
+
+def of_exported(name: str, exported: ExportedModel, options: BenchOptions) -> BenchModel:
+    """An exported file that was opened. Raises ValueError if the options ask for what has no effect on it."""
+    runtime = exported.runtime.name
+    if options.train or options.device.type != "cpu" or options.dtype != torch.float32:
+        raise ValueError(
+            f"{name} runs in {runtime}, for inference on the CPU in its own precision: leave out train and dtype, and "
+            "set the device to cpu"
+        )
+    precision = exported.metadata.precision
+    return BenchModel(
+        name=name,
+        runtime=runtime if precision == "float32" else f"{runtime} {precision}",
+        input_size=(3, *exported.metadata.preprocessing.input_size),
+        parameters=None,
+        multiply_adds=None,
+        fused_multiply_adds=None,
+        saved_bytes_per_image=None,
+        acc1=None,
+        module=exported,
+        options=options,
+        optimizer=None,
+    )
+
+
 def label(source: str) -> str:
     """A short label for a source: its name, or the name of the file without its folder."""
-    return Path(source).name if is_checkpoint_path(source) else source
+    return Path(source).name if is_checkpoint_path(source) or is_exported_path(source) else source
 
 
 def saved_bytes(model: nn.Module, images_BCHW: Tensor) -> int:

@@ -42,10 +42,11 @@ class BatchResult:
     """Throughput."""
     ratio: Quartiles | None
     """Speed relative to the baseline, round by round; None for the baseline itself and without a baseline."""
-    share_of_gemm_rate: Quartiles
+    share_of_gemm_rate: Quartiles | None
     """Multiply-adds per second, as a share of those of a large matrix product in the same round.
 
-    A training step counts as three forward passes, since each matrix product has two more in the backward pass.
+    A training step counts as three forward passes, since each matrix product has two more in the backward pass. None
+    for an exported file, whose multiply-adds are not known.
     """
     peak_memory_bytes: int | None
     """Memory of the model, of its optimizer in training, and the most that a call adds. None except on CUDA."""
@@ -113,7 +114,7 @@ class BenchResult:
                 if values is not None and not values.relative_range <= NOISE_LIMIT:
                     what = f"speed relative to {self.baseline}" if compared else "images/s"
                     found.append(
-                        f"{result.model.name} at batch size {batch.batch_size}: the interquartile range of its {what} "
+                        f"{result.model.title} at batch size {batch.batch_size}: the interquartile range of its {what} "
                         f"is {values.relative_range:.1%} of the median"
                     )
         return found

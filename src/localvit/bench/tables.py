@@ -8,7 +8,7 @@ from localvit.bench.prepare import label
 from localvit.bench.result import NOISE_LIMIT, BatchResult, BenchResult, ModelResult, Quartiles
 from localvit.utils.tables import format_table, wrap_text
 
-_MODEL_HEADINGS = ("model", "input", "params (M)", "GMACs", "saved (MiB)", "p50 (ms)", "p99 (ms)")
+_MODEL_HEADINGS = ("input", "params (M)", "GMACs", "saved (MiB)", "p50 (ms)", "p99 (ms)")
 
 
 def as_values(measured: BenchResult) -> dict[str, Any]:
@@ -32,6 +32,7 @@ def as_values(measured: BenchResult) -> dict[str, Any]:
         "models": [
             {
                 "name": result.model.name,
+                "runtime": result.model.runtime,
                 "input_size": list(result.model.input_size),
                 "parameters": result.model.parameters,
                 "multiply_adds": result.model.multiply_adds,
@@ -52,7 +53,10 @@ def as_text(measured: BenchResult) -> str:
     speeds = [
         f"batch size {batch_size}\n{_speeds(measured, index)}" for index, batch_size in enumerate(options.batch_sizes)
     ]
-    models = format_table(list(map(_model, measured.models)), headings=_MODEL_HEADINGS, right=range(2, 7))
+    names = _name_headings(measured)
+    rows = [(*_names(result, len(names) > 1), *_model(result)) for result in measured.models]
+    headings = (*names, *_MODEL_HEADINGS)
+    models = format_table(rows, headings=headings, right=range(len(names) + 1, len(headings)))
     return "\n\n".join((*speeds, models, "\n".join(map(wrap_text, _notes(measured)))))
 
 
@@ -61,20 +65,34 @@ def _speeds(measured: BenchResult, index: int) -> str:
     batches = [result.batches[index] for result in measured.models]
     compared = any(batch.ratio for batch in batches)
     with_memory = any(batch.peak_memory_bytes is not None for batch in batches)
-    headings = ["model", "images/s", "quartiles", *(["speedup", "quartiles"] if compared else []), "GEMM rate"]
+    names = _name_headings(measured)
+    headings = [*names, "images/s", "quartiles", *(["speedup", "quartiles"] if compared else []), "GEMM rate"]
     headings += ["peak MiB"] if with_memory else []
     rows = [
-        (label(result.model.name), *_speed(batch, compared=compared, with_memory=with_memory))
+        (
+            *_names(result, len(names) > 1),
+            *_speed(batch, compared=compared, with_memory=with_memory),
+        )
         for result, batch in zip(measured.models, batches, strict=True)
     ]
-    return format_table(rows, headings=headings, right=range(1, len(headings)))
+    return format_table(rows, headings=headings, right=range(len(names), len(headings)))
+
+
+def _name_headings(measured: BenchResult) -> list[str]:
+    """Of the columns that name a model: its runtime only where one is not torch."""
+    return ["model", *(["runtime"] if any(result.model.runtime != "torch" for result in measured.models) else [])]
+
+
+def _names(result: ModelResult, with_runtime: bool) -> tuple[str, ...]:
+    name = label(result.model.name)
+    return (name, result.model.runtime) if with_runtime else (name,)
 
 
 def _speed(batch: BatchResult, *, compared: bool, with_memory: bool) -> Iterator[str]:
     yield from _median_and_quartiles(batch.images_per_second, 1)
     if compared:
         yield from _median_and_quartiles(batch.ratio, 2)
-    yield f"{batch.share_of_gemm_rate.median:.0%}"
+    yield "-" if batch.share_of_gemm_rate is None else f"{batch.share_of_gemm_rate.median:.0%}"
     if with_memory:
         peak = batch.peak_memory_bytes
         yield "-" if peak is None else f"{peak / 2**20:,.1f}"
@@ -89,13 +107,16 @@ def _median_and_quartiles(values: Quartiles | None, digits: int) -> tuple[str, s
 def _model(result: ModelResult) -> tuple[str, ...]:
     model, latency = result.model, result.latency
     return (
-        label(model.name),
         "x".join(map(str, model.input_size[1:])),
-        f"{model.parameters / 1e6:,.2f}",
-        f"{model.multiply_adds / 1e9:.3f}",
-        f"{model.saved_bytes_per_image / 2**20:,.2f}",
+        _number(model.parameters, 1e6, 2),
+        _number(model.multiply_adds, 1e9, 3),
+        _number(model.saved_bytes_per_image, 2**20, 2),
         *((f"{latency.p50_seconds * 1e3:,.2f}", f"{latency.p99_seconds * 1e3:,.2f}") if latency else ("-", "-")),
     )
+
+
+def _number(value: int | None, unit: float, digits: int) -> str:
+    return "-" if value is None else f"{value / unit:,.{digits}f}"
 
 
 def _notes(measured: BenchResult) -> Iterator[str]:
@@ -113,6 +134,11 @@ def _notes(measured: BenchResult) -> Iterator[str]:
     if measured.baseline and len(measured.models) > 1:
         yield f"Speedup: speed relative to {measured.baseline}, compared round by round."
     rate = measured.gemm_multiply_adds_per_second.median
+    if any(result.model.runtime != "torch" for result in measured.models):
+        yield (
+            "Runtimes other than torch run exported files with as many threads, not fused, with images and logits as "
+            "torch has them. Speedup: in the same runtime."
+        )
     yield (
         f"GEMM rate: multiply-adds per second, relative to the {rate / 1e9:,.1f} G/s of a product of two "
         f"{measured.gemm_size} x {measured.gemm_size} matrices."

@@ -14,6 +14,7 @@ from torch import nn
 from localvit.checkpoints import versions
 from localvit.data.preprocessing import Preprocessing
 from localvit.exporters.graph import build_graph, logits_of, plain_copy, trace
+from localvit.exporters.int8_gate import quantize_with_proof
 from localvit.exporters.onnx import Onnx
 from localvit.exporters.proof import ProofError, Reference, proof_shapes, prove, size_step
 from localvit.exporters.registry import Format
@@ -56,7 +57,7 @@ def export(
         The report.
 
     Raises:
-        ProofError: if the file computes something else. It is deleted.
+        ProofError: if the file computes something else, or loses too much in int8. It is deleted.
         ImportError: if the format's packages are missing, with what to install.
         ValueError: if the model cannot be traced, has no preprocessing, or does not take what `settings` ask for.
         OSError: if the file cannot be written.
@@ -76,15 +77,25 @@ def export(
     program = trace(graph, settings, size, step)
     metadata = _metadata(source, settings, num_classes)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        written = Path(folder) / path.name
+        written = _subfolder(folder, "float32") / path.name
         settings.write(program, written, metadata)
         logger.info("running the file beside the model")
         shapes = proof_shapes(settings, size, step)
         if "resize" in settings.parts:
             shapes += [(1, *image.shape[1:]) for image in images]
         report = _prove(written, path, settings, reference, shapes, images)
+        if settings.int8 is not None:
+            logger.info("quantizing to int8, and comparing it with float32")
+            float32, written = written, _subfolder(folder, "int8") / path.name
+            report = quantize_with_proof(float32, written, settings, report)
         _keep(settings, written, path, report)
     return report
+
+
+def _subfolder(folder: str, name: str) -> Path:
+    path = Path(folder) / name
+    path.mkdir()
+    return path
 
 
 def _num_classes(reference: Reference, size: tuple[int, int], class_names: Sequence[str] | None) -> int:
@@ -105,6 +116,7 @@ def _metadata(source: Source, settings: Format, num_classes: int) -> ExportMetad
         input_type=settings.input_type if "preprocessing" in settings.parts else "float32",
         in_graph=settings.parts,
         dynamic=settings.dynamic,
+        precision=settings.precision,
         arguments=source.arguments,
         weights=source.weights,
         source=source.description,

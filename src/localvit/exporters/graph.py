@@ -15,6 +15,7 @@ from localvit.exporters.registry import Format
 from localvit.exporters.resizing import ResampleByWeights, ResizeAndCrop
 from localvit.inference.fusion import fuse, fuse_last_block
 from localvit.inference.runtimes import AXES, input_shape_of, quiet
+from localvit.models.positions import absolute_grids, img_size_of
 from localvit.utils.wrappers import is_quantized, is_sharded, unwrap
 
 
@@ -78,12 +79,23 @@ class ClassifierGraph(nn.Module):
 
 
 def build_graph(model: nn.Module, preprocessing: Preprocessing, settings: Format) -> ClassifierGraph:
-    """The graph of a model that `plain_copy` returned. The model is changed."""
+    """The graph of a model that `plain_copy` returned. The model is changed.
+
+    Where the size of its images is fixed, its position embeddings become those of that size, so that the graph does not
+    resample them for each batch.
+    """
+    if settings.dynamic != "size":
+        _fix_positions(model, preprocessing.input_size)
     if settings.fuse:
         model = fuse(model, inplace=True)
     else:
         fuse_last_block(model)
     return ClassifierGraph(model, preprocessing, settings).eval()
+
+
+def _fix_positions(model: Any, size: tuple[int, int]) -> None:
+    if absolute_grids(model) and img_size_of(model) != size and hasattr(model, "set_input_size"):
+        model.set_input_size(img_size=size)
 
 
 def trace(graph: ClassifierGraph, settings: Format, size: tuple[int, int], multiple: int) -> ExportedProgram:

@@ -1,13 +1,17 @@
 """ONNX, for ONNX Runtime, browsers and most other runtimes: one file, with its weights and metadata."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch.export import ExportedProgram
 
+from localvit.exporters.onnx_half import store_in_float16
+from localvit.exporters.onnx_int8 import write_onnx_int8
 from localvit.exporters.registry import Format, register
 from localvit.inference.export_metadata import ExportMetadata
 from localvit.inference.runtimes import AXES, quiet
@@ -28,6 +32,8 @@ class Onnx(Format):
     suffix: ClassVar[str] = ".onnx"
     requires: ClassVar[tuple[str, ...]] = ("onnx", "onnxscript", "onnxruntime")
     extra: ClassVar[str] = "onnx"
+    quantizes: ClassVar[bool] = True
+    stores_float16: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -36,6 +42,11 @@ class Onnx(Format):
 
     def write(self, program: ExportedProgram, path: Path, metadata: ExportMetadata) -> None:
         write_onnx(program, path, self.opset, metadata)
+        if self.precision == "float16":
+            store_in_float16(path)
+
+    def write_int8(self, float32: Path, path: Path, inputs: Sequence[np.ndarray], metadata: ExportMetadata) -> None:
+        write_onnx_int8(float32, path, inputs, replace(metadata, precision="int8"))
 
 
 def write_onnx(program: ExportedProgram, path: Path, opset: int, metadata: ExportMetadata) -> None:

@@ -130,20 +130,28 @@ def prove(
 
 
 def compare(found_BM: Tensor, expected_BM: Tensor, shape: tuple[int, int, int], metadata: ExportMetadata) -> ProofCase:
-    """The errors of logits. Those that come from probabilities are known up to a constant, so both are centered."""
-    expected_BM = expected_BM.double()
-    found_BM = found_BM.double()
-    counts = torch.ones_like(expected_BM, dtype=torch.bool)
-    if metadata.output == "probabilities":
-        counts = expected_BM.log_softmax(1) > np.log(LEAST_PROBABILITY)
-        found_BM, expected_BM = (_centered(logits, counts) for logits in (found_BM, expected_BM))
-    error = (found_BM - expected_BM).abs().masked_fill(~counts, 0).nan_to_num(nan=float("inf")).max().item()
-    scale = max(expected_BM.masked_fill(~counts, 0).abs().max().item(), LEAST_SCALE)
+    """The errors of logits."""
     agreement = (found_BM.argmax(1) == expected_BM.argmax(1)).double().mean().item()
+    found_BM, expected_BM = comparable(found_BM, expected_BM, metadata)
+    error = (found_BM - expected_BM).abs().nan_to_num(nan=float("inf")).max().item()
+    scale = max(expected_BM.abs().max().item(), LEAST_SCALE)
     batch, height, width = shape
     return ProofCase(
         batch=batch, height=height, width=width, max_abs=error, max_rel=error / scale, top1_agreement=agreement
     )
+
+
+def comparable(found_BM: Tensor, expected_BM: Tensor, metadata: ExportMetadata) -> tuple[Tensor, Tensor]:
+    """Both logits in float64, zero where they cannot be compared.
+
+    Those that come from probabilities are known up to a constant, so both are centered.
+    """
+    found_BM, expected_BM = found_BM.double(), expected_BM.double()
+    if metadata.output != "probabilities":
+        return found_BM, expected_BM
+    counts = expected_BM.log_softmax(1) > np.log(LEAST_PROBABILITY)
+    found_BM, expected_BM = (_centered(logits, counts).masked_fill(~counts, 0) for logits in (found_BM, expected_BM))
+    return found_BM, expected_BM
 
 
 def _centered(logits_BM: Tensor, counts_BM: Tensor) -> Tensor:

@@ -2,12 +2,15 @@
 
 import importlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
+import numpy as np
 from torch.export import ExportedProgram
 
+from localvit.exporters.int8 import Int8
 from localvit.inference.export_metadata import PARTS, Dynamic, ExportMetadata, InputType, Part
 from localvit.inference.runtimes import Runtime
 
@@ -28,6 +31,10 @@ class Format(ABC):
     """uint8: RGB from 0 to 255; float32: RGB from 0 to 1. Without `preprocessing` always float32."""
     fuse: bool = False
     """Export the graph of `localvit.fuse`. The runtimes fold batch norms themselves, and are faster without."""
+    precision: Literal["float32", "float16"] = "float32"
+    """float16 stores weights in half the bytes; all layers still compute in float32."""
+    int8: Int8 | None = None
+    """Quantize to int8, if it costs little."""
 
     name: ClassVar[str]
     """Its name on the command line."""
@@ -37,8 +44,10 @@ class Format(ABC):
     """The modules that it needs, all installed by one extra."""
     extra: ClassVar[str] = ""
     """That extra."""
-    tolerance: ClassVar[float] = 1e-4
-    """The largest error of logits, relative to the largest logit, of a file that is kept."""
+    stores_float16: ClassVar[bool] = False
+    """Whether its `write` knows float16."""
+    quantizes: ClassVar[bool] = False
+    """Whether it has `write_int8`."""
 
     def __post_init__(self) -> None:
         if unknown := [part for part in self.include if part not in PARTS]:
@@ -47,11 +56,31 @@ class Format(ABC):
             raise ValueError(f"dynamic={self.dynamic!r}: choose none, batch or size")
         if self.input_type not in ("uint8", "float32"):
             raise ValueError(f"input_type={self.input_type!r}: choose uint8 or float32")
+        if self.precision not in ("float32", "float16"):
+            raise ValueError(f"precision={self.precision!r}: choose float32 or float16")
+        if self.precision == "float16" and not self.stores_float16:
+            able = ", ".join(name for name, each in FORMATS.items() if each.stores_float16)
+            raise ValueError(f"precision='float16' is not written as {self.name}: choose {able}")
+        if self.precision == "float16" and self.int8 is not None:
+            raise ValueError("int8 and precision='float16' contradict each other: leave one of them out")
+        if self.int8 is not None and not self.quantizes:
+            able = ", ".join(name for name, each in FORMATS.items() if each.quantizes)
+            raise ValueError(f"int8 is not written as {self.name}: choose {able}")
+        if self.int8 is not None and "resize" in self.include:
+            raise ValueError("int8 and include='resize' contradict each other: in int8, resizing would not be exact")
         if "resize" in self.include and self.dynamic == "size":
             raise ValueError(
                 "dynamic='size' and include='resize' contradict each other: resized in the file, images of any size "
                 "become the model's size; choose one of them"
             )
+
+    @property
+    def tolerance(self) -> float:
+        """The largest error of logits, relative to the largest logit, of a file that is kept.
+
+        float16 rounds each weight by up to 5e-4 of itself, so errors near 1e-3 are expected.
+        """
+        return 5e-3 if self.precision == "float16" else 1e-4
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -62,6 +91,10 @@ class Format(ABC):
     @abstractmethod
     def write(self, program: ExportedProgram, path: Path, metadata: ExportMetadata) -> None:
         """Write the traced program, with the metadata, to a file in an empty folder."""
+
+    def write_int8(self, float32: Path, path: Path, inputs: Sequence[np.ndarray], metadata: ExportMetadata) -> None:
+        """Write the file `float32` that `write` made, quantized by what it computes for each of the inputs."""
+        raise NotImplementedError
 
     def files(self, path: Path) -> list[Path]:
         """All files that `write` makes for `path`."""

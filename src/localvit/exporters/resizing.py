@@ -9,7 +9,7 @@ Shapes: B batch, H and W height and width of the image, h and w those of the cro
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -108,7 +108,8 @@ def _pil_may_resize_columns_first() -> bool:
 class ResampleByWeights(TorchFunctionMode):
     """Within it, antialiased bicubic interpolation of floating-point maps is a product with matrices of weights.
 
-    Models resample their position embeddings with it. Runtimes have no operator for it, or one that differs.
+    Models resample their position embeddings with it. Runtimes have no operator for it, or one that differs. A map that
+    has its new size already, which is not open, stays as it is: timm resamples it while torch exports.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -116,8 +117,13 @@ class ResampleByWeights(TorchFunctionMode):
         if func is F.interpolate and kwargs.get("mode") == "bicubic" and kwargs.get("antialias"):
             size = kwargs.get("size", args[1] if len(args) > 1 else None)
             if isinstance(size, list | tuple) and not kwargs.get("align_corners") and args[0].is_floating_point():
-                return resample(args[0], *size)
+                return args[0] if _is_size_of(args[0], size) else resample(args[0], *size)
         return func(*args, **kwargs)
+
+
+def _is_size_of(map_BCHW: Tensor, size: Sequence[int | torch.SymInt]) -> bool:
+    """Whether the map has this size at every input, as no side that is open has."""
+    return all(isinstance(side, int) for side in size) and tuple(size) == tuple(map_BCHW.shape[2:])
 
 
 def resample(map_BCHW: Tensor, height: int, width: int) -> Tensor:

@@ -19,6 +19,7 @@ VERSION = 1
 
 InputType = Literal["uint8", "float32"]
 Dynamic = Literal["none", "batch", "size"]
+Precision = Literal["float32", "float16", "int8"]
 Part = Literal["resize", "preprocessing", "softmax"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
@@ -40,6 +41,8 @@ class ExportMetadata:
     """What the file does itself: `resize` (and crop), `preprocessing` (scale to [0, 1], normalize), `softmax`."""
     dynamic: Dynamic
     """Which of batch and image size its input leaves open; `size` means both."""
+    precision: Precision = "float32"
+    """float16: its weights are stored in it, and it computes in float32. int8: its products compute in it."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Arguments that the model was made with."""
     weights: Literal["published", "own", "unknown"] = "unknown"
@@ -108,6 +111,7 @@ class ExportMetadata:
             values: dict[str, Any] = {
                 each.name: strings[each.name] if each.type in _TEXTS else json.loads(strings[each.name])
                 for each in fields(cls)
+                if each.name in strings or each.name not in _ADDED
             }
             values["in_graph"] = tuple(values["in_graph"])
             size = values["preprocessing"]["input_size"][1:]
@@ -125,6 +129,7 @@ class ExportMetadata:
         for name, value, allowed in (
             ("input_type", self.input_type, get_args(InputType)),
             ("dynamic", self.dynamic, get_args(Dynamic)),
+            ("precision", self.precision, get_args(Precision)),
         ):
             if value not in allowed:
                 raise ValueError(f"{name}={value!r}: choose {', '.join(allowed)}")
@@ -132,5 +137,7 @@ class ExportMetadata:
             raise ValueError(f"in_graph={unknown[0]!r}: choose {', '.join(PARTS)}")
 
 
-_TEXTS = (str, InputType, Dynamic, Literal["published", "own", "unknown"])
+_ADDED = ("precision",)
+"""Fields that older files lack."""
+_TEXTS = (str, InputType, Dynamic, Precision, Literal["published", "own", "unknown"])
 """Types of the fields whose texts are not JSON."""

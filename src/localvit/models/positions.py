@@ -126,7 +126,7 @@ def positions_like(source: nn.Module, model: nn.Module) -> dict[str, Tensor]:
     Both are of the same architecture, ours or timm's. Absolute embeddings are resampled by `resample_positions`, tables
     of relative position biases bicubic as in the Swin paper (arXiv 2103.14030, section 3.2).
     """
-    old_grids, new_grids, state_dict = _absolute_grids(source), _absolute_grids(model), source.state_dict()
+    old_grids, new_grids, state_dict = absolute_grids(source), absolute_grids(model), source.state_dict()
     resampled = {
         name: resample_positions(state_dict[name], old_grids[name][0], grid_size, num_prefix_tokens)
         for name, (grid_size, num_prefix_tokens) in new_grids.items()
@@ -139,7 +139,7 @@ def positions_like(source: nn.Module, model: nn.Module) -> dict[str, Tensor]:
     return resampled
 
 
-def _absolute_grids(model: Any) -> PositionGrids:
+def absolute_grids(model: Any) -> PositionGrids:
     """Grids of the absolute positions of our models, and of timm's vision transformers where they can be told."""
     if isinstance(model, Family):
         return model.position_grids()
