@@ -19,6 +19,7 @@ from localvit.inference.runner import InferenceOptions, LoadedModel, load_model
 from localvit.utils.devices import DTYPES, choose_device
 from localvit.utils.distributed import is_main, process_group, run_on_all_ranks, world_size
 from localvit.utils.files import check_writable
+from localvit.utils.intervals import accuracy_interval, interval_text
 from localvit_cli import UsageError
 from localvit_cli.console import progress
 from localvit_cli.streams import printable
@@ -196,7 +197,9 @@ def _print_result(command: Eval, evaluation: Evaluation, about: dict[str, Any]) 
     if command.real_labels:
         real1, real5, count = real_accuracy(evaluation)
         about["real"] = {"acc1": real1, "acc5": real5, "count": count}
-        print(f"ReaL Acc@1 {real1:.3f} Acc@5 {real5:.3f} ({count:,} images)")
+        about["real"]["acc1_interval"] = accuracy_interval(real1, count)
+        interval = interval_text(real1, count)
+        print(f"ReaL Acc@1 {real1:.3f} Acc@5 {real5:.3f} ({count:,} images, 95 % interval of Acc@1 {interval})")
     if evaluation.skipped:
         count = len(evaluation.paths) + len(evaluation.skipped)
         print(f"skipped {len(evaluation.skipped):,} unreadable of {count:,} images")
@@ -204,6 +207,8 @@ def _print_result(command: Eval, evaluation: Evaluation, about: dict[str, Any]) 
         about["trained_on_images"] = evaluation.num_trained_on
         print(f"the model was trained on {evaluation.num_trained_on:,} of the {len(evaluation.paths):,} images")
     print(evaluation.line(), flush=True)
+    count = len(evaluation.paths)
+    logger.info(f"95 % interval of Acc@1: {interval_text(evaluation.acc1, count)} ({count:,} images)")
 
 
 def _write_report(

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+import statistics
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
@@ -122,6 +123,12 @@ def by_hand():
     )
 
 
+def wilson_by_roots(hits, count):
+    """The shares p for which the observed one is z standard deviations away: the roots of a quadratic."""
+    z2, share = statistics.NormalDist().inv_cdf(0.975) ** 2, hits / count
+    return sorted(np.roots([1 + z2 / count, -(2 * share + z2 / count), share**2]).real.tolist())
+
+
 def test_results_equal_hand_computed_numbers(tmp_path):
     about = {"model": "m", "preprocessing": {"mean": (0.5, math.nan)}, "dtype": torch.float32, "root": Path("x/y")}
     about |= {"seconds": math.inf, "throughput": torch.tensor(2.5), "amp": False, "checkpoint": None}
@@ -130,6 +137,9 @@ def test_results_equal_hand_computed_numbers(tmp_path):
     ece = (3 * abs(1 / 3 - 0.5) + 2 * 0.2 + 0.9 + 0) / 7
     assert results == {
         "acc1": pytest.approx(300 / 7),
+        # Wilson's ends solve |p - k / n| = z * sqrt(p * (1 - p) / n).
+        "acc1_interval": [pytest.approx(100 * end) for end in wilson_by_roots(3, 7)],
+        "acc5_interval": [pytest.approx(100 * end) for end in wilson_by_roots(5, 7)],
         # The second class is the next one, so d (0, then 1) and b (3, then 0) are correct in the top 5.
         "acc5": pytest.approx(500 / 7),
         "loss": pytest.approx(1.0),
@@ -147,6 +157,7 @@ def test_results_equal_hand_computed_numbers(tmp_path):
         "checkpoint": None,
     }
     assert "Evaluation of m" in page.text
+    assert "15.8 to 75.0 (7 images)" in page.text.replace("\xa0", " ")
     for text in ("42.86 %", "71.43 %", "1.000", f"{100 * ece:.2f} %", "2 skipped", "broken.png", "torch.float32"):
         assert text in page.text.replace("\xa0", " ")
 
@@ -154,10 +165,14 @@ def test_results_equal_hand_computed_numbers(tmp_path):
 def test_per_class_rows_equal_hand_computed_numbers(tmp_path):
     _, rows, _ = report(by_hand(), tmp_path)
     header = ("class", "name", "images", "correct", "accuracy", "mean_confidence", "most_common_wrong")
+    header += ("accuracy_low", "accuracy_high")
+    ends = {
+        hits: tuple(f"{100 * end:.3f}" for end in wilson_by_roots(1, count)) for hits, count in (("1/3", 3), ("1/2", 2))
+    }
     assert [tuple(row.values()) for row in rows] == [
-        ("0", "tabby, tabby cat", "3", "1", "33.333", "0.700000", 'the "other"'),
-        ("1", 'the "other"', "2", "1", "50.000", "0.600000", "tabby, tabby cat"),
-        ("3", "dog", "2", "1", "50.000", "0.750000", 'the "other"'),
+        ("0", "tabby, tabby cat", "3", "1", "33.333", "0.700000", 'the "other"', *ends["1/3"]),
+        ("1", 'the "other"', "2", "1", "50.000", "0.600000", "tabby, tabby cat", *ends["1/2"]),
+        ("3", "dog", "2", "1", "50.000", "0.750000", 'the "other"', *ends["1/2"]),
     ]
     assert tuple(rows[0]) == header
 

@@ -139,7 +139,7 @@ def test_imagenet_has_words_in_transformers_and_synsets_here(tmp_path):
 
 ABOUT = {
     "epoch": 6,
-    "metrics": {"test_acc1": 71.234, "test_loss": 1.25, "epoch": 6},
+    "metrics": {"test_acc1": 100 * 15 / 18, "test_images": 18, "test_loss": 1.25, "epoch": 6},
     "config": {"data_set": "FOLDER", "data_path": "/home/me/images", "output_dir": "/home/me/runs", "epochs": 7},
     "held_out": {"folder": "/home/me/images", "images": "", "trained_on": 9},
 }
@@ -149,7 +149,14 @@ def test_the_model_card_has_the_numbers_and_no_paths_of_the_run(tmp_path):
     write(tmp_path / "model", about=ABOUT, class_names=["ape", "b`a|t\nx", "cow"])
     card = (tmp_path / "model" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: timm\n")
-    for text in ("# model\n", "| 71.23 |", "| epoch | 7 |", "`ape`, `b'a\\|t x`, `cow`", "bilinear", "32 x 64"):
+    for text in (
+        "# model\n",
+        "| 83.33 (95 % interval 60.8 to 94.2, 18 images) |",
+        "| epoch | 7 |",
+        "`ape`, `b'a\\|t x`, `cow`",
+        "bilinear",
+        "32 x 64",
+    ):
         assert text in card, text
     assert not [path for path in (tmp_path / "model").iterdir() if "/home/me" in path.read_text(errors="replace")]
     about = localvit.from_hub(tmp_path / "model").about

@@ -7,6 +7,7 @@ from typing import Any
 from localvit.inference.cost import count_parameters
 from localvit.inference.runner import LoadedModel
 from localvit.models.registry import find_model
+from localvit.utils.intervals import interval_text
 
 _METRICS = {
     "test_acc1": "top-1 accuracy, %",
@@ -84,7 +85,9 @@ def _results(about: Mapping[str, Any]) -> list[str]:
     if not isinstance(metrics, Mapping):
         return []
     rows = [
-        (title, f"{metrics[key]:.4g}") for key, title in _METRICS.items() if isinstance(metrics.get(key), int | float)
+        (title, f"{metrics[key]:.4g}{_interval(key, metrics)}")
+        for key, title in _METRICS.items()
+        if isinstance(metrics.get(key), int | float)
     ]
     if isinstance(epoch := about.get("epoch"), int):
         rows.append(("epoch", str(epoch + 1)))  # files count from 0
@@ -96,6 +99,14 @@ def _results(about: Mapping[str, Any]) -> list[str]:
         if rows
         else []
     )
+
+
+def _interval(key: str, metrics: Mapping[str, Any]) -> str:
+    """The 95 % interval of an accuracy and the number of its images, if that is known."""
+    count, value = metrics.get("test_images"), metrics[key]
+    if key not in ("test_acc1", "test_acc5") or type(count) is not int or count < 1 or not 0 <= value <= 100:
+        return ""
+    return f" (95 % interval {interval_text(value, count)}, {count:,} images)"
 
 
 def _usage(title: str) -> str:

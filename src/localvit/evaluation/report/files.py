@@ -20,6 +20,11 @@ from localvit.utils.files import atomic_write
 
 FILES = ("results.json", "per_class.csv", "report.html")
 """The names of the files."""
+COLUMNS = (
+    *("class", "name", "images", "correct", "accuracy", "mean_confidence", "most_common_wrong"),
+    *("accuracy_low", "accuracy_high"),
+)
+"""The columns of per_class.csv. Accuracies and the ends of their 95 % interval are in percent."""
 
 
 def write_report(
@@ -74,7 +79,9 @@ def write_report(
 def _results(evaluation: Evaluation, ece: float, non_finite: list[str], about: dict[str, Any]) -> dict[str, Any]:
     results = {
         "acc1": evaluation.acc1,
+        "acc1_interval": evaluation.acc1_interval,
         "acc5": evaluation.acc5,
+        "acc5_interval": evaluation.acc5_interval,
         "loss": evaluation.loss,
         "ece": ece,
         "count": len(evaluation.paths),
@@ -104,10 +111,11 @@ def _plain(value: Any) -> Any:
 def _per_class_csv(class_names: list[str], classes: list[ClassMetrics]) -> str:
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)  # else a bare \r is not quoted
-    writer.writerow(("class", "name", "images", "correct", "accuracy", "mean_confidence", "most_common_wrong"))
+    writer.writerow(COLUMNS)
     for row in classes:
         confidence = f"{row.mean_confidence:.6f}" if math.isfinite(row.mean_confidence) else ""
         wrong = "" if row.most_common_wrong is None else class_names[row.most_common_wrong]
         accuracy = f"{100 * row.accuracy:.3f}"
-        writer.writerow((row.index, row.name, row.images, row.correct, accuracy, confidence, wrong))
+        low, high = (f"{end:.3f}" for end in row.interval)
+        writer.writerow((row.index, row.name, row.images, row.correct, accuracy, confidence, wrong, low, high))
     return text.getvalue()
