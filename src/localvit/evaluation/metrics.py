@@ -115,7 +115,7 @@ def reliability_bins(confidences_N: Tensor, correct_N: Tensor, *, bins: int = 15
             f"confidences {tuple(confidences_N.shape)} and correct {tuple(correct_N.shape)} must be vectors of equal "
             "length"
         )
-    confidences_N = confidences_N.double()
+    confidences_N = confidences_N.double().contiguous()
     if not ((confidences_N >= 0) & (confidences_N <= 1 + 1e-6)).all():
         raise ValueError("a confidence is not a probability from 0 to 1; remove images with non-finite values first")
     edges = [m / bins for m in range(bins + 1)]

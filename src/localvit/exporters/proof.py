@@ -135,7 +135,7 @@ def compare(found_BM: Tensor, expected_BM: Tensor, shape: tuple[int, int, int], 
     found_BM = found_BM.double()
     counts = torch.ones_like(expected_BM, dtype=torch.bool)
     if metadata.output == "probabilities":
-        counts = expected_BM.log_softmax(1) > np.log(LEAST_PROBABILITY)
+        counts = (expected_BM / metadata.temperature).log_softmax(1) > np.log(LEAST_PROBABILITY)
         found_BM, expected_BM = (_centered(logits, counts) for logits in (found_BM, expected_BM))
     error = (found_BM - expected_BM).abs().masked_fill(~counts, 0).nan_to_num(nan=float("inf")).max().item()
     scale = max(expected_BM.masked_fill(~counts, 0).abs().max().item(), LEAST_SCALE)

@@ -16,6 +16,8 @@ from localvit.evaluation.metrics import (
     reliability_bins,
 )
 from localvit.evaluation.report.page import render_page
+from localvit.evaluation.temperature import Effect
+from localvit.inference.calibration import Calibration
 from localvit.utils.files import atomic_write
 
 FILES = ("results.json", "per_class.csv", "report.html")
@@ -28,7 +30,12 @@ COLUMNS = (
 
 
 def write_report(
-    evaluation: Evaluation, directory: Path, *, dataset_root: Path | None, about: dict[str, Any]
+    evaluation: Evaluation,
+    directory: Path,
+    *,
+    dataset_root: Path | None,
+    about: dict[str, Any],
+    calibrated: tuple[Calibration, Effect] | None = None,
 ) -> list[Path]:
     """Write results.json, per_class.csv and report.html, each atomically.
 
@@ -41,6 +48,7 @@ def write_report(
             without thumbnails.
         about: What was evaluated and how (model, checkpoint, preprocessing, versions, device). It is added to
             results.json; values that JSON has no type for become text.
+        calibrated: The model's temperature and what it does to these probabilities.
 
     Returns:
         The paths of the three files.
@@ -65,9 +73,9 @@ def write_report(
     classes = per_class(evaluation)
 
     contents = (
-        json.dumps(_results(evaluation, ece, non_finite, about), indent=2, allow_nan=False) + "\n",
+        json.dumps(_results(evaluation, ece, non_finite, calibrated, about), indent=2, allow_nan=False) + "\n",
         _per_class_csv(evaluation.class_names, classes),
-        render_page(evaluation, classes, bins, ece, non_finite, dataset_root, about),
+        render_page(evaluation, classes, bins, ece, non_finite, dataset_root, about, calibrated),
     )
     for name, text in zip(FILES, contents, strict=True):
         with atomic_write(directory / name) as file:
@@ -76,8 +84,14 @@ def write_report(
     return [directory / name for name in FILES]
 
 
-def _results(evaluation: Evaluation, ece: float, non_finite: list[str], about: dict[str, Any]) -> dict[str, Any]:
-    results = {
+def _results(
+    evaluation: Evaluation,
+    ece: float,
+    non_finite: list[str],
+    calibrated: tuple[Calibration, Effect] | None,
+    about: dict[str, Any],
+) -> dict[str, Any]:
+    results: dict[str, Any] = {
         "acc1": evaluation.acc1,
         "acc1_interval": evaluation.acc1_interval,
         "acc5": evaluation.acc5,
@@ -88,6 +102,15 @@ def _results(evaluation: Evaluation, ece: float, non_finite: list[str], about: d
         "skipped": {"count": len(evaluation.skipped), "names": evaluation.skipped},
         "non_finite_loss": {"count": len(non_finite), "names": non_finite},
     }
+    if calibrated:
+        calibration, effect = calibrated
+        results["calibrated"] = {
+            "temperature": calibration.temperature,
+            "fitted_images": calibration.num_images,
+            "ece": effect.ece,
+            "loss": effect.loss,
+            "cross_fitted": effect.is_cross_fitted,
+        }
     if taken := results.keys() & about.keys():
         raise ValueError(
             f"about contains {', '.join(sorted(taken))}, which results.json takes from the evaluation; remove it there"
