@@ -164,6 +164,19 @@ def test_the_model_card_has_the_numbers_and_no_paths_of_the_run(tmp_path):
     assert about["held_out"] == {"images": "", "trained_on": 9}
 
 
+def test_a_temperature_reaches_the_card_and_who_downloads_the_model(tmp_path):
+    record = {"temperature": 1.5, "num_images": 1800, "images": "", "ece_before": 0.0625, "ece_after": 0.0125}
+    record |= {"loss_before": 1.0, "loss_after": 0.5, "weights": "ema"}
+    averaged = localvit.create_model("localvit_nano_patch4_32", depth=1, **SIZE).state_dict()
+    write(tmp_path / "raw", about=ABOUT | {"calibration": record}, ema=averaged)
+    assert "Calibration" not in (tmp_path / "raw" / "README.md").read_text()  # it is of the other weights
+    localvit.save_hub_folder(localvit.load_model(tmp_path / "raw.safetensors", weights="ema"), tmp_path / "ema")
+    card = (tmp_path / "ema" / "README.md").read_text()
+    assert "the temperature 1.5, which was fitted to 1,800 held-out images" in card
+    assert "error of 1.25 % on images that it was not fitted to (cross-fitting); undivided, 6.25 %" in card
+    assert localvit.from_hub(tmp_path / "ema").calibration.temperature == 1.5
+
+
 def test_numbers_of_other_weights_and_those_that_json_lacks_are_left_out(tmp_path, caplog):
     about = ABOUT | {"metrics": {"test_acc1": 71.234, "test_loss": float("nan")}}
     averaged = localvit.create_model("localvit_nano_patch4_32", depth=1, **SIZE).state_dict()

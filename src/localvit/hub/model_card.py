@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from localvit.inference.calibration import Calibration
 from localvit.inference.cost import count_parameters
 from localvit.inference.runner import LoadedModel
 from localvit.models.registry import find_model
@@ -48,6 +49,7 @@ def model_card(loaded: LoadedModel, header: Mapping[str, Any], title: str) -> st
         f"# {title}",
         _summary(loaded, header),
         *_results(header["about"]),
+        *_calibration(header["about"]),
         f"## Use\n\n{_usage(title)}",
         *_classes(header["class_names"]),
         *_training(header["about"]),
@@ -99,6 +101,18 @@ def _results(about: Mapping[str, Any]) -> list[str]:
         if rows
         else []
     )
+
+
+def _calibration(about: Mapping[str, Any]) -> list[str]:
+    calibration = Calibration.of(about, "the checkpoint")
+    if calibration is None:
+        return []
+    before, after = (f"{100 * error:.2f} %" for error in (calibration.ece_before, calibration.ece_after))
+    return [
+        f"## Calibration\n\nLogits divided by the temperature {calibration.temperature:.4g}, which was fitted to "
+        f"{calibration.num_images:,} held-out images, have an expected calibration error of {after} on images that it "
+        f"was not fitted to (cross-fitting); undivided, {before}. `localvit predict --calibrated` does that."
+    ]
 
 
 def _interval(key: str, metrics: Mapping[str, Any]) -> str:
