@@ -3,7 +3,8 @@
 from localvit.data.classes import imagenet_synsets
 from localvit.evaluation.evaluate import Evaluation
 from localvit.inference.runner import LoadedModel
-from localvit.models.registry import find_model
+from localvit.models.packaged import PackagedWeights
+from localvit.models.registry import ModelInfo, find_model
 
 IMAGENET_VAL = 50_000
 """Images of the ImageNet-1k validation set."""
@@ -23,7 +24,8 @@ def published_line(loaded: LoadedModel, evaluation: Evaluation, data_set: str) -
         return None
     if loaded.preprocessing.input_size != info.input_size[1:]:
         return None
-    count, published = len(evaluation.paths), None
+    count = len(evaluation.paths)
+    published: ModelInfo | PackagedWeights | None = None
     if data_set == "IMNET" and count == IMAGENET_VAL and evaluation.class_names == imagenet_synsets():
         published, name = info, info.paper_name
     packaged = info.packaged
