@@ -146,7 +146,7 @@ def _file_text(file: dict[str, Any]) -> str:
     if "epoch" in about:
         about["epoch"] += 1  # files count from 0
     if "metrics" in about:
-        about["metrics"] = _with_intervals(about["metrics"])
+        about["metrics"] = _with_intervals(about["metrics"], about.get("test_images"))
     rows = [
         ("file", file["path"]),
         ("size", f"{file['bytes']:,} bytes"),
@@ -165,10 +165,9 @@ def _file_text(file: dict[str, Any]) -> str:
     return format_table(rows)
 
 
-def _with_intervals(metrics: Mapping[str, Any]) -> dict[str, Any]:
+def _with_intervals(metrics: Mapping[str, Any], count: object) -> dict[str, Any]:
     """The metrics without the epoch, accuracies with their 95 % interval where the number of images is known."""
     shown = {name: value for name, value in metrics.items() if name != "epoch"}
-    count = metrics.get("test_images")
     for name in ("test_acc1", "test_acc5"):
         value = shown.get(name)
         if type(count) is int and count > 0 and isinstance(value, int | float) and 0 <= value <= 100:

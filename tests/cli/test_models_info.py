@@ -205,7 +205,8 @@ def test_the_text_on_a_file_has_lines_instead_of_dictionaries_and_counts_epochs_
     about = {
         "config": {"lr": 5e-4, "model_args": {"local_blocks": "1-2"}, "repeated_aug": True, "device": None},
         "epoch": 2,  # as training stores it, from 0
-        "metrics": {"epoch": 2, "train_loss": 0.25, "test_acc1": 97.5, "test_images": 40},
+        "metrics": {"epoch": 2, "train_loss": 0.25, "test_acc1": 97.5},
+        "test_images": 40,
     }
     model = create_model("localvit_nano_patch4_32", num_classes=2, local_blocks="1-2")
     path = save_checkpoint(model, tmp_path / "nano.safetensors", about=about)

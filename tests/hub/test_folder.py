@@ -139,7 +139,8 @@ def test_imagenet_has_words_in_transformers_and_synsets_here(tmp_path):
 
 ABOUT = {
     "epoch": 6,
-    "metrics": {"test_acc1": 100 * 15 / 18, "test_images": 18, "test_loss": 1.25, "epoch": 6},
+    "metrics": {"test_acc1": 100 * 15 / 18, "test_loss": 1.25, "epoch": 6},
+    "test_images": 18,
     "config": {"data_set": "FOLDER", "data_path": "/home/me/images", "output_dir": "/home/me/runs", "epochs": 7},
     "held_out": {"folder": "/home/me/images", "images": "", "trained_on": 9},
 }
@@ -183,7 +184,7 @@ def test_numbers_of_other_weights_and_those_that_json_lacks_are_left_out(tmp_pat
     write(tmp_path / "raw", about=about, ema=averaged)
     text = (tmp_path / "raw" / "config.json").read_text()
     assert json.loads(text, parse_constant=pytest.fail)["localvit"]["about"]["metrics"]["test_loss"] is None
-    assert "| 71.23 |" in (tmp_path / "raw" / "README.md").read_text()
+    assert "| 71.23 (95 % interval 48.2 to 86.8, 18 images) |" in (tmp_path / "raw" / "README.md").read_text()
     loaded = localvit.load_model(tmp_path / "raw.safetensors", weights="ema")
     localvit.save_hub_folder(loaded, tmp_path / "ema")
     assert "71.23" not in (tmp_path / "ema" / "README.md").read_text()

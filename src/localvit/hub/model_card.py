@@ -87,7 +87,7 @@ def _results(about: Mapping[str, Any]) -> list[str]:
     if not isinstance(metrics, Mapping):
         return []
     rows = [
-        (title, f"{metrics[key]:.4g}{_interval(key, metrics)}")
+        (title, f"{metrics[key]:.4g}{_interval(key, metrics[key], about)}")
         for key, title in _METRICS.items()
         if isinstance(metrics.get(key), int | float)
     ]
@@ -115,9 +115,9 @@ def _calibration(about: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _interval(key: str, metrics: Mapping[str, Any]) -> str:
+def _interval(key: str, value: float, about: Mapping[str, Any]) -> str:
     """The 95 % interval of an accuracy and the number of its images, if that is known."""
-    count, value = metrics.get("test_images"), metrics[key]
+    count = about.get("test_images")
     if key not in ("test_acc1", "test_acc5") or type(count) is not int or count < 1 or not 0 <= value <= 100:
         return ""
     return f" (95 % interval {interval_text(value, count)}, {count:,} images)"

@@ -174,7 +174,7 @@ def save_model(state: TrainState, path: Path, description: Mapping[str, Any]) ->
         ema=state.ema.module.state_dict() if state.ema else None,
         class_names=description["class_names"],
         preprocessing=description["preprocessing"],
-        about={"epoch": row["epoch"], "metrics": row | count, **description["about"]},
+        about={"epoch": row["epoch"], "metrics": row, **count, **description["about"]},
     )
 
 
