@@ -30,10 +30,9 @@ REPORT, FIGURE = "study.md", "study.png"
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """Run what is missing of a study (arms x seeds x lengths of schedule), and report it.
+    """Run what is missing of a study (arms x seeds x schedules), and report it.
 
-    Finished runs are kept and interrupted ones are resumed, so the same command continues. Without NAME, the studies
-    of this package are listed.
+    Finished runs are kept, interrupted ones resumed. Without NAME: a list.
     """
 
     source: Annotated[tyro.conf.Positional[str | None], optional("NAME|FILE.yaml")] = None
