@@ -152,8 +152,11 @@ def run_evaluation(command: Eval, loaded: LoadedModel, options: InferenceOptions
             try:
                 _print_result(command, loaded, evaluation, about)
             finally:  # the report is written even if nobody reads the result
-                fitted = fit_and_save(command, loaded, evaluation) if command.fit_temperature else loaded.calibration
-                _write_report(command, loaded, evaluation, fitted, images.root, about)
+                fitted = loaded.calibration
+                try:
+                    fitted = fit_and_save(command, loaded, evaluation) if command.fit_temperature else fitted
+                finally:
+                    _write_report(command, loaded, evaluation, fitted, images.root, about)
         evaluation.check_finite()
 
 
