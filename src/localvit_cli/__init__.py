@@ -23,6 +23,8 @@ COMMANDS = {
     "predict": "Classify images.",
     "check-data": "Find problems in an image folder before training on it.",
     "compare": "Compare training runs.",
+    "recipes": "List the training recipes, or print one.",
+    "study": "Run what is missing of a study: arms x seeds x schedules.",
     "models": "List the models with their size, cost and published accuracy.",
     "info": "Describe a model, a checkpoint file or an exported file.",
     "export": "Write a model as a file for other runtimes, with proof.",

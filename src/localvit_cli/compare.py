@@ -20,8 +20,10 @@ from localvit.train.compare import (
     read_runs,
     shared_name,
 )
+from localvit.train.state import Row
 from localvit.train.summary import setting_text
 from localvit.utils.files import check_writable
+from localvit.utils.intervals import accuracy_interval, interval_text
 from localvit.utils.tables import format_table
 from localvit_cli import UsageError
 from localvit_cli.streams import printable_lines
@@ -30,7 +32,8 @@ from localvit_cli.tyro_rules import optional
 logger = logging.getLogger(__name__)
 
 _HEADINGS = ("run", "state", "epochs", "best Acc@1", "epoch", "last Acc@1", "loss", "time", "images/s", "parameters")
-_RIGHT_ALIGNED = range(2, len(_HEADINGS))
+_INTERVAL = 6
+"""Where the column of intervals is, if any run has one."""
 _GROUP_HEADINGS = ("runs with the same settings", "n", "best Acc@1", "last Acc@1", "loss")
 
 
@@ -111,11 +114,14 @@ def _result_facts(run: Run) -> dict[str, object]:
         return {}
     facts = asdict(run.result)
     del facts["num_epochs"]  # is already there as "epochs"
+    for name in ("best", "last"):
+        if count := facts[name].get("test_images"):
+            facts[name]["test_acc1_interval"] = accuracy_interval(facts[name]["test_acc1"], int(count))
     return facts
 
 
 def _as_text(runs: list[Run], groups: list[Group]) -> str:
-    parts = [format_table([*map(_result, runs)], headings=_HEADINGS, right=_RIGHT_ALIGNED)]
+    parts = [_results(runs)]
     if differing := differing_settings(runs):
         parts.append(format_table([_settings(run, differing) for run in runs], headings=("run", *differing)))
     if groups:
@@ -125,12 +131,23 @@ def _as_text(runs: list[Run], groups: list[Group]) -> str:
     notes = (
         "Acc@1 is in percent. Epochs count from 1 here, and from 0 in log.txt.",
         "The loss is the validation loss after the last epoch, in nats.",
+        "The 95 % interval is that of the last Acc@1, from its number of validation images alone (Wilson)."
+        if any(map(_interval, runs))
+        else "",
         "Time (h:mm:ss) is the duration of the training steps, without evaluation.",
         "?: unknown, because the folder has no config.yaml." if any(run.settings is None for run in runs) else "",
         "Means are over n runs, with their sample standard deviation." if groups else "",
         f"Not included in the means: {', '.join(left_out)}." if left_out else "",
     )
     return "\n\n".join([*parts, "\n".join(filter(None, notes))])
+
+
+def _results(runs: list[Run]) -> str:
+    rows, headings = [list(_result(run)) for run in runs], list(_HEADINGS)
+    if any(map(_interval, runs)):
+        for line, cell in zip([headings, *rows], ["95 % interval", *map(_interval, runs)], strict=True):
+            line.insert(_INTERVAL, cell or "-")
+    return format_table(rows, headings=headings, right=range(2, len(headings)))
 
 
 def _result(run: Run) -> tuple[str, ...]:
@@ -150,6 +167,12 @@ def _result(run: Run) -> tuple[str, ...]:
         "-" if result.images_per_second is None else f"{result.images_per_second:,.1f}",
         f"{result.last['n_parameters']:,.0f}",
     )
+
+
+def _interval(run: Run) -> str:
+    """The 95 % interval of the last accuracy; empty if the number of images is not known."""
+    last: Row = run.result.last if run.result else {}
+    return interval_text(last["test_acc1"], int(last["test_images"])) if "test_images" in last else ""
 
 
 def _settings(run: Run, names: Sequence[str]) -> tuple[str, ...]:

@@ -15,12 +15,16 @@ from localvit.evaluation.evaluate import Evaluation, evaluate
 from localvit.evaluation.metrics import real_accuracy, reassessed_labels
 from localvit.evaluation.report.files import FILES, write_report
 from localvit.evaluation.unseen_images import open_unseen_images
+from localvit.inference.calibration import Calibration
 from localvit.inference.runner import InferenceOptions, LoadedModel, load_model
 from localvit.utils.devices import DTYPES, choose_device
 from localvit.utils.distributed import is_main, process_group, run_on_all_ranks, world_size
 from localvit.utils.files import check_writable
+from localvit.utils.intervals import accuracy_interval, interval_text
 from localvit_cli import UsageError
 from localvit_cli.console import progress
+from localvit_cli.fit_temperature import check_fit, fit_and_save, measure
+from localvit_cli.published_result import published_line
 from localvit_cli.streams import printable
 from localvit_cli.tyro_rules import optional
 
@@ -95,6 +99,9 @@ class Eval:
     """Skip and count unreadable images instead of stopping."""
     real_labels: bool = False
     """Also report accuracy on the reassessed labels of ImageNet-1k val (ImageNet-ReaL, arXiv 2006.07159)."""
+    fit_temperature: Annotated[Path | None, optional("FILE")] = None
+    """Fit a temperature to these images, which makes probabilities agree with the accuracy, and write the checkpoint
+    with it to FILE, which may be the evaluated one. Used by predict --calibrated and in exported files."""
     report: Annotated[Path | None, optional("DIR")] = None
     """Folder to write results.json, per_class.csv and report.html to."""
 
@@ -125,7 +132,7 @@ def run_evaluation(command: Eval, loaded: LoadedModel, options: InferenceOptions
             include_trained=command.include_trained,
         )
         total = len(images) if command.limit is None else min(command.limit, len(images))
-        run_on_all_ranks(lambda: _check_outputs(command, loaded, images, total))
+        run_on_all_ranks(lambda: _check_outputs(command, loaded, images, total, num_trained_on))
         data_set = str(command.data_set).upper()
         started = time.monotonic()
         with progress("eval", total, processes=world_size()) as advance:
@@ -136,15 +143,20 @@ def run_evaluation(command: Eval, loaded: LoadedModel, options: InferenceOptions
                 valid_classes=subset_classes(data_set) if data_set in IMAGENET_SUBSETS else None,
                 limit=command.limit,
                 skip_unreadable=command.skip_unreadable,
+                keep_logits=command.fit_temperature is not None or loaded.calibration is not None,
                 progress=advance,
             )
         if is_main():
             evaluation = replace(evaluation, num_trained_on=num_trained_on)
             about = _about(command, loaded, options, time.monotonic() - started)
             try:
-                _print_result(command, evaluation, about)
+                _print_result(command, loaded, evaluation, about)
             finally:  # the report is written even if nobody reads the result
-                _write_report(command, loaded, evaluation, images.root, about)
+                fitted = loaded.calibration
+                try:
+                    fitted = fit_and_save(command, loaded, evaluation) if command.fit_temperature else fitted
+                finally:
+                    _write_report(command, loaded, evaluation, fitted, images.root, about)
         evaluation.check_finite()
 
 
@@ -167,8 +179,9 @@ def _with_data_set_of_run(command: Eval, about: dict[str, Any]) -> Eval:
     return replace(command, data_set=data_set, inat_category=level)
 
 
-def _check_outputs(command: Eval, loaded: LoadedModel, images: Images, total: int) -> None:
+def _check_outputs(command: Eval, loaded: LoadedModel, images: Images, total: int, num_trained_on: int) -> None:
     """Raise now what would otherwise be raised after the evaluation."""
+    check_fit(command, loaded, num_trained_on)
     if command.real_labels:
         reassessed_labels([images.name(index) for index in range(total)], loaded.class_names)
     if command.report is not None and is_main():
@@ -190,13 +203,15 @@ def _about(command: Eval, loaded: LoadedModel, options: InferenceOptions, second
     }
 
 
-def _print_result(command: Eval, evaluation: Evaluation, about: dict[str, Any]) -> None:
+def _print_result(command: Eval, loaded: LoadedModel, evaluation: Evaluation, about: dict[str, Any]) -> None:
     for reason in evaluation.skipped:
         logger.warning(f"skipped {printable(reason)}")
     if command.real_labels:
         real1, real5, count = real_accuracy(evaluation)
         about["real"] = {"acc1": real1, "acc5": real5, "count": count}
-        print(f"ReaL Acc@1 {real1:.3f} Acc@5 {real5:.3f} ({count:,} images)")
+        about["real"]["acc1_interval"] = accuracy_interval(real1, count)
+        interval = interval_text(real1, count)
+        print(f"ReaL Acc@1 {real1:.3f} Acc@5 {real5:.3f} ({count:,} images, 95 % interval of Acc@1 {interval})")
     if evaluation.skipped:
         count = len(evaluation.paths) + len(evaluation.skipped)
         print(f"skipped {len(evaluation.skipped):,} unreadable of {count:,} images")
@@ -204,13 +219,30 @@ def _print_result(command: Eval, evaluation: Evaluation, about: dict[str, Any]) 
         about["trained_on_images"] = evaluation.num_trained_on
         print(f"the model was trained on {evaluation.num_trained_on:,} of the {len(evaluation.paths):,} images")
     print(evaluation.line(), flush=True)
+    count = len(evaluation.paths)
+    logger.info(f"95 % interval of Acc@1: {interval_text(evaluation.acc1, count)} ({count:,} images)")
+    if line := published_line(loaded, evaluation, str(command.data_set).upper()):
+        logger.info(line)
 
 
 def _write_report(
-    command: Eval, loaded: LoadedModel, evaluation: Evaluation, root: Path | None, about: dict[str, Any]
+    command: Eval,
+    loaded: LoadedModel,
+    evaluation: Evaluation,
+    calibration: Calibration | None,
+    root: Path | None,
+    about: dict[str, Any],
 ) -> None:
+    effect = measure(evaluation, calibration)
     if command.report is None:
         return
     names = readable_class_names(loaded.class_names, len(evaluation.class_names))
-    paths = write_report(replace(evaluation, class_names=names), command.report, dataset_root=root, about=about)
+    calibrated = (calibration, effect) if calibration and effect else None
+    paths = write_report(
+        replace(evaluation, class_names=names),
+        command.report,
+        dataset_root=root,
+        about=about,
+        calibrated=calibrated,
+    )
     logger.info(f"report: {', '.join(str(path) for path in paths)}")

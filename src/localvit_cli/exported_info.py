@@ -50,7 +50,7 @@ def exported_text(facts: dict[str, Any]) -> str:
         *(
             (key.replace("_", " "), _lines(value))
             for key, value in facts["about"].items()
-            if key in ("epoch", "metrics")
+            if key in ("epoch", "metrics", "calibration")
         ),
     ]
     return format_table(rows)

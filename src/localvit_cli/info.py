@@ -10,7 +10,6 @@ import tyro
 
 from localvit.checkpoints import Checkpoint, read_checkpoint, versions
 from localvit.data.preprocessing import Preprocessing
-from localvit.evaluation.metrics import accuracy_interval
 from localvit.inference.cost import count_multiply_adds, count_parameters, locality_report, summarize_blocks
 from localvit.inference.exported import is_exported_path
 from localvit.inference.runner import is_checkpoint_path, load_model
@@ -18,6 +17,7 @@ from localvit.models.factory import create_model
 from localvit.models.packaged import PackagedWeights
 from localvit.models.registry import find_model, packaged_weights
 from localvit.utils.files import sha256_of
+from localvit.utils.intervals import accuracy_interval, interval_text
 from localvit.utils.tables import format_table
 from localvit_cli import UsageError
 from localvit_cli.exported_info import exported_facts, exported_text
@@ -146,7 +146,7 @@ def _file_text(file: dict[str, Any]) -> str:
     if "epoch" in about:
         about["epoch"] += 1  # files count from 0
     if "metrics" in about:
-        about["metrics"] = {name: value for name, value in about["metrics"].items() if name != "epoch"}
+        about["metrics"] = _with_intervals(about["metrics"], about.get("test_images"))
     rows = [
         ("file", file["path"]),
         ("size", f"{file['bytes']:,} bytes"),
@@ -163,6 +163,16 @@ def _file_text(file: dict[str, Any]) -> str:
     if file["problem"]:
         rows.append(("problem", file["problem"]))
     return format_table(rows)
+
+
+def _with_intervals(metrics: Mapping[str, Any], count: object) -> dict[str, Any]:
+    """The metrics without the epoch, accuracies with their 95 % interval where the number of images is known."""
+    shown = {name: value for name, value in metrics.items() if name != "epoch"}
+    for name in ("test_acc1", "test_acc5"):
+        value = shown.get(name)
+        if type(count) is int and count > 0 and isinstance(value, int | float) and 0 <= value <= 100:
+            shown[name] = f"{value:.6g} (95 % interval {interval_text(value, count)})"
+    return shown
 
 
 def _model_text(model: dict[str, Any]) -> str:

@@ -26,7 +26,8 @@ def write_parquet(predictions: Iterable[Prediction], path: Path) -> None:
     """
     arrow, parquet = _library()
     best = arrow.struct([("class", arrow.int64()), ("name", arrow.string()), ("probability", arrow.float64())])
-    schema = arrow.schema([("file", arrow.string()), ("predictions", arrow.list_(best)), ("error", arrow.string())])
+    columns = [("file", arrow.string()), ("predictions", arrow.list_(best)), ("abstained", arrow.bool_())]
+    schema = arrow.schema([*columns, ("error", arrow.string())])
     rows = (_unicode(row_of(prediction)) for prediction in predictions)
     with parquet.ParquetWriter(path, schema) as writer:
         while some := list(islice(rows, _ROWS_IN_MEMORY)):

@@ -2,11 +2,11 @@
 
 import logging
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, TextIO
+from typing import Annotated, Literal, TextIO, TypedDict
 
 import tyro
 
@@ -26,6 +26,14 @@ from localvit_cli.tyro_rules import optional
 logger = logging.getLogger(__name__)
 
 
+class Decision(TypedDict):
+    """The options of `Predict.decision`."""
+
+    topk: int
+    calibrated: bool
+    abstain_below: float | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Predict:
     """Predict the top classes of images. Exits with 1 if an image is unreadable."""
@@ -36,8 +44,14 @@ class Predict:
     """Files, folders (including their subfolders, without hidden ones) and patterns such as 'photos/**/*.jpg'."""
     topk: int = 5
     """Number of classes per image."""
+    calibrated: bool = False
+    """Use the temperature in the checkpoint, so that probabilities agree with the accuracy (see eval
+    --fit-temperature)."""
+    abstain_below: Annotated[float | None, optional("P")] = None
+    """Mark an image as abstained if its best probability, from 0 to 1, is below P."""
     format: Literal["table", "csv", "json", "jsonl", "parquet"] = "table"
-    """csv has one line per class, the others after it one object or row per image. All include unreadable images."""
+    """csv has one line per class, the others after it one object or row per image. All include unreadable images, and
+    say whether the model abstained."""
     output: Annotated[Path | None, optional("FILE", "standard output")] = None
     """File to write, atomically."""
     checkpoint: Annotated[Path | None, optional("FILE")] = None
@@ -52,6 +66,7 @@ class Predict:
         """Predict, writing each prediction as it is computed. Returns 1 if any image has no prediction."""
         if not self.paths:
             raise UsageError("no images given; add files, folders or patterns after the model")
+        self._check()
         size = image_size(self.input_size)
         if self.output is not None:
             # A link such as /dev/stdout would be replaced by the file.
@@ -67,24 +82,46 @@ class Predict:
         logger.info(f"model: {loaded}")
         if in_parts:
             return predict_in_parts(self, loaded, images, options)
-        predictions = predict(loaded, images, options=options, topk=self.topk)
-        failures = 0
-
-        def reported() -> Iterator[Prediction]:
-            nonlocal failures
-            for prediction in predictions:
-                if prediction.error:
-                    failures += 1
-                    logger.warning(f"{printable(prediction.file)}: {printable(prediction.error)}")
-                advance(1)
-                yield prediction
-
+        predictions = predict(loaded, images, options=options, **self.decision())
         to_terminal = self.output is None and sys.stdout.isatty()  # there the output itself shows the progress
         with nullcontext(lambda done: None) if to_terminal else progress("predict", len(images)) as advance:
-            write_predictions(self.format, self.output, reported())
-        if failures:
-            logger.warning(f"{failures:,} of {len(images):,} images have no prediction")
-        return 1 if failures else 0
+            counted = Counted(predictions, advance)
+            write_predictions(self.format, self.output, counted)
+        return counted.report()
+
+    def decision(self) -> Decision:
+        """The options of `localvit.predict` that determine what is said of an image."""
+        return {"topk": self.topk, "calibrated": self.calibrated, "abstain_below": self.abstain_below}
+
+    def _check(self) -> None:
+        if self.abstain_below is not None and not 0 <= self.abstain_below <= 1:
+            raise UsageError(f"--abstain-below {self.abstain_below:g} must be a probability from 0 to 1, such as 0.5")
+
+
+class Counted(Iterable[Prediction]):
+    """Predictions that are counted as they are written; errors are logged."""
+
+    def __init__(self, predictions: Iterable[Prediction], advance: Callable[[int], None] = lambda done: None) -> None:
+        self.predictions, self.advance = predictions, advance
+        self.total = self.failures = self.abstained = 0
+
+    def __iter__(self) -> Iterator[Prediction]:
+        for prediction in self.predictions:
+            self.total += 1
+            self.abstained += prediction.abstained
+            if prediction.error:
+                self.failures += 1
+                logger.warning(f"{printable(prediction.file)}: {printable(prediction.error)}")
+            self.advance(1)
+            yield prediction
+
+    def report(self) -> int:
+        """Log how many images have no prediction or an abstained one. Returns the exit status."""
+        if self.abstained:
+            logger.info(f"abstained on {self.abstained:,} of {self.total:,} images")
+        if self.failures:
+            logger.warning(f"{self.failures:,} of {self.total:,} images have no prediction")
+        return 1 if self.failures else 0
 
 
 def write_predictions(format: str, output: Path | None, predictions: Iterable[Prediction]) -> None:

@@ -1,19 +1,16 @@
 """`localvit predict` by several processes of torchrun, and what an interrupted run of them has left."""
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from localvit.data.images import ImageSequence
-from localvit.evaluation.predict import Prediction
 from localvit.evaluation.predict_parts import JOB, Parts, merged, open_parts, predict_own, remove_parts, wait_for_others
 from localvit.inference.runner import InferenceOptions, LoadedModel
 from localvit.utils.distributed import read_launch
 from localvit.utils.files import sha256_of
 from localvit_cli import UsageError
 from localvit_cli.console import progress
-from localvit_cli.streams import printable
 
 if TYPE_CHECKING:
     from localvit_cli.predict import Predict
@@ -45,7 +42,7 @@ def predict_in_parts(command: "Predict", loaded: LoadedModel, images: ImageSeque
         The exit status: in the first process 1 if any image has no prediction, else 0. torchrun stops all processes
         when one returns something else, so the others return 0.
     """
-    from localvit_cli.predict import write_predictions  # which imports this file
+    from localvit_cli.predict import Counted, write_predictions  # which imports this file
 
     assert command.output is not None
     job = _job(command, loaded, options)
@@ -54,25 +51,14 @@ def predict_in_parts(command: "Predict", loaded: LoadedModel, images: ImageSeque
     if done:
         logger.info(f"{parts.folder}: {done:,} of {len(images):,} images were done before")
     with progress(_title(parts), parts.own_images) as advance:
-        predict_own(parts, loaded, options, topk=command.topk, progress=lambda prediction: advance(1))
+        predict_own(parts, loaded, options, **command.decision(), progress=lambda prediction: advance(1))
     if parts.rank != 0:
         return 0
     wait_for_others(parts)
-    failures = 0
-
-    def reported() -> Iterator[Prediction]:
-        nonlocal failures
-        for prediction in merged(parts):
-            if prediction.error:
-                failures += 1
-                logger.warning(f"{printable(prediction.file)}: {printable(prediction.error)}")
-            yield prediction
-
-    write_predictions(command.format, command.output, reported())
+    counted = Counted(merged(parts))
+    write_predictions(command.format, command.output, counted)
     remove_parts(parts)
-    if failures:
-        logger.warning(f"{failures:,} of {len(images):,} images have no prediction")
-    return 1 if failures else 0
+    return counted.report()
 
 
 def _title(parts: Parts) -> str:
@@ -85,7 +71,7 @@ def _job(command: "Predict", loaded: LoadedModel, options: InferenceOptions) -> 
     return {
         "model": str(loaded),
         "weights": sha256_of(file) if file.is_file() else None,
-        "topk": command.topk,
+        **command.decision(),
         "device": options.device.type,
         "dtype": str(options.dtype),
         "channels_last": options.channels_last,

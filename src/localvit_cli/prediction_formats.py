@@ -22,11 +22,16 @@ def row_of(prediction: Prediction) -> dict[str, Any]:
             prediction.classes, prediction.class_names, prediction.probabilities, strict=True
         )
     ]
-    return {"file": prediction.file, "predictions": best, "error": prediction.error}
+    return {
+        "file": prediction.file,
+        "predictions": best,
+        "abstained": prediction.abstained,
+        "error": prediction.error,
+    }
 
 
 def write_jsonl(predictions: Iterable[Prediction], stream: TextIO) -> None:
-    """One object per line: `file`, `predictions` (best first; `class`, `name`, `probability`), `error` or null."""
+    """One object per line: `file`, `predictions` (best first; `class`, `name`, `probability`), `abstained`, `error`."""
     for prediction in predictions:
         stream.write(json.dumps(row_of(prediction)) + "\n")
         stream.flush()
@@ -46,15 +51,19 @@ def write_json(predictions: Iterable[Prediction], stream: TextIO) -> None:
 
 
 def write_csv(predictions: Iterable[Prediction], stream: TextIO) -> None:
-    """One line per class and image: file, rank from 1, class, name, probability; or one line with the error."""
+    """One line per class and image: file, rank from 1, class, name, probability; or one line with the error.
+
+    `abstained` is true or false, the same in each line of an image.
+    """
     writer = csv.writer(stream, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)  # else a bare \r is not quoted
-    writer.writerow(("file", "rank", "class", "name", "probability", "error"))
+    writer.writerow(("file", "rank", "class", "name", "probability", "error", "abstained"))
     for prediction in predictions:
         row = row_of(prediction)
+        abstained = "true" if row["abstained"] else "false"
         for rank, best in enumerate(row["predictions"], start=1):
-            writer.writerow((row["file"], rank, best["class"], best["name"], best["probability"], ""))
+            writer.writerow((row["file"], rank, best["class"], best["name"], best["probability"], "", abstained))
         if row["error"]:
-            writer.writerow((row["file"], "", "", "", "", row["error"]))
+            writer.writerow((row["file"], "", "", "", "", row["error"], abstained))
         stream.flush()
 
 
@@ -65,6 +74,8 @@ def write_table(predictions: Iterable[Prediction], stream: TextIO) -> None:
         stream.write(f"{printable(prediction.file)}\n")
         for name, probability in zip(prediction.class_names, prediction.probabilities, strict=True):
             stream.write(f"{100 * probability:9.2f} %  {printable(name)}\n")
+        if prediction.abstained:
+            stream.write(f"{'abstained':>11}  the best probability is below --abstain-below\n")
         if prediction.error:
             stream.write(f"{'error':>11}  {printable(prediction.error)}\n")
         stream.flush()

@@ -50,6 +50,20 @@ def test_in_a_pipe_each_run_is_one_line(folders, capsys, monkeypatch):
     assert "Not included in the means: begun (no epoch yet)." in notes
 
 
+def test_intervals_are_shown_where_the_number_of_images_is_known(folders, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    small = str(write_run(tmp_path / "small", [100 * 15 / 18], metrics={"test_images": 18}))
+    assert main(["compare", folders[0], small]) == 0
+    out = capsys.readouterr().out
+    assert "95 % interval" in out.splitlines()[0]
+    assert "83.333   60.8 to 94.2" in out.splitlines()[2]
+    assert "Wilson" in out
+    main(["compare", "--json", folders[0], small])
+    first, second = json.loads(capsys.readouterr().out)["runs"]
+    assert "test_acc1_interval" not in first["last"]
+    assert second["last"]["test_acc1_interval"] == pytest.approx([60.78, 94.16], abs=0.01)
+
+
 def test_on_a_narrow_terminal_nothing_is_cut_off(folders, capsys, monkeypatch):
     main(["compare", *folders])
     words = set(capsys.readouterr().out.split())

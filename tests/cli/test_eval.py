@@ -1,6 +1,7 @@
 """`localvit eval`: what goes to standard output and standard error, and one clear line for each error."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -54,6 +55,9 @@ def test_standard_output_is_one_line(workplace, capsys):
     assert len(out.splitlines()) == 1
     assert out.startswith("* Acc@1 ")
     assert "raw weights of" in err
+    assert "95 % interval of Acc@1: " in err  # of 3 images, at least half of the scale
+    low, high = re.search(r"interval of Acc@1: (\S+) to (\S+) \(3 images\)", err).groups()
+    assert float(high) - float(low) > 50
 
 
 def test_without_class_names_classes_are_matched_by_position(workplace, capsys):

@@ -206,6 +206,7 @@ def test_the_text_on_a_file_has_lines_instead_of_dictionaries_and_counts_epochs_
         "config": {"lr": 5e-4, "model_args": {"local_blocks": "1-2"}, "repeated_aug": True, "device": None},
         "epoch": 2,  # as training stores it, from 0
         "metrics": {"epoch": 2, "train_loss": 0.25, "test_acc1": 97.5},
+        "test_images": 40,
     }
     model = create_model("localvit_nano_patch4_32", num_classes=2, local_blocks="1-2")
     path = save_checkpoint(model, tmp_path / "nano.safetensors", about=about)
@@ -214,7 +215,10 @@ def test_the_text_on_a_file_has_lines_instead_of_dictionaries_and_counts_epochs_
     assert "{" not in text
     assert max(map(len, text.splitlines())) <= 80
     lines = [" ".join(line.split()) for line in text.splitlines()]
-    assert lines[lines.index("epoch 3") :][1:3] == ["metrics train_loss: 0.25", "test_acc1: 97.5"]
+    assert lines[lines.index("epoch 3") :][1:3] == [
+        "metrics train_loss: 0.25",
+        "test_acc1: 97.5 (95 % interval 87.1 to 99.6)",
+    ]
     settings = lines[lines.index("training setting value") :][1:]
     assert settings == ["lr 0.0005", "model_args.local_blocks 1-2", "repeated_aug yes", "device -"]
 

@@ -19,6 +19,7 @@ from localvit.data.preprocessing import Preprocessing
 from localvit.evaluation.evaluate import Evaluation, evaluate
 from localvit.evaluation.metrics import real_accuracy
 from localvit.inference.runner import InferenceOptions, load_model
+from localvit.utils.intervals import interval_text
 from processes import run_localvit, start_group, status_of
 from published import SHARED, published_state
 
@@ -285,7 +286,9 @@ def test_any_source_of_the_model_and_the_images_gives_the_same_result(nano, fold
 def test_a_printed_evaluation_shows_its_metrics(nano, folder):
     evaluation = run(nano, open_images("FOLDER", folder))
     hits = sum(label == top for label, (top, *_) in zip(evaluation.labels_N, evaluation.top_classes_NK, strict=True))
-    assert str(evaluation).startswith(f"top-1 accuracy {100 * hits / 17:.2f} %, top-5 accuracy 100.00 %, loss ")
+    accuracy = 100 * hits / 17
+    start = f"top-1 accuracy {accuracy:.2f} % (95 % interval {interval_text(accuracy, 17)}), top-5 accuracy 100.00 %, "
+    assert str(evaluation).startswith(start)
     assert str(evaluation).endswith("(17 images)")
 
 

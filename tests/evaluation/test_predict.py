@@ -117,7 +117,8 @@ def test_all_formats_contain_the_same_values(checkpoint, tmp_path, capsys):
         ]
         flat += [[row["file"], "", "", "", "", row["error"]]] if row["error"] else []
     header, *lines = csv.reader(io.StringIO(output["csv"], newline=""))
-    assert header == ["file", "rank", "class", "name", "probability", "error"]
+    assert header == ["file", "rank", "class", "name", "probability", "error", "abstained"]
+    assert {line[6] for line in lines} == {"false"}
     assert [[*line[:4], float(line[4]) if line[4] else "", line[5]] for line in lines] == flat
     table = output["table"].splitlines()
     assert len(table) == 1 + 3 + 2 + 3  # one line per image, class or error, also for names with a newline

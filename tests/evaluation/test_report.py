@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+import statistics
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,7 +20,10 @@ import torch
 from PIL import Image
 
 from localvit.evaluation.evaluate import Evaluation
+from localvit.evaluation.metrics import reliability_bins
 from localvit.evaluation.report.files import write_report
+from localvit.evaluation.temperature import Effect
+from localvit.inference.calibration import Calibration
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -122,6 +126,12 @@ def by_hand():
     )
 
 
+def wilson_by_roots(hits, count):
+    """The shares p for which the observed one is z standard deviations away: the roots of a quadratic."""
+    z2, share = statistics.NormalDist().inv_cdf(0.975) ** 2, hits / count
+    return sorted(np.roots([1 + z2 / count, -(2 * share + z2 / count), share**2]).real.tolist())
+
+
 def test_results_equal_hand_computed_numbers(tmp_path):
     about = {"model": "m", "preprocessing": {"mean": (0.5, math.nan)}, "dtype": torch.float32, "root": Path("x/y")}
     about |= {"seconds": math.inf, "throughput": torch.tensor(2.5), "amp": False, "checkpoint": None}
@@ -130,6 +140,9 @@ def test_results_equal_hand_computed_numbers(tmp_path):
     ece = (3 * abs(1 / 3 - 0.5) + 2 * 0.2 + 0.9 + 0) / 7
     assert results == {
         "acc1": pytest.approx(300 / 7),
+        # Wilson's ends solve |p - k / n| = z * sqrt(p * (1 - p) / n).
+        "acc1_interval": [pytest.approx(100 * end) for end in wilson_by_roots(3, 7)],
+        "acc5_interval": [pytest.approx(100 * end) for end in wilson_by_roots(5, 7)],
         # The second class is the next one, so d (0, then 1) and b (3, then 0) are correct in the top 5.
         "acc5": pytest.approx(500 / 7),
         "loss": pytest.approx(1.0),
@@ -147,6 +160,7 @@ def test_results_equal_hand_computed_numbers(tmp_path):
         "checkpoint": None,
     }
     assert "Evaluation of m" in page.text
+    assert "15.8 to 75.0 (7 images)" in page.text.replace("\xa0", " ")
     for text in ("42.86 %", "71.43 %", "1.000", f"{100 * ece:.2f} %", "2 skipped", "broken.png", "torch.float32"):
         assert text in page.text.replace("\xa0", " ")
 
@@ -154,10 +168,14 @@ def test_results_equal_hand_computed_numbers(tmp_path):
 def test_per_class_rows_equal_hand_computed_numbers(tmp_path):
     _, rows, _ = report(by_hand(), tmp_path)
     header = ("class", "name", "images", "correct", "accuracy", "mean_confidence", "most_common_wrong")
+    header += ("accuracy_low", "accuracy_high")
+    ends = {
+        hits: tuple(f"{100 * end:.3f}" for end in wilson_by_roots(1, count)) for hits, count in (("1/3", 3), ("1/2", 2))
+    }
     assert [tuple(row.values()) for row in rows] == [
-        ("0", "tabby, tabby cat", "3", "1", "33.333", "0.700000", 'the "other"'),
-        ("1", 'the "other"', "2", "1", "50.000", "0.600000", "tabby, tabby cat"),
-        ("3", "dog", "2", "1", "50.000", "0.750000", 'the "other"'),
+        ("0", "tabby, tabby cat", "3", "1", "33.333", "0.700000", 'the "other"', *ends["1/3"]),
+        ("1", 'the "other"', "2", "1", "50.000", "0.600000", "tabby, tabby cat", *ends["1/2"]),
+        ("3", "dog", "2", "1", "50.000", "0.750000", 'the "other"', *ends["1/2"]),
     ]
     assert tuple(rows[0]) == header
 
@@ -192,19 +210,22 @@ EYE = torch.eye(3).mul(3).tolist()
 EDGES = {
     "one image": (evaluation_of([[1.0, 0, 0]], [0]), ["1 ", "None: every image is classified correctly"]),
     "one class": (evaluation_of([[1.0], [2.0]], [0, 0]), ["always 100 % with 1 class", "None: every image"]),
-    "two classes": (evaluation_of([[1.0, 0], [2.0, 0]], [0, 1]), ["always 100 % with 2 classes", "Worst mistakes"]),
+    "two classes": (evaluation_of([[1.0, 0], [2.0, 0]], [0, 1]), ["always 100 % with 2 classes", "Mistakes"]),
     "all right": (evaluation_of(EYE, [0, 1, 2]), ["100.00 %", "None: every image", "Confusion matrix"]),
     "all wrong": (evaluation_of(EYE, [1, 2, 0]), ["0.00 %", "3 of 3 misclassified images", "All pairs."]),
     "infinite loss": (
         evaluation_of([[1.0, -INF, 0], [0, 5.0, 0]], [1, 1]),
-        ["1 image with a non-finite loss", "0.0 %", "Worst mistakes"],
+        ["1 image with a non-finite loss", "0.0 %", "Mistakes"],
     ),
     "not a number": (
         evaluation_of([[NAN] * 3, [0, 1.0, 5.0]], [1, 1]),
         ["1 image with a non-finite loss", "no calibration error for the whole data set", "not finite"],
     ),
     "nothing finite": (evaluation_of([[NAN] * 3] * 23, [1] * 23), ["No image has a finite confidence", "and 3 more"]),
-    "61 classes, all right": (evaluation_of(torch.eye(61) * 9, range(61)), ["The 20 weakest of 61 classes"]),
+    "61 classes, all right": (
+        evaluation_of(torch.eye(61).repeat(2, 1) * 9, [*range(61)] * 2),
+        ["The 20 weakest of 61 classes"],
+    ),
 }
 
 
@@ -264,29 +285,72 @@ def test_of_many_classes_the_matrix_shows_the_most_confused(tmp_path):
     assert all(sum(int(cell or 0) for cell in row[1:]) == images[row[0]] for row in matrix[1:])
 
 
-def test_mistakes_are_ranked_and_listed_once(tmp_path):
+def test_mistakes_are_one_list_by_loss(tmp_path):
     # Images 1 and 3 are correct; 0 has the highest loss, 2 the highest confidence.
     logits = [[2.0, -9.0, 2.0], [0, 9.0, 0], [6.0, 1.0, -9.0], [0, 5.0, 0], [1.0, 0.0, 0.0]]
     _, _, page = report(evaluation_of(logits, [1] * 5), tmp_path)
-    mistakes = page.text.split("Worst mistakes")[1]
-    assert re.findall(r"\d\.png", mistakes)[:3] == ["0.png", "2.png", "4.png"]
+    mistakes = page.text.split("Mistakes")[1]
+    assert re.findall(r"\d\.png", mistakes) == ["0.png", "2.png", "4.png"]
     assert "3 of 3 misclassified images" in mistakes
     # Image 4: 1 / (e + 2) for the true class, e / (e + 2) for the predicted one.
     assert "true class 1 21.2 % predicted class 0 57.6 % 4.png" in page.text.replace("\xa0", " ")
 
 
-def test_confident_mistakes_follow_those_of_high_loss(tmp_path):
-    """Among 1,009 images, the two rankings of twelve images differ; no image is shown twice."""
+def test_of_many_mistakes_the_24_of_highest_loss_are_listed(tmp_path):
     evaluation = random_evaluation(1009, 7)
     report(evaluation, tmp_path)
     shown = re.findall(r'class="path muted">(\d+)\.png', (tmp_path / "report.html").read_text())
     wrong_N = evaluation.top_classes_NK[:, 0] != evaluation.labels_N
-    rankings = [
-        sorted(wrong_N.nonzero().flatten().tolist(), key=lambda index: -scores[index])[:12]
-        for scores in (evaluation.losses_N.tolist(), evaluation.top_probabilities_NK[:, 0].tolist())
-    ]
-    assert [int(index) for index in shown] == list(dict.fromkeys([*rankings[0], *rankings[1]]))
-    assert 12 < len(shown) <= 24
+    losses = evaluation.losses_N.tolist()
+    ranked = sorted(wrong_N.nonzero().flatten().tolist(), key=lambda index: -losses[index])
+    assert [int(index) for index in shown] == ranked[:24]
+
+
+def test_18_images_of_6_classes_make_no_page_of_zeros(tmp_path):
+    """A row of 0.0 % for each class, and pairs that occur once, say nothing that the list of mistakes does not."""
+    labels = [index % 6 for index in range(18)]
+    predicted = [(label + 1 + index // 6) % 6 for index, label in enumerate(labels)]
+    _, rows, page = report(evaluation_of(torch.eye(6)[predicted] * 9, labels), tmp_path)
+    assert [row["correct"] for row in rows] == ["0"] * 6
+    text = page.text.replace("\xa0", " ")
+    assert "6 of 6 classes, of at most 3 images each, have no correctly classified image: class 0, class 1" in text
+    assert "Most often confused with" not in text
+    assert "Most confused pairs" not in text
+    assert "0.0 to 17.6 (18 images)" in text
+
+
+def test_few_images_of_40_classes_make_no_matrix_of_blanks(tmp_path):
+    labels = [index % 40 for index in range(60)]
+    predicted = list(labels)
+    predicted[3] = predicted[43] = 7  # twice
+    report(evaluation_of(torch.eye(40)[predicted] * 9, labels), tmp_path)
+    matrix = table_after((tmp_path / "report.html").read_text(), "Confusion matrix of the 2 most confused classes")
+    assert matrix == [["", "class 3", "class 7"], ["class 3", "", "2"], ["class 7", "", "2"]]
+
+
+def test_the_effect_of_a_temperature_is_shown_beside_the_diagram_without(tmp_path):
+    evaluation = random_evaluation(401, 7)
+    bins = reliability_bins(torch.full((401,), 0.5), torch.arange(401) % 2 == 0)
+    effect = Effect(bins=bins, ece=0.0321, loss=1.234, is_cross_fitted=True)
+    losses = {"loss_before": 2.0, "loss_after": 1.234}
+    calibration = Calibration(temperature=1.375, num_images=401, images="", ece_before=0.5, ece_after=0.0321, **losses)
+    write_report(evaluation, tmp_path, dataset_root=None, about={}, calibrated=(calibration, effect))
+    page = Page((tmp_path / "report.html").read_text())
+    assert page.tags.count("svg") == 2
+    for text in ("With the temperature: ECE 3.21", "temperature, 1.375", "fitted to the others (cross-fitting)"):
+        assert text in page.text
+    assert json.loads((tmp_path / "results.json").read_text())["calibrated"] == {
+        "temperature": 1.375,
+        "fitted_images": 401,
+        "ece": 0.0321,
+        "loss": 1.234,
+        "cross_fitted": True,
+    }
+    other = Effect(bins=bins, ece=0.0321, loss=1.234)
+    write_report(evaluation, tmp_path, dataset_root=None, about={}, calibrated=(calibration, other))
+    assert (
+        "The temperature was fitted to 401 images of another set." in Page((tmp_path / "report.html").read_text()).text
+    )
 
 
 def test_many_classes_with_one_image_make_a_short_report(tmp_path):
@@ -296,7 +360,7 @@ def test_many_classes_with_one_image_make_a_short_report(tmp_path):
     _, rows, page = report(evaluation_of(torch.eye(83)[predicted] * 9, labels), tmp_path)
     assert len(rows) == 83
     assert "62 of 83 classes have a single image, which is misclassified" in page.text
-    assert "Worst mistakes" in page.text
+    assert "Mistakes" in page.text
     for absent in ("0 of 1", "weakest", "confused", "Confusion matrix"):
         assert absent not in page.text
 
@@ -490,5 +554,5 @@ def test_the_page_fits_any_width_in_a_browser(page_for_browser, tmp_path):
     for frame in measured:
         assert frame["needed"] == frame["width"]  # nothing is wider than the page
         assert 12 <= frame["images"] <= 24
-        for text in ("Top-1 accuracy", "Calibration", "Worst mistakes", "Confusion matrix", *NASTY):
+        for text in ("Top-1 accuracy", "Calibration", "Mistakes", "Confusion matrix", *NASTY):
             assert text in frame["text"]

@@ -139,7 +139,8 @@ def test_imagenet_has_words_in_transformers_and_synsets_here(tmp_path):
 
 ABOUT = {
     "epoch": 6,
-    "metrics": {"test_acc1": 71.234, "test_loss": 1.25, "epoch": 6},
+    "metrics": {"test_acc1": 100 * 15 / 18, "test_loss": 1.25, "epoch": 6},
+    "test_images": 18,
     "config": {"data_set": "FOLDER", "data_path": "/home/me/images", "output_dir": "/home/me/runs", "epochs": 7},
     "held_out": {"folder": "/home/me/images", "images": "", "trained_on": 9},
 }
@@ -149,12 +150,32 @@ def test_the_model_card_has_the_numbers_and_no_paths_of_the_run(tmp_path):
     write(tmp_path / "model", about=ABOUT, class_names=["ape", "b`a|t\nx", "cow"])
     card = (tmp_path / "model" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: timm\n")
-    for text in ("# model\n", "| 71.23 |", "| epoch | 7 |", "`ape`, `b'a\\|t x`, `cow`", "bilinear", "32 x 64"):
+    for text in (
+        "# model\n",
+        "| 83.33 (95 % interval 60.8 to 94.2, 18 images) |",
+        "| epoch | 7 |",
+        "`ape`, `b'a\\|t x`, `cow`",
+        "bilinear",
+        "32 x 64",
+    ):
         assert text in card, text
     assert not [path for path in (tmp_path / "model").iterdir() if "/home/me" in path.read_text(errors="replace")]
     about = localvit.from_hub(tmp_path / "model").about
     assert about["metrics"] == ABOUT["metrics"]
     assert about["held_out"] == {"images": "", "trained_on": 9}
+
+
+def test_a_temperature_reaches_the_card_and_who_downloads_the_model(tmp_path):
+    record = {"temperature": 1.5, "num_images": 1800, "images": "", "ece_before": 0.0625, "ece_after": 0.0125}
+    record |= {"loss_before": 1.0, "loss_after": 0.5, "weights": "ema"}
+    averaged = localvit.create_model("localvit_nano_patch4_32", depth=1, **SIZE).state_dict()
+    write(tmp_path / "raw", about=ABOUT | {"calibration": record}, ema=averaged)
+    assert "Calibration" not in (tmp_path / "raw" / "README.md").read_text()  # it is of the other weights
+    localvit.save_hub_folder(localvit.load_model(tmp_path / "raw.safetensors", weights="ema"), tmp_path / "ema")
+    card = (tmp_path / "ema" / "README.md").read_text()
+    assert "the temperature 1.5, which was fitted to 1,800 held-out images" in card
+    assert "error of 1.25 % on images that it was not fitted to (cross-fitting); undivided, 6.25 %" in card
+    assert localvit.from_hub(tmp_path / "ema").calibration.temperature == 1.5
 
 
 def test_numbers_of_other_weights_and_those_that_json_lacks_are_left_out(tmp_path, caplog):
@@ -163,7 +184,7 @@ def test_numbers_of_other_weights_and_those_that_json_lacks_are_left_out(tmp_pat
     write(tmp_path / "raw", about=about, ema=averaged)
     text = (tmp_path / "raw" / "config.json").read_text()
     assert json.loads(text, parse_constant=pytest.fail)["localvit"]["about"]["metrics"]["test_loss"] is None
-    assert "| 71.23 |" in (tmp_path / "raw" / "README.md").read_text()
+    assert "| 71.23 (95 % interval 48.2 to 86.8, 18 images) |" in (tmp_path / "raw" / "README.md").read_text()
     loaded = localvit.load_model(tmp_path / "raw.safetensors", weights="ema")
     localvit.save_hub_folder(loaded, tmp_path / "ema")
     assert "71.23" not in (tmp_path / "ema" / "README.md").read_text()

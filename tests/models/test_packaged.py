@@ -18,10 +18,10 @@ from timm.models import save_for_hf
 import localvit
 from localvit.data.classes import model_class_names
 from localvit.data.preprocessing import Preprocessing
-from localvit.evaluation.metrics import accuracy_interval
 from localvit.inference.runner import load_model
 from localvit.models.registry import find_model, registered_models
 from localvit.train.finetune import load_pretrained
+from localvit.utils.intervals import accuracy_interval
 from localvit.utils.weight_files import HEADER, CheckpointError, read_header
 from localvit_cli import main
 from published import SHARED

@@ -113,6 +113,7 @@ def test_evaluating_the_checkpoint_gives_the_numbers_of_the_log(tiny_digits, tmp
 
     about = read_checkpoint(tmp_path / "last.safetensors").about
     assert about["metrics"] == rows[1]
+    assert about["test_images"] == len(images)
     assert type(config)(**about["config"]) == config
     assert rows[0]["n_parameters"] == sum(parameter.numel() for parameter in ready.model.parameters())
 

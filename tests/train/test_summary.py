@@ -59,6 +59,12 @@ def test_summary_rows_have_units_and_epochs_from_1(tmp_path):
     assert rows["device"].startswith("cpu (")
 
 
+def test_accuracies_have_the_interval_of_their_number_of_images(tmp_path):
+    rows = [log_row(0, 100 * 15 / 18) | {"test_images": 18.0}]
+    text = dict(summary_rows(config(tmp_path), RunResult.of(rows), CPU))["best epoch"]
+    assert text.startswith("1: Acc@1 83.333 % (95 % interval 60.8 to 94.2), Acc@5")
+
+
 def tables(text):
     """The cells of each table's rows, headings and rule left out."""
     lines = [line for block in text.split("\n\n") if block.startswith("|") for line in block.splitlines()[2:]]

@@ -21,6 +21,7 @@ from localvit.data.preprocessing import Preprocessing
 from localvit.evaluation.unseen_images import open_unseen_images
 from localvit.inference.runner import InferenceOptions, LoadedModel, ModelSource, Runner, load_model
 from localvit.utils.distributed import all_gather, rank, world_size
+from localvit.utils.intervals import accuracy_interval, interval_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,8 @@ class Evaluation:
     """Name of each class of the model."""
     skipped: list[str] = field(default_factory=list)
     """Name and reason of each unreadable image that was skipped."""
+    logits_NM: Tensor | None = None
+    """The logits of all classes, float32, if they were asked for."""
     num_trained_on: int = 0
     """How many of the images the model was trained on, as far as its checkpoint tells."""
 
@@ -60,6 +63,16 @@ class Evaluation:
     def acc5(self) -> float:
         """Top-5 accuracy in percent."""
         return self._accuracy(5)
+
+    @property
+    def acc1_interval(self) -> tuple[float, float]:
+        """The 95 % interval of `acc1`, in percent."""
+        return accuracy_interval(self.acc1, len(self.paths))
+
+    @property
+    def acc5_interval(self) -> tuple[float, float]:
+        """The 95 % interval of `acc5`, in percent."""
+        return accuracy_interval(self.acc5, len(self.paths))
 
     @property
     def loss(self) -> float:
@@ -88,10 +101,11 @@ class Evaluation:
         skipped = f", {len(self.skipped):,} unreadable skipped" if self.skipped else ""
         nonfinite = int((~self.is_finite_N).sum())
         skipped += f", {nonfinite:,} without a finite output" if nonfinite else ""
+        interval = interval_text(self.acc1, len(self.paths))
         trained_on = f", of which the model was trained on {self.num_trained_on:,}" if self.num_trained_on else ""
         return (
-            f"top-1 accuracy {self.acc1:.2f} %, top-5 accuracy {self.acc5:.2f} %, loss {self.loss:.3f} "
-            f"({len(self.paths):,} images{trained_on}{skipped})"
+            f"top-1 accuracy {self.acc1:.2f} % (95 % interval {interval}), top-5 accuracy {self.acc5:.2f} %, "
+            f"loss {self.loss:.3f} ({len(self.paths):,} images{trained_on}{skipped})"
         )
 
 
@@ -106,6 +120,7 @@ def evaluate(
     limit: int | None = None,
     skip_unreadable: bool = False,
     include_trained: bool = False,
+    keep_logits: bool = False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
     """Evaluate a model on labeled images, each exactly once.
@@ -126,6 +141,7 @@ def evaluate(
         limit: Evaluate only the first `limit` images.
         skip_unreadable: Skip unreadable images and list them in the result, instead of raising an error.
         include_trained: Evaluate on the images of such a folder that the model was trained on as well.
+        keep_logits: Keep the logits of all classes, not only of the top ones.
         progress: Called with the number of images that this process has finished since the last call.
 
     Raises:
@@ -158,7 +174,8 @@ def evaluate(
             skipped += [reason for _, reason in failed]
             if images_BCHW is not None:
                 labels_B = torch.tensor([class_of[images.labels[index]] for index in indices])
-                rows.update(zip(indices, _rows(runner, images_BCHW, labels_B, valid_classes), strict=True))
+                found = _rows(runner, images_BCHW, labels_B, valid_classes)
+                rows.update(zip(indices, found if keep_logits else [row[:-1] for row in found], strict=True))
             progress(len(indices) + len(failed))
     except Exception as error:  # shared with every process below, so that none waits forever for this one
         failure = error
@@ -195,6 +212,7 @@ def _combine(
         top_logits_NK=columns[2],
         top_probabilities_NK=columns[3],
         losses_N=columns[4],
+        logits_NM=columns[5] if len(columns) > 5 else None,
         class_names=class_names,
         skipped=skipped,
     )
@@ -204,7 +222,7 @@ def _combine(
 def _rows(
     runner: Runner, images_BCHW: Tensor, labels_B: Tensor, valid_classes: Sequence[int] | None
 ) -> list[tuple[Any, ...]]:
-    """For each image: its label, top classes, their logits and probabilities, and its loss."""
+    """For each image: its label, top classes, their logits and probabilities, its loss, and all its logits."""
     logits_BM = runner.logits(images_BCHW).cpu()
     if valid_classes is not None:
         others = torch.ones(logits_BM.shape[1], dtype=torch.bool)
@@ -214,4 +232,5 @@ def _rows(
     losses_B = F.nll_loss(log_probabilities_BM, labels_B, reduction="none")
     top_logits_BK, top_classes_BK = logits_BM.topk(min(5, logits_BM.shape[1]), dim=1)
     top_probabilities_BK = log_probabilities_BM.gather(1, top_classes_BK).exp()
-    return list(zip(labels_B, top_classes_BK, top_logits_BK, top_probabilities_BK, losses_B, strict=True))
+    columns = (labels_B, top_classes_BK, top_logits_BK, top_probabilities_BK, losses_B, logits_BM)
+    return list(zip(*columns, strict=True))

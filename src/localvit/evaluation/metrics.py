@@ -1,10 +1,9 @@
-"""Metrics beyond accuracy and loss: intervals, accuracy per class, calibration, and the reassessed ImageNet labels.
+"""Metrics beyond accuracy and loss: accuracy per class, calibration, and the reassessed ImageNet labels.
 
 Shapes: N images, C classes, M bins.
 """
 
 import json
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch import Tensor
 from localvit.data.classes import imagenet_synsets
 from localvit.data.images import DataError
 from localvit.evaluation.evaluate import Evaluation
+from localvit.utils.intervals import accuracy_interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,22 +37,15 @@ class ClassMetrics:
         """Share of correct predictions, 0 to 1."""
         return self.correct / self.images
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of the accuracy, in percent."""
+        return accuracy_interval(100 * self.accuracy, self.images)
+
 
 def correct_images(evaluation: Evaluation) -> Tensor:
     """Whether the top class of each image is the true one, bool (N,)."""
     return (evaluation.top_classes_NK[:, 0] == evaluation.labels_N) & evaluation.is_finite_N
-
-
-def accuracy_interval(accuracy: float, num_images: int) -> tuple[float, float]:
-    """The 95 % interval of an accuracy in percent that was measured on `num_images` images, in percent.
-
-    It is Wilson's score interval (1927), which holds for few images and near 0 and 100 too.
-    """
-    z, share = 1.959963984540054, accuracy / 100  # the 97.5 % quantile of the normal distribution
-    center = share + z**2 / (2 * num_images)
-    half = z * math.sqrt(share * (1 - share) / num_images + z**2 / (4 * num_images**2))
-    low, high = ((center + sign * half) / (1 + z**2 / num_images) for sign in (-1, 1))
-    return max(100 * low, 0.0), min(100 * high, 100.0)
 
 
 def count_mistakes(evaluation: Evaluation) -> Counter[tuple[int, int]]:
@@ -122,7 +115,7 @@ def reliability_bins(confidences_N: Tensor, correct_N: Tensor, *, bins: int = 15
             f"confidences {tuple(confidences_N.shape)} and correct {tuple(correct_N.shape)} must be vectors of equal "
             "length"
         )
-    confidences_N = confidences_N.double()
+    confidences_N = confidences_N.double().contiguous()
     if not ((confidences_N >= 0) & (confidences_N <= 1 + 1e-6)).all():
         raise ValueError("a confidence is not a probability from 0 to 1; remove images with non-finite values first")
     edges = [m / bins for m in range(bins + 1)]

@@ -155,11 +155,20 @@ def predict_own(
     options: InferenceOptions,
     *,
     topk: int,
+    calibrated: bool = False,
+    abstain_below: float | None = None,
     progress: Callable[[Prediction], None] = lambda prediction: None,
 ) -> None:
-    """Compute the batches of this process. Raises as `localvit.predict`."""
+    """Compute the batches of this process; the options are those of `localvit.predict`, and it raises as that does."""
     try:
-        _predict_own(parts, model, options, topk, progress)
+        order = [index for batch in parts.own for index in parts.indices(batch)]
+        predictions: Iterator[Prediction] = iter(())
+        if order:
+            images = _Selection(parts.images, order)
+            predictions = predict(
+                model, images, options=options, topk=topk, calibrated=calibrated, abstain_below=abstain_below
+            )
+        _write_own(parts, predictions, progress)
     except Exception as error:
         (parts.folder / f"failed-{parts.rank}").write_text(
             f"{type(error).__name__}: {error}", errors="backslashreplace"
@@ -168,20 +177,15 @@ def predict_own(
     (parts.folder / f"done-{parts.rank}").touch()
 
 
-def _predict_own(
-    parts: Parts, model: ModelSource, options: InferenceOptions, topk: int, progress: Callable[[Prediction], None]
-) -> None:
-    order = [index for batch in parts.own for index in parts.indices(batch)]
+def _write_own(parts: Parts, predictions: Iterator[Prediction], progress: Callable[[Prediction], None]) -> None:
     with parts.file.open("w", encoding="utf-8") as file:
-        if order:
-            predictions = predict(model, _Selection(parts.images, order), options=options, topk=topk)
-            for batch in parts.own:
-                rows = []
-                for _ in parts.indices(batch):
-                    rows.append(next(predictions))
-                    progress(rows[-1])
-                file.write(json.dumps({"batch": batch, "predictions": [asdict(row) for row in rows]}) + "\n")
-                file.flush()
+        for batch in parts.own:
+            rows = []
+            for _ in parts.indices(batch):
+                rows.append(next(predictions))
+                progress(rows[-1])
+            file.write(json.dumps({"batch": batch, "predictions": [asdict(row) for row in rows]}) + "\n")
+            file.flush()
 
 
 def wait_for_others(parts: Parts) -> None:

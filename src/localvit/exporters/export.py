@@ -72,10 +72,11 @@ def export(
     size = source.preprocessing.input_size
     num_classes = _num_classes(reference, size, source.class_names)
     step = size_step(reference.model, size) if settings.dynamic == "size" else 0
+    metadata = _metadata(source, settings, num_classes)
     graph = build_graph(plain_copy(source.model), source.preprocessing, settings)
+    graph.temperature = metadata.temperature
     logger.info(f"tracing {source.description}")
     program = trace(graph, settings, size, step)
-    metadata = _metadata(source, settings, num_classes)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         written = _subfolder(folder, "float32") / path.name
         settings.write(program, written, metadata)

@@ -56,6 +56,8 @@ class ClassifierGraph(nn.Module):
 
     mean: Tensor
     std: Tensor
+    temperature = 1.0
+    """What logits are divided by before the softmax."""
 
     def __init__(self, model: nn.Module, preprocessing: Preprocessing, settings: Format) -> None:
         super().__init__()
@@ -75,7 +77,9 @@ class ClassifierGraph(nn.Module):
         if "preprocessing" in self.parts:
             images = (images - self.mean) / self.std
         logits = logits_of(self.model(images))
-        return logits.softmax(1) if "softmax" in self.parts else logits
+        if "softmax" not in self.parts:
+            return logits
+        return (logits if self.temperature == 1 else logits / self.temperature).softmax(1)
 
 
 def build_graph(model: nn.Module, preprocessing: Preprocessing, settings: Format) -> ClassifierGraph:

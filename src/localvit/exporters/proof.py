@@ -149,7 +149,7 @@ def comparable(found_BM: Tensor, expected_BM: Tensor, metadata: ExportMetadata) 
     found_BM, expected_BM = found_BM.double(), expected_BM.double()
     if metadata.output != "probabilities":
         return found_BM, expected_BM
-    counts = expected_BM.log_softmax(1) > np.log(LEAST_PROBABILITY)
+    counts = (expected_BM / metadata.temperature).log_softmax(1) > np.log(LEAST_PROBABILITY)
     found_BM, expected_BM = (_centered(logits, counts).masked_fill(~counts, 0) for logits in (found_BM, expected_BM))
     return found_BM, expected_BM
 

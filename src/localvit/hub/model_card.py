@@ -4,9 +4,11 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from localvit.inference.calibration import Calibration
 from localvit.inference.cost import count_parameters
 from localvit.inference.runner import LoadedModel
 from localvit.models.registry import find_model
+from localvit.utils.intervals import interval_text
 
 _METRICS = {
     "test_acc1": "top-1 accuracy, %",
@@ -47,6 +49,7 @@ def model_card(loaded: LoadedModel, header: Mapping[str, Any], title: str) -> st
         f"# {title}",
         _summary(loaded, header),
         *_results(header["about"]),
+        *_calibration(header["about"]),
         f"## Use\n\n{_usage(title)}",
         *_classes(header["class_names"]),
         *_training(header["about"]),
@@ -84,7 +87,9 @@ def _results(about: Mapping[str, Any]) -> list[str]:
     if not isinstance(metrics, Mapping):
         return []
     rows = [
-        (title, f"{metrics[key]:.4g}") for key, title in _METRICS.items() if isinstance(metrics.get(key), int | float)
+        (title, f"{metrics[key]:.4g}{_interval(key, metrics[key], about)}")
+        for key, title in _METRICS.items()
+        if isinstance(metrics.get(key), int | float)
     ]
     if isinstance(epoch := about.get("epoch"), int):
         rows.append(("epoch", str(epoch + 1)))  # files count from 0
@@ -96,6 +101,26 @@ def _results(about: Mapping[str, Any]) -> list[str]:
         if rows
         else []
     )
+
+
+def _calibration(about: Mapping[str, Any]) -> list[str]:
+    calibration = Calibration.of(about, "the checkpoint")
+    if calibration is None:
+        return []
+    before, after = (f"{100 * error:.2f} %" for error in (calibration.ece_before, calibration.ece_after))
+    return [
+        f"## Calibration\n\nLogits divided by the temperature {calibration.temperature:.4g}, which was fitted to "
+        f"{calibration.num_images:,} held-out images, have an expected calibration error of {after} on images that it "
+        f"was not fitted to (cross-fitting); undivided, {before}. `localvit predict --calibrated` does that."
+    ]
+
+
+def _interval(key: str, value: float, about: Mapping[str, Any]) -> str:
+    """The 95 % interval of an accuracy and the number of its images, if that is known."""
+    count = about.get("test_images")
+    if key not in ("test_acc1", "test_acc5") or type(count) is not int or count < 1 or not 0 <= value <= 100:
+        return ""
+    return f" (95 % interval {interval_text(value, count)}, {count:,} images)"
 
 
 def _usage(title: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any, Literal, Self, get_args
 
 from localvit.data.classes import readable_class_names
 from localvit.data.preprocessing import Preprocessing
+from localvit.inference.calibration import Calibration
 from localvit.utils.weight_files import CheckpointError
 
 VERSION = 1
@@ -90,6 +91,12 @@ class ExportMetadata:
         return f"images (batch, 3, height, width), RGB, {self.input_type}, {values}, {size}"
 
     @property
+    def temperature(self) -> float:
+        """What logits are divided by where the file does the softmax: 1 for a model without a fitted temperature."""
+        calibration = Calibration.of(self.about, self.source or "the file")
+        return calibration.temperature if calibration else 1.0
+
+    @property
     def output(self) -> str:
         """`probabilities` or `logits`, each (batch, num_classes)."""
         return "probabilities" if "softmax" in self.in_graph else "logits"
@@ -124,6 +131,7 @@ class ExportMetadata:
 
     def check(self) -> None:
         """Raise ValueError for values that contradict each other or do not exist."""
+        Calibration.of(self.about, "the file")  # a damaged temperature
         if self.class_names is not None and len(self.class_names) != self.num_classes:
             raise ValueError(f"{len(self.class_names)} class names for {self.num_classes} classes")
         for name, value, allowed in (

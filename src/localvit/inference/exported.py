@@ -27,7 +27,8 @@ class ExportedModel(nn.Module):
     """A module that runs an exported file in its runtime, on the CPU.
 
     It takes images (B, 3, H, W) prepared by its preprocessing, and returns logits (B, M). The logarithm of
-    probabilities is logits, up to a constant per image, which neither probabilities nor losses depend on.
+    probabilities is logits, up to a constant per image, which neither probabilities nor losses depend on, and divided
+    by the temperature, if the model has one.
     """
 
     def __init__(self, path: Path, runtime: Runtime, metadata: ExportMetadata) -> None:
@@ -86,7 +87,9 @@ class ExportedModel(nn.Module):
     def logits(self, output_BM: np.ndarray) -> Tensor:
         """Logits, in float32, of the file's output."""
         output = torch.from_numpy(np.ascontiguousarray(output_BM)).float()
-        return output.clamp_min(SMALLEST).log() if "softmax" in self.metadata.in_graph else output
+        if "softmax" not in self.metadata.in_graph:
+            return output
+        return output.clamp_min(SMALLEST).log() * self.metadata.temperature
 
     def _checked(self, output_BM: np.ndarray, batch: int) -> np.ndarray:
         if output_BM.shape != (batch, self.num_classes):

@@ -21,6 +21,7 @@ from localvit.data.classes import model_class_names
 from localvit.data.images import ImageSequence, PreparedImages
 from localvit.data.preprocessing import Preprocessing, WholeImages
 from localvit.data.workers import init_worker, iterate_batches
+from localvit.inference.calibration import Calibration, for_weights
 from localvit.inference.exported import ExportedModel, is_exported_path
 from localvit.inference.fusion import fuse
 from localvit.models.factory import create_model
@@ -88,6 +89,11 @@ class LoadedModel:
 
     def __str__(self) -> str:
         return f"{self.description}; {self.preprocessing}"
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """The temperature that was fitted to these weights, if any. Raises CheckpointError for a damaged one."""
+        return Calibration.of(self.about, self.description)
 
     def prepare(self, options: InferenceOptions) -> nn.Module:
         """The model on the device and in the state that `options` ask for: fused, channels-last, compiled.
@@ -179,7 +185,7 @@ def load_model(
         class_names=model_class_names(model, loaded.class_names if loaded else None),
         preprocessing=preprocessing,
         description=description,
-        about=loaded.about if loaded else {},
+        about=for_weights(loaded.about, weights) if loaded else {},
         weights=weights,
     )
 

@@ -115,6 +115,41 @@ def draw_comparison(runs: Mapping[str, Sequence[Sequence[Row]]], image: Path) ->
     return _save(figure, image)
 
 
+def draw_study(
+    by_epoch: Mapping[str, Sequence[Sequence[float]]], at_end: Mapping[str, Sequence[tuple[int, float]]], image: Path
+) -> Path:
+    """Plot the arms of a study, and return the path of the image.
+
+    Args:
+        by_epoch: by arm, for each seed the accuracy after each epoch of the longest schedule, in percent.
+        at_end: by arm, length of the schedule in epochs and accuracy at its end, for each run.
+        image: the file to write; its suffix determines the format (PNG, SVG or PDF).
+
+    Raises:
+        ValueError: if there are more arms than line styles.
+    """
+    check_number_of_lines(len(by_epoch))
+    figure = Figure(figsize=(10, 4 + 0.22 * math.ceil(len(by_epoch) / 4)), dpi=150)
+    left, right = figure.subplots(1, 2, sharey=True)
+    for (arm, curves), (color, line) in zip(by_epoch.items(), _STYLES, strict=False):
+        for number, values in enumerate(curves):
+            epochs = range(1, len(values) + 1)
+            label = literal_text(arm) if number == 0 else None
+            left.plot(epochs, values, line, color=color, lw=1.3, marker="o", ms=4, markevery=[-1], label=label)
+        lengths = sorted({length for length, _ in at_end[arm]})
+        ends = [[acc1 for length, acc1 in at_end[arm] if length == each] for each in lengths]
+        right.plot(lengths, [sum(values) / len(values) for values in ends], line, color=color, lw=1.3)
+        right.plot([each[0] for each in at_end[arm]], [each[1] for each in at_end[arm]], "o", color=color, ms=4)
+    left.set_title("longest schedule, a line for each seed", fontsize=10)
+    right.set_title("end of each schedule, a dot for each seed", fontsize=10)
+    left.set_ylabel("validation Acc@1 (%)")
+    for axes, label in ((left, "epoch"), (right, "epochs of the schedule")):
+        _style(axes)
+        axes.set_xlabel(label)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9, handlelength=3)
+    return _save(figure, image)
+
+
 def literal_text(text: str) -> str:
     """`text` for matplotlib to draw as it is: no mathematics between dollar signs, no label hidden by an underscore,
     and control characters and invalid UTF-8 escaped."""

@@ -1,6 +1,7 @@
 """A dry run: a few training steps and part of an evaluation, to check a run and to estimate its duration."""
 
 import time
+from dataclasses import dataclass
 from datetime import timedelta
 from itertools import chain
 
@@ -15,7 +16,27 @@ from localvit.utils.distributed import is_main, world_size
 NUM_STEPS = 2
 
 
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """How long the parts of a run take, in seconds."""
+
+    step: float
+    """One training step."""
+    evaluation: float
+    """The evaluation after an epoch."""
+
+    def of(self, training: Training, epochs: int) -> float:
+        """Duration of so many epochs."""
+        return epochs * (training.steps_per_epoch * self.step + self.evaluation)
+
+
 def dry_run(training: Training) -> dict[str, str]:
+    """Size, speed and duration of a run, as names and texts; raises as `measure`."""
+    timing = measure(training)
+    return _describe(training, timing)
+
+
+def measure(training: Training) -> Timing:
     """Take two steps and evaluate one batch per process. Changes the weights of `training`, but writes no files.
 
     Times are estimated from the second step and from that batch, so they are rough, and too long if the model is
@@ -23,9 +44,6 @@ def dry_run(training: Training) -> dict[str, str]:
 
     Args:
         training: from `localvit.train.build`.
-
-    Returns:
-        Size, speed and duration of the run, as names and texts.
 
     Raises:
         OSError: if the output folder could not be written.
@@ -55,15 +73,13 @@ def dry_run(training: Training) -> dict[str, str]:
         limit=limit,
     )
     evaluation_seconds = (time.monotonic() - started) * len(training.val_images) / limit
-    return _describe(training, step_seconds, evaluation_seconds)
+    return Timing(step=step_seconds, evaluation=evaluation_seconds)
 
 
-def _describe(training: Training, step_seconds: float, evaluation_seconds: float) -> dict[str, str]:
+def _describe(training: Training, timing: Timing) -> dict[str, str]:
     config, per_step = training.config, training.images_per_step
     num_steps = config.epochs * training.steps_per_epoch
     num_parameters = sum(each.numel() for each in training.state.model.parameters())
-    evaluation_total = config.epochs * evaluation_seconds
-    total = num_steps * step_seconds + evaluation_total
     device, dtype = training.options.device, str(training.options.dtype).removeprefix("torch.")
     peak = peak_memory_mb(device)
     return {
@@ -74,11 +90,13 @@ def _describe(training: Training, step_seconds: float, evaluation_seconds: float
         f"{world_size()} processes",
         "peak learning rate": f"{scaled_learning_rate(config, per_step):.3g}",
         "steps": f"{num_steps:,} = {config.epochs} epochs x {training.steps_per_epoch:,}",
-        "time per step": f"{step_seconds:.3g} s, {per_step / step_seconds:,.0f} images/s",
-        "total time": f"about {_duration(total)}, including {_duration(evaluation_total)} for evaluation",
+        "time per step": f"{timing.step:.3g} s, {per_step / timing.step:,.0f} images/s",
+        "total time": f"about {duration(timing.of(training, config.epochs))}, including "
+        f"{duration(config.epochs * timing.evaluation)} for evaluation",
         "peak memory": "unknown" if peak is None else f"{peak:,.0f} MB per process, so far",
     }
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds."""
     return str(timedelta(seconds=round(seconds)))

@@ -25,6 +25,7 @@ from localvit.train.step import StepResult, train_step
 from localvit.train.summary import RunResult
 from localvit.train.trackers import Trackers
 from localvit.utils.distributed import all_gather, is_main, run_on_all_ranks, world_size
+from localvit.utils.intervals import interval_text
 
 try:
     import resource
@@ -137,6 +138,7 @@ class _Loop:
         self.trackers: Trackers | None = None
         self.held = ExitStack()
         """Holds the folder until the end."""
+        self.num_evaluated = len(training.val_images)
 
     def open(self) -> None:
         """Create the folder and its first files, so that a folder that is not writable stops the run now."""
@@ -211,10 +213,12 @@ class _Loop:
         if (peak := peak_memory_mb(self.training.options.device)) is not None:
             measured["peak_memory_mb"] = peak
         measured["skipped_steps"] = state.skipped
+        measured["test_images"] = self.num_evaluated
         state.finish_epoch(row, measured)
         logger.info(
             f"epoch {state.epoch}: train loss {row['train_loss']:.3f} * Acc@1 {row['test_acc1']:.3f} "
-            f"Acc@5 {row['test_acc5']:.3f} loss {row['test_loss']:.3f}"
+            f"Acc@5 {row['test_acc5']:.3f} loss {row['test_loss']:.3f} "
+            f"(95 % interval of Acc@1: {interval_text(row['test_acc1'], self.num_evaluated)})"
         )
         if self.trackers:
             save_epoch(state, self.config.output_dir, self.description)

@@ -167,13 +167,14 @@ def save_epoch(state: TrainState, directory: Path, description: Mapping[str, Any
 def save_model(state: TrainState, path: Path, description: Mapping[str, Any]) -> None:
     """Write the model, which has the weights after the last finished epoch."""
     row = state.rows[-1]
+    count = {name: value for name, value in state.metrics[-1].items() if name == "test_images"}
     save_checkpoint(
         state.model,
         path,
         ema=state.ema.module.state_dict() if state.ema else None,
         class_names=description["class_names"],
         preprocessing=description["preprocessing"],
-        about={"epoch": row["epoch"], "metrics": row, **description["about"]},
+        about={"epoch": row["epoch"], "metrics": row, **count, **description["about"]},
     )
 
 

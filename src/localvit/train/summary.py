@@ -19,6 +19,7 @@ from localvit.train.state import Row, may_be_best
 from localvit.train.trackers import CURVES
 from localvit.utils.distributed import world_size
 from localvit.utils.files import atomic_write
+from localvit.utils.intervals import interval_text
 from localvit.utils.tables import format_table
 
 SUMMARY = "summary.md"
@@ -29,7 +30,7 @@ class RunResult:
     """The result of the finished epochs of a run. It prints as a table. None means not measured in every epoch.
 
     Rows have the keys of the log: train_lr, train_loss, test_loss, test_acc1 and test_acc5 (percent), epoch (from 0),
-    n_parameters.
+    n_parameters; and, if measured, test_images, the number of validation images.
     """
 
     num_epochs: int
@@ -134,8 +135,11 @@ def setting_text(value: Any) -> str:
 
 
 def _epoch_text(row: Row) -> str:
+    acc1 = f"{row['test_acc1']:.3f} %"
+    if "test_images" in row:
+        acc1 += f" (95 % interval {interval_text(row['test_acc1'], int(row['test_images']))})"
     return (
-        f"{row['epoch'] + 1:.0f}: Acc@1 {row['test_acc1']:.3f} %, Acc@5 {row['test_acc5']:.3f} %, "
+        f"{row['epoch'] + 1:.0f}: Acc@1 {acc1}, Acc@5 {row['test_acc5']:.3f} %, "
         f"validation loss {row['test_loss']:.4f}, training loss {row['train_loss']:.4f}"
     )
 

@@ -187,4 +187,5 @@ class _WeightsAndBiases:
 
 def _last_epoch(metrics: Sequence[Values]) -> dict[str, float]:
     """The numbers of the last epoch to plot, by the keys of the log."""
-    return {f"epoch/{key}": value for key, value in metrics[-1].items() if key not in ("epoch", "n_parameters")}
+    constant = ("epoch", "n_parameters", "test_images")
+    return {f"epoch/{key}": value for key, value in metrics[-1].items() if key not in constant}

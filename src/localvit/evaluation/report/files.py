@@ -16,14 +16,26 @@ from localvit.evaluation.metrics import (
     reliability_bins,
 )
 from localvit.evaluation.report.page import render_page
+from localvit.evaluation.temperature import Effect
+from localvit.inference.calibration import Calibration
 from localvit.utils.files import atomic_write
 
 FILES = ("results.json", "per_class.csv", "report.html")
 """The names of the files."""
+COLUMNS = (
+    *("class", "name", "images", "correct", "accuracy", "mean_confidence", "most_common_wrong"),
+    *("accuracy_low", "accuracy_high"),
+)
+"""The columns of per_class.csv. Accuracies and the ends of their 95 % interval are in percent."""
 
 
 def write_report(
-    evaluation: Evaluation, directory: Path, *, dataset_root: Path | None, about: dict[str, Any]
+    evaluation: Evaluation,
+    directory: Path,
+    *,
+    dataset_root: Path | None,
+    about: dict[str, Any],
+    calibrated: tuple[Calibration, Effect] | None = None,
 ) -> list[Path]:
     """Write results.json, per_class.csv and report.html, each atomically.
 
@@ -36,6 +48,7 @@ def write_report(
             without thumbnails.
         about: What was evaluated and how (model, checkpoint, preprocessing, versions, device). It is added to
             results.json; values that JSON has no type for become text.
+        calibrated: The model's temperature and what it does to these probabilities.
 
     Returns:
         The paths of the three files.
@@ -60,9 +73,9 @@ def write_report(
     classes = per_class(evaluation)
 
     contents = (
-        json.dumps(_results(evaluation, ece, non_finite, about), indent=2, allow_nan=False) + "\n",
+        json.dumps(_results(evaluation, ece, non_finite, calibrated, about), indent=2, allow_nan=False) + "\n",
         _per_class_csv(evaluation.class_names, classes),
-        render_page(evaluation, classes, bins, ece, non_finite, dataset_root, about),
+        render_page(evaluation, classes, bins, ece, non_finite, dataset_root, about, calibrated),
     )
     for name, text in zip(FILES, contents, strict=True):
         with atomic_write(directory / name) as file:
@@ -71,16 +84,33 @@ def write_report(
     return [directory / name for name in FILES]
 
 
-def _results(evaluation: Evaluation, ece: float, non_finite: list[str], about: dict[str, Any]) -> dict[str, Any]:
-    results = {
+def _results(
+    evaluation: Evaluation,
+    ece: float,
+    non_finite: list[str],
+    calibrated: tuple[Calibration, Effect] | None,
+    about: dict[str, Any],
+) -> dict[str, Any]:
+    results: dict[str, Any] = {
         "acc1": evaluation.acc1,
+        "acc1_interval": evaluation.acc1_interval,
         "acc5": evaluation.acc5,
+        "acc5_interval": evaluation.acc5_interval,
         "loss": evaluation.loss,
         "ece": ece,
         "count": len(evaluation.paths),
         "skipped": {"count": len(evaluation.skipped), "names": evaluation.skipped},
         "non_finite_loss": {"count": len(non_finite), "names": non_finite},
     }
+    if calibrated:
+        calibration, effect = calibrated
+        results["calibrated"] = {
+            "temperature": calibration.temperature,
+            "fitted_images": calibration.num_images,
+            "ece": effect.ece,
+            "loss": effect.loss,
+            "cross_fitted": effect.is_cross_fitted,
+        }
     if taken := results.keys() & about.keys():
         raise ValueError(
             f"about contains {', '.join(sorted(taken))}, which results.json takes from the evaluation; remove it there"
@@ -104,10 +134,11 @@ def _plain(value: Any) -> Any:
 def _per_class_csv(class_names: list[str], classes: list[ClassMetrics]) -> str:
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)  # else a bare \r is not quoted
-    writer.writerow(("class", "name", "images", "correct", "accuracy", "mean_confidence", "most_common_wrong"))
+    writer.writerow(COLUMNS)
     for row in classes:
         confidence = f"{row.mean_confidence:.6f}" if math.isfinite(row.mean_confidence) else ""
         wrong = "" if row.most_common_wrong is None else class_names[row.most_common_wrong]
         accuracy = f"{100 * row.accuracy:.3f}"
-        writer.writerow((row.index, row.name, row.images, row.correct, accuracy, confidence, wrong))
+        low, high = (f"{end:.3f}" for end in row.interval)
+        writer.writerow((row.index, row.name, row.images, row.correct, accuracy, confidence, wrong, low, high))
     return text.getvalue()

@@ -9,20 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from torch import Tensor
 
 from localvit.data.images import open_image
 from localvit.evaluation.evaluate import Evaluation
 from localvit.evaluation.metrics import Bin, ClassMetrics, correct_images, count_mistakes, rank_pairs
+from localvit.evaluation.temperature import Effect
+from localvit.inference.calibration import Calibration
 
 FULL_MATRIX = 50
 """The confusion matrix shows all classes up to this number."""
 PART_MATRIX = 16
 """With more classes, it shows the most confused ones, at most this many."""
+FEW = 5
+"""As many classes without a correct image, and pairs that occur once, have a row each; more do not."""
+IMAGES_PER_CLASS = 3
+"""With fewer images than this for each of many classes, the matrix would be nearly empty, so it shows a part."""
 MAX_ROWS = 20
 """Rows of a table and names in a list."""
-MAX_IMAGES = 12
-"""Images with the highest loss, and with the highest confidence, in the list of mistakes."""
+MAX_IMAGES = 24
+"""Images in the list of mistakes."""
 THUMBNAIL = 96
 """Longest side of a thumbnail in pixels."""
 
@@ -93,6 +98,7 @@ def render_page(
     non_finite: list[str],
     dataset_root: Path | None,
     about: dict[str, Any],
+    calibrated: tuple[Calibration, Effect] | None = None,
 ) -> str:
     """Render report.html.
 
@@ -104,6 +110,7 @@ def render_page(
         non_finite: Names of the images whose loss is not finite.
         dataset_root: Folder of the images, for thumbnails, or None.
         about: What was evaluated and how.
+        calibrated: The model's temperature and what it does to these probabilities.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("localvit.evaluation.report", "."),
@@ -115,7 +122,8 @@ def render_page(
     environment.filters |= {"percent": percent, "decimal": decimal, "plural": plural}
     mistakes = count_mistakes(evaluation)
     pairs = rank_pairs(mistakes)
-    weakest = sorted(classes, key=lambda row: (row.accuracy, -row.images, row.index))[:MAX_ROWS]
+    without_hits = _classes_without_hits(classes)
+    weakest = _weakest([row for row in classes if row not in without_hits])
     return environment.get_template("report.html.jinja").render(
         title=f"Evaluation of {about['model']}" if about.get("model") else "Evaluation",
         evaluation=evaluation,
@@ -127,19 +135,33 @@ def render_page(
         ece=ece,
         bins=bins,
         filled_bins=[bin for bin in bins if bin.count],
+        calibration=calibrated[0] if calibrated else None,
+        effect=calibrated[1] if calibrated else None,
         non_finite=non_finite,
         num_wrong=mistakes.total(),
         mistakes=_worst_mistakes(evaluation, dataset_root),
         weakest=weakest,
-        # Of many classes with one image each, the first 20 that are wrong, or pairs that occur once, say nothing.
-        all_zero=len(classes) > len(weakest) and all(row.images == 1 and not row.correct for row in weakest),
-        num_zero=sum(not row.correct for row in classes),
+        without_hits=[row.name for row in without_hits],
+        most_without_hits=max((row.images for row in without_hits), default=0),
         num_pairs=len(pairs),
         pairs=_confused_pairs(evaluation.class_names, classes, mistakes)[:MAX_ROWS],
-        only_single_pairs=len(pairs) > MAX_ROWS and mistakes[pairs[0]] == 1,
+        only_single_pairs=len(pairs) > FEW and mistakes[pairs[0]] == 1,  # the list of mistakes shows them all
         matrix=_confusion_matrix(evaluation.class_names, classes, mistakes),
         about=_flatten(about),
     )
+
+
+def _classes_without_hits(classes: list[ClassMetrics]) -> list[ClassMetrics]:
+    """The classes without a correctly classified image, if they are so many that a row for each says nothing."""
+    found = [row for row in classes if not row.correct]
+    return found if len(found) > FEW else []
+
+
+def _weakest(classes: list[ClassMetrics]) -> list[ClassMetrics]:
+    """The classes of lowest accuracy; none if each has a single image, whose class is then right."""
+    if classes and all(row.images == row.correct == 1 for row in classes):
+        return []
+    return sorted(classes, key=lambda row: (row.accuracy, -row.images, row.index))[:MAX_ROWS]
 
 
 def percent(share: float, digits: int = 1) -> str:
@@ -165,30 +187,22 @@ def plural(number: int, one: str, many: str | None = None) -> str:
 
 
 def _worst_mistakes(evaluation: Evaluation, dataset_root: Path | None) -> list[Mistake]:
-    """The misclassified images with the highest losses, then those with the highest confidence that are not yet there.
-
-    Images of which both are NaN have no rank and are left out.
-    """
-    ranked = [*_ranked(evaluation, evaluation.losses_N), *_ranked(evaluation, evaluation.top_probabilities_NK[:, 0])]
+    """The misclassified images with the highest losses. Those whose loss is NaN have no rank and are left out."""
+    loss_N = evaluation.losses_N
+    wrong_N = ~correct_images(evaluation) & ~loss_N.isnan()
+    order_N = loss_N.where(wrong_N, -math.inf).argsort(descending=True, stable=True)
     names = evaluation.class_names
     return [
         Mistake(
             path=evaluation.paths[index],
             true=names[evaluation.labels_N[index]],
-            true_probability=math.exp(-evaluation.losses_N[index].item()),
+            true_probability=math.exp(-loss_N[index].item()),
             predicted=names[evaluation.top_classes_NK[index, 0]],
             confidence=evaluation.top_probabilities_NK[index, 0].item(),
             image=_thumbnail(evaluation.paths[index], dataset_root),
         )
-        for index in dict.fromkeys(ranked)
+        for index in order_N[: min(int(wrong_N.sum()), MAX_IMAGES)].tolist()
     ]
-
-
-def _ranked(evaluation: Evaluation, score_N: Tensor) -> list[int]:
-    """The misclassified images with the highest scores that are not NaN."""
-    ranked_N = score_N.where(~correct_images(evaluation), -math.inf)
-    order_N = ranked_N.argsort(descending=True, stable=True)
-    return order_N[ranked_N[order_N] > -math.inf][:MAX_IMAGES].tolist()
 
 
 def _thumbnail(path: str, dataset_root: Path | None) -> str:
@@ -228,7 +242,8 @@ def _confusion_matrix(
     """The matrix of all classes that appear; of many, of the most confused ones, or None if no
     two classes are confused twice."""
     appearing = sorted({row.index for row in classes} | {predicted for _, predicted in mistakes})
-    is_part = len(appearing) > FULL_MATRIX
+    is_sparse = sum(row.images for row in classes) < IMAGES_PER_CLASS * len(appearing)
+    is_part = len(appearing) > (PART_MATRIX if is_sparse else FULL_MATRIX)
     if is_part and max(mistakes.values(), default=0) <= 1:
         return None
     shown = _most_confused(mistakes) if is_part else appearing
