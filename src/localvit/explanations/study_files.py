@@ -100,7 +100,9 @@ def _draw_accuracies(axes: Axes, studies: Sequence[LocalityStudy]) -> None:
         offset = (number - (len(local) - 1) / 2) * width
         color = _COLORS[studies.index(study)]
         bars = axes.bar([index + offset for index in range(len(values))], values, width, color=color, alpha=0.85)
-        axes.bar_label(bars, [f"{value:.1f}" for value in values], fontsize=7.5 if len(local) == 1 else 5, padding=1)
+        size = 7.5 if len(local) == 1 else 5
+        behind = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.6}  # the lines pass there
+        axes.bar_label(bars, [f"{value:.1f}" for value in values], fontsize=size, padding=2, bbox=behind)
     if local:
         labels = [_without(each.without) for each in max(local, key=lambda study: len(study.accuracies)).accuracies]
         axes.set_xticks(range(len(labels)), labels, fontsize=8)
