@@ -11,9 +11,10 @@ from PIL import Image
 from small import ONE_OF_EACH, image_size, small_model
 
 import localvit
+from localvit.data.folders import scan_folder
 from localvit.data.preprocessing import Preprocessing
 from localvit.evaluation.predict import predict
-from localvit.explanations import attention_maps, draw_overlay, grad_cam, rollout, write_explanations
+from localvit.explanations import attention_maps, class_overlays, draw_overlay, grad_cam, rollout, write_explanations
 from localvit.explanations.overlay import colors, draw_explanation, short_name
 from localvit_cli import main
 
@@ -119,9 +120,20 @@ def test_colors_get_lighter_and_an_overlay_shows_the_highest_patch():
     difference = np.abs(drawn - 90).sum(-1)
     row, column = np.unravel_index(difference.argmax(), difference.shape)
     assert (row // 16, column // 16) == (1, 2)
-    assert difference[48:, :16].max() == 0
+    assert difference[56:, :8].max() == 0
     gray = np.asarray(draw_overlay(Image.new("RGB", (32, 32), (200, 10, 10)), torch.zeros(4, 4)))
     assert (gray[..., 0] == gray[..., 1]).all()
+
+
+def test_overlays_for_a_report(images):
+    (images / "cat").mkdir()
+    for path in images.glob("*.png"):
+        path.rename(images / "cat" / path.name)
+    labeled, _ = scan_folder(images)
+    found = class_overlays(NANO, labeled, [2, 3, 0], OPTIONS)
+    assert list(found) == [3, 0]  # 2 cannot be read
+    (expected, *_) = localvit.explain(NANO, images / "cat" / "a.png", options=OPTIONS)
+    assert found[0].tobytes() == draw_overlay(expected.image, expected.maps[0].values_HW).tobytes()
 
 
 def test_short_names():

@@ -6,7 +6,7 @@ from localvit.explanations.cam import ClassActivation, grad_cam
 from localvit.explanations.explain import Explanation, HeatMap, Method, explain
 from localvit.explanations.files import write_explanations
 from localvit.explanations.layers import Placement, TokenGrid, layers_of
-from localvit.explanations.overlay import draw_explanation, draw_overlay
+from localvit.explanations.overlay import class_overlays, draw_explanation, draw_overlay
 from localvit.explanations.distance import attention_distance, receptive_fields
 from localvit.explanations.neighbors import local_layers, without_neighbors
 from localvit.explanations.rollout import rollout
@@ -23,6 +23,7 @@ __all__ = [
     "TokenGrid",
     "attention_distance",
     "attention_maps",
+    "class_overlays",
     "draw_explanation",
     "draw_overlay",
     "explain",

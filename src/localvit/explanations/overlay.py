@@ -9,7 +9,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from localvit.explanations.explain import Explanation
+from localvit.data.images import Images
+from localvit.data.split import ImageSubset
+from localvit.explanations.explain import Explanation, explain
+from localvit.inference.runner import InferenceOptions, ModelSource
 
 SMALLEST_SIDE = 224
 """Smaller images are enlarged by a whole factor, without smoothing, until their shorter side has this many pixels."""
@@ -66,6 +69,30 @@ def draw_explanation(explanation: Explanation) -> Image.Image:
     panels += [_fit(draw_overlay(explanation.image, each.values_HW, smallest_side=PANEL)) for each in explanation.maps]
     names = ["image", *(short_name(each.name) for each in explanation.maps)]
     return _sheet(panels, names, columns=min(len(panels), 7 if len(panels) % 7 == 0 or len(panels) > 14 else 5))
+
+
+def class_overlays(
+    model: ModelSource, images: Images, indices: Sequence[int], options: InferenceOptions | None = None
+) -> dict[int, Image.Image]:
+    """The class activation map of the predicted class over each of some images of a data set, for a report.
+
+    Args:
+        model, options: as in `localvit.explain`.
+        images: the data set.
+        indices: which of its images.
+
+    Returns:
+        The overlay of each index; an image that cannot be read has none.
+
+    Raises:
+        ValueError: as `localvit.explain`.
+    """
+    found = explain(model, ImageSubset(images, list(indices)), "cam", options=options)
+    return {
+        index: draw_overlay(each.image, each.maps[0].values_HW)
+        for index, each in zip(indices, found, strict=True)
+        if each.image is not None
+    }
 
 
 def short_name(layer: str) -> str:
