@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -213,3 +214,14 @@ def test_a_file_name_does_not_leave_the_folder(tmp_path):
     found = replace(found, file="/etc/../\x1b中\udce9/..\udce9.png")
     assert write_explanations([found, replace(found, file="...")], tmp_path / "out", "rollout", model="m") == (2, 0)
     assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == ["0001-___.png", "0002-___.png"]
+
+
+def test_the_documents_python_runs(capsys):
+    text = (Path(__file__).parents[2] / "docs" / "explain.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    for line in block.splitlines():
+        if ".shape  # (" in line:  # the shape that the comment states
+            expression, comment = line.split("  # ")
+            block = block.replace(line, f"assert {expression} == {comment[: comment.index(')') + 1]}")
+    exec(compile(block, "docs/explain.md", "exec"), {})
+    assert len(capsys.readouterr().out.splitlines()) == 2
