@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -205,6 +206,16 @@ def test_the_command_draws_what_locality_does(images, tmp_path, capsys):
     assert capsys.readouterr().out.split() == [str(output / "locality.png"), str(output / "locality.json")]
     (study,) = json.loads((output / "locality.json").read_text())
     assert (study["model"], study["images"]) == (NANO, 1)
+
+
+def test_without_matplotlib_the_command_says_what_to_install_before_it_starts(images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
+    monkeypatch.delitem(sys.modules, "localvit.explanations.study_files", raising=False)
+    flags = ["--device", "cpu", "--output", str(tmp_path / "out"), "--method", "locality"]
+    assert main(["explain", NANO, str(images), *flags]) == 1
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line == 'localvit: error: drawing what locality does needs matplotlib: pip install "localvit[plot]"'
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_file_name_does_not_leave_the_folder(tmp_path):

@@ -81,6 +81,7 @@ def test_adapters_of_localized_models_and_models_without_locality():
     changed = without_neighbors(local)
     kernels = [part.weight for part in changed.modules() if isinstance(part, nn.Conv2d) and part.groups > 1]
     assert [kernel.sum().item() for kernel in kernels] == [768.0, 768.0]
+    assert [kernel[:, 0, 2, 2].sum().item() for kernel in kernels] == [768.0, 768.0]
 
 
 def test_the_last_block_changes_nothing_where_the_head_reads_the_class_token():
