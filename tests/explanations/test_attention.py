@@ -210,13 +210,22 @@ def test_a_fused_call_with_every_argument():
         torch.testing.assert_close(weights_of_fused_call(query, key, value, **options), expected)
 
 
-def test_hugging_face_vits_equal_the_attentions_that_they_return():
+HUGGING_FACE = {
+    "ViT": "ViTForImageClassification",
+    "DeiT": "DeiTForImageClassificationWithTeacher",
+    "Dinov2": "Dinov2ForImageClassification",
+    "Dinov2WithRegisters": "Dinov2WithRegistersForImageClassification",
+    "CLIPVision": "CLIPVisionModel",
+}
+
+
+@pytest.mark.parametrize("family", HUGGING_FACE)
+def test_vits_of_transformers_equal_the_attentions_that_they_return(family):
     transformers = pytest.importorskip("transformers")
-    config = transformers.ViTConfig(
-        hidden_size=24, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8
-    )
+    sizes = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+    config = getattr(transformers, f"{family}Config")(**sizes, image_size=32, patch_size=8)
     torch.manual_seed(0)
-    model = transformers.ViTForImageClassification(config).eval()
+    model = getattr(transformers, HUGGING_FACE[family])(config).eval()
     localvit.localize(model, localvit.Adapter(), inplace=True)
     images = torch.randn(2, 3, 32, 32)
     maps = attention_maps(model, images)
