@@ -25,6 +25,7 @@ LAYERS = (
     "bench",
     "exporters",
     "web_page",
+    "explanations",
 )
 FILES = sorted((SRC / "localvit").rglob("*.py"))
 

@@ -15,6 +15,7 @@ from localvit.checkpoints import (
 from localvit.evaluation.evaluate import Evaluation, evaluate
 from localvit.evaluation.predict import Prediction, predict
 from localvit.hub import HubError, from_hub, push, save_hub_folder
+from localvit.explanations import Explanation, explain
 from localvit.exporters import ExportReport, Int8, Onnx, OpenVINO, TorchExport, export
 from localvit.inference.cost import locality_report
 from localvit.inference.fusion import fuse
@@ -37,6 +38,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "Evaluation",
+    "Explanation",
     "ExportReport",
     "HubError",
     "InferenceOptions",
@@ -52,6 +54,7 @@ __all__ = [
     "create_model",
     "delocalize",
     "evaluate",
+    "explain",
     "export",
     "from_hub",
     "from_pretrained",

@@ -21,6 +21,7 @@ COMMANDS = {
     "train": "Train a model from a recipe, a settings file and flags.",
     "eval": "Evaluate a model on labeled images.",
     "predict": "Classify images.",
+    "explain": "Show what a model looks at, and what locality changes.",
     "check-data": "Find problems in an image folder before training on it.",
     "compare": "Compare training runs.",
     "recipes": "List the training recipes, or print one.",

@@ -32,8 +32,8 @@ RUN_HERE = (
     "walk_reproduce",
     "zoo",
 )
-"""Pages whose snippets and commands run here. localize, hub, many_images and backbone have tests of their own."""
-ELSEWHERE = {"localize", "hub", "many_images", "backbone"}
+"""Pages whose snippets and commands run here. Those of ELSEWHERE have tests of their own."""
+ELSEWHERE = {"localize", "hub", "many_images", "backbone", "explain"}
 NOT_RUN = {
     "deploy": "tests/exporters run these exports and programs",
     "eval_speed": "benchmarks",
