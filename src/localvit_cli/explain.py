@@ -10,7 +10,7 @@ import tyro
 
 from localvit.data.folders import PathImages, scan_folder
 from localvit.data.images import DataError, ImageSequence
-from localvit.explanations import Explanation, explain, layers_of, study_locality, write_explanations
+from localvit.explanations import Explanation, explain, layers_of, measure_locality, write_explanations
 from localvit.explanations.explain import class_index
 from localvit.inference.runner import InferenceOptions, LoadedModel, load_model
 from localvit.utils.devices import choose_device
@@ -73,7 +73,7 @@ class Explain:
         size = image_size(self.input_size)
         options = self._options()
         if self.method == "locality":
-            return self._study(size, options, self.output)
+            return self._measure(size, options, self.output)
         check_writable(self.output / "explain.html")
         images = PathImages(self.paths)
         loaded = load_model(self.model, checkpoint=self.checkpoint, weights=self.weights, input_size=size)
@@ -110,22 +110,22 @@ class Explain:
         print(output / "explain.html")
         return 1 if failed else 0
 
-    def _study(self, size: tuple[int, int] | None, options: InferenceOptions, output: Path) -> int:
-        from localvit.explanations.study_files import FIGURE, MAX_MODELS, write_study  # needs matplotlib
+    def _measure(self, size: tuple[int, int] | None, options: InferenceOptions, output: Path) -> int:
+        from localvit.explanations.measures_files import FIGURE, MAX_MODELS, write_measures  # needs matplotlib
 
         if len(self.beside) >= MAX_MODELS:
             raise UsageError(f"--beside takes at most {MAX_MODELS - 1} models")
         check_writable(output / FIGURE)
         images = self._images_with_labels()
-        studies = []
+        measured = []
         for source, checkpoint in ((self.model, self.checkpoint), *((each, None) for each in self.beside)):
             loaded = load_model(source, checkpoint=checkpoint, weights=self.weights, input_size=size)
             logger.info(f"model: {loaded}")
             layers_of(loaded.model)
             with progress("explain", min(self.limit or len(images), len(images))) as advance:
                 name = _label(source, loaded)
-                studies.append(study_locality(loaded, images, options, name=name, limit=self.limit, done=advance))
-        for path in write_study(studies, output):
+                measured.append(measure_locality(loaded, images, options, name=name, limit=self.limit, done=advance))
+        for path in write_measures(measured, output):
             print(path)
         return 0
 

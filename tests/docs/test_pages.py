@@ -39,7 +39,9 @@ NOT_RUN = {
     "eval_speed": "benchmarks",
     "performance": "benchmarks",
     "small_images": "benchmarks",
+    "study": "tests/cli/test_trust_documents.py reads its commands and its YAML",
     "train_speed": "benchmarks",
+    "trust": "tests/cli/test_trust_documents.py reads its commands and its figures",
 }
 WRITTEN = {
     "README": ("report/report.html", "runs/mine/best.safetensors"),

@@ -204,13 +204,13 @@ def test_the_command_draws_what_locality_does(images, tmp_path, capsys):
     flags = ["--workers", "0", "--device", "cpu", "--output", str(output), "--method", "locality"]
     assert main(["explain", NANO, str(images), *flags]) == 0
     assert capsys.readouterr().out.split() == [str(output / "locality.png"), str(output / "locality.json")]
-    (study,) = json.loads((output / "locality.json").read_text())
-    assert (study["model"], study["images"]) == (NANO, 1)
+    (found,) = json.loads((output / "locality.json").read_text())
+    assert (found["model"], found["images"]) == (NANO, 1)
 
 
 def test_without_matplotlib_the_command_says_what_to_install_before_it_starts(images, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
-    monkeypatch.delitem(sys.modules, "localvit.explanations.study_files", raising=False)
+    monkeypatch.delitem(sys.modules, "localvit.explanations.measures_files", raising=False)
     flags = ["--device", "cpu", "--output", str(tmp_path / "out"), "--method", "locality"]
     assert main(["explain", NANO, str(images), *flags]) == 1
     *_, line = capsys.readouterr().err.splitlines()

@@ -18,8 +18,8 @@ from localvit.explanations import (
     attention_maps,
     layers_of,
     local_layers,
+    measure_locality,
     receptive_fields,
-    study_locality,
     without_neighbors,
 )
 from localvit.explanations.attention import AttentionMap
@@ -188,22 +188,22 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_a_study_counts_what_evaluation_counts(folder):
+def test_measures_count_what_evaluation_counts(folder):
     images, _ = scan_folder(folder)
     options = localvit.InferenceOptions(workers=0, batch_size=4, device=torch.device("cpu"), fuse=False)
-    study = study_locality(NANO, images, options)
-    assert (study.num_images, study.num_probes, study.image_size) == (6, 6, (32, 32))
+    found = measure_locality(NANO, images, options)
+    assert (found.num_images, found.num_probes, found.image_size) == (6, 6, (32, 32))
     ready = localvit.load_model(NANO)
     single = [(name,) for name in local_layers(ready.model)]
-    assert [each.without for each in study.accuracies] == [(), *single, study.local_layers]
-    for each in study.accuracies:
+    assert [each.without for each in found.accuracies] == [(), *single, found.local_layers]
+    for each in found.accuracies:
         model = without_neighbors(ready.model, each.without) if each.without else ready.model
         loaded = replace(ready, model=model)
         result = localvit.evaluate(loaded, images, options=options, skip_unreadable=True)
         assert each.correct == round(result.acc1 / 100 * 6)
-        assert each.change == pytest.approx((each.correct - study.accuracies[0].correct) / 6)
-    assert len(study.reaches) == len(study.fields) == len(study.fields_without) == 6
-    assert all(0 < value < 32 for reach in study.reaches for value in reach.pixels)
+        assert each.change == pytest.approx((each.correct - found.accuracies[0].correct) / 6)
+    assert len(found.reaches) == len(found.fields) == len(found.fields_without) == 6
+    assert all(0 < value < 32 for reach in found.reaches for value in reach.pixels)
 
 
 def test_a_model_without_locality_is_measured_as_it_is():
@@ -214,9 +214,9 @@ def test_a_model_without_locality_is_measured_as_it_is():
     assert list(fields) == [block.name for block in layers_of(model).blocks]
 
 
-def test_the_files_of_a_study(folder, tmp_path):
+def test_the_files_of_measures(folder, tmp_path):
     pytest.importorskip("matplotlib")
-    from localvit.explanations.study_files import write_study
+    from localvit.explanations.measures_files import write_measures
 
     images, _ = scan_folder(folder)
     options = localvit.InferenceOptions(workers=0, device=torch.device("cpu"), fuse=False)
@@ -225,8 +225,11 @@ def test_the_files_of_a_study(folder, tmp_path):
     for model in models:
         model.pretrained_cfg = {**model.pretrained_cfg, "label_names": names}
     local, plain = models
-    studies = [study_locality(local, images, options, name="a $b_c", limit=4), study_locality(plain, images, options)]
-    figure, numbers = write_study(studies, tmp_path / "out")
+    measured = [
+        measure_locality(local, images, options, name="a $b_c", limit=4),
+        measure_locality(plain, images, options),
+    ]
+    figure, numbers = write_measures(measured, tmp_path / "out")
     with Image.open(figure) as image:
         assert image.width > 800
     first, second = json.loads(numbers.read_text())
@@ -234,7 +237,7 @@ def test_the_files_of_a_study(folder, tmp_path):
     assert len(first["accuracy"]) == 4  # none, each of two blocks, all
     assert second["accuracy"][0]["acc1"] == pytest.approx(100 * second["accuracy"][0]["correct"] / 6, abs=1e-3)
     with pytest.raises(ValueError, match="one figure shows 1 to 5 models, not 6"):
-        write_study(studies * 3, tmp_path / "more")
+        write_measures(measured * 3, tmp_path / "more")
     assert not (tmp_path / "more").exists()
 
 

@@ -10,14 +10,14 @@ from localvit.explanations.overlay import class_overlays, draw_explanation, draw
 from localvit.explanations.distance import attention_distance, receptive_fields
 from localvit.explanations.neighbors import local_layers, without_neighbors
 from localvit.explanations.rollout import rollout
-from localvit.explanations.study import LocalityStudy, study_locality
+from localvit.explanations.measures import LocalityMeasures, measure_locality
 
 __all__ = [
     "AttentionMap",
     "ClassActivation",
     "Explanation",
     "HeatMap",
-    "LocalityStudy",
+    "LocalityMeasures",
     "Method",
     "Placement",
     "TokenGrid",
@@ -30,9 +30,9 @@ __all__ = [
     "grad_cam",
     "layers_of",
     "local_layers",
+    "measure_locality",
     "receptive_fields",
     "rollout",
-    "study_locality",
     "without_neighbors",
     "write_explanations",
 ]

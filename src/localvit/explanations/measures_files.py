@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from localvit.explanations.measures import Field, LocalityMeasures
 from localvit.explanations.overlay import short_name
-from localvit.explanations.study import Field, LocalityStudy
 from localvit.utils.files import atomic_write
 
 try:
@@ -29,7 +29,7 @@ _DARKEST = 1e-4
 """Squared gradients are shown on a logarithmic scale from this part of the highest one."""
 
 
-def write_study(studies: Sequence[LocalityStudy], directory: Path) -> list[Path]:
+def write_measures(models: Sequence[LocalityMeasures], directory: Path) -> list[Path]:
     """Write the figure of one or several models and all numbers, each atomically.
 
     Importing this module needs matplotlib, which the extra `plot` installs.
@@ -41,41 +41,41 @@ def write_study(studies: Sequence[LocalityStudy], directory: Path) -> list[Path]
         ValueError: for no or too many models.
         OSError: `directory` cannot be written to.
     """
-    if not 1 <= len(studies) <= MAX_MODELS:
-        raise ValueError(f"one figure shows 1 to {MAX_MODELS} models, not {len(studies)}")
-    figure = draw_study(studies)
+    if not 1 <= len(models) <= MAX_MODELS:
+        raise ValueError(f"one figure shows 1 to {MAX_MODELS} models, not {len(models)}")
+    figure = draw_measures(models)
     with atomic_write(directory / FIGURE) as file:
         figure.savefig(file, format="png")
     with atomic_write(directory / NUMBERS) as file:
-        numbers = json.dumps([_numbers(study) for study in studies], indent=2) + "\n"
+        numbers = json.dumps([_numbers(model) for model in models], indent=2) + "\n"
         file.write_bytes(numbers.encode(errors="backslashreplace"))
     return [directory / FIGURE, directory / NUMBERS]
 
 
-def draw_study(studies: Sequence[LocalityStudy]) -> Figure:
+def draw_measures(models: Sequence[LocalityMeasures]) -> Figure:
     """Attention distance, accuracy without neighbors, and the receptive fields of each block."""
-    rows = [row for study in studies for row in _field_rows(study)]
+    rows = [row for model in models for row in _field_rows(model)]
     height = 1.62 * len(rows) + 0.3
     figure = Figure(figsize=(9.5, 3.3 + height), dpi=110)  # not through pyplot, which keeps a reference
     figure.set_layout_engine("constrained", h_pad=0.06, w_pad=0.06)
     parts: Any = figure.subfigures(2, 1, height_ratios=[3.3, height])
-    measured = any(study.accuracies for study in studies)
+    measured = any(model.accuracies for model in models)
     axes = parts[0].subplots(1, 2 if measured else 1, squeeze=False)[0]
-    _draw_reaches(axes[0], studies)
+    _draw_reaches(axes[0], models)
     if measured:
-        _draw_accuracies(axes[1], studies)
+        _draw_accuracies(axes[1], models)
     _draw_fields(parts[1], rows)
     return figure
 
 
-def _draw_reaches(axes: Axes, studies: Sequence[LocalityStudy]) -> None:
-    for number, (study, color) in enumerate(zip(studies, _COLORS, strict=False)):
-        positions = np.arange(1, len(study.reaches) + 1) + 0.12 * (number - (len(studies) - 1) / 2)
-        for position, reach in zip(positions, study.reaches, strict=True):
+def _draw_reaches(axes: Axes, models: Sequence[LocalityMeasures]) -> None:
+    for number, (model, color) in enumerate(zip(models, _COLORS, strict=False)):
+        positions = np.arange(1, len(model.reaches) + 1) + 0.12 * (number - (len(models) - 1) / 2)
+        for position, reach in zip(positions, model.reaches, strict=True):
             axes.scatter([position] * len(reach.pixels), reach.pixels, s=16, color=color, alpha=0.55, linewidths=0)
-        means = [float(np.mean(reach.pixels)) for reach in study.reaches]
-        axes.plot(positions, means, color=color, lw=1.4, label=_literal(study.model))
-    longest = max(studies, key=lambda study: len(study.reaches))
+        means = [float(np.mean(reach.pixels)) for reach in model.reaches]
+        axes.plot(positions, means, color=color, lw=1.4, label=_literal(model.name))
+    longest = max(models, key=lambda model: len(model.reaches))
     uniform = [reach.uniform for reach in longest.reaches]
     axes.plot(range(1, len(uniform) + 1), uniform, color="#888888", ls="--", lw=1, label="equal attention")
     axes.margins(y=0.25)
@@ -87,34 +87,34 @@ def _draw_reaches(axes: Axes, studies: Sequence[LocalityStudy]) -> None:
     _style(axes)
 
 
-def _draw_accuracies(axes: Axes, studies: Sequence[LocalityStudy]) -> None:
+def _draw_accuracies(axes: Axes, models: Sequence[LocalityMeasures]) -> None:
     """Bars for models with locality, a line for each other one."""
-    local = [study for study in studies if study.accuracies and study.local_layers]
-    for study, color in zip(studies, _COLORS, strict=False):
-        if study.accuracies and not study.local_layers:
-            value = 100 * study.accuracies[0].correct / study.num_images
-            axes.axhline(value, color=color, ls="--", lw=1.2, label=f"{_literal(study.model)} {value:.1f}")
+    local = [model for model in models if model.accuracies and model.local_layers]
+    for model, color in zip(models, _COLORS, strict=False):
+        if model.accuracies and not model.local_layers:
+            value = 100 * model.accuracies[0].correct / model.num_images
+            axes.axhline(value, color=color, ls="--", lw=1.2, label=f"{_literal(model.name)} {value:.1f}")
     width = 0.8 / max(len(local), 1)
-    for number, study in enumerate(local):
-        values = [100 * each.correct / study.num_images for each in study.accuracies]
+    for number, model in enumerate(local):
+        values = [100 * each.correct / model.num_images for each in model.accuracies]
         offset = (number - (len(local) - 1) / 2) * width
-        color = _COLORS[studies.index(study)]
+        color = _COLORS[models.index(model)]
         bars = axes.bar([index + offset for index in range(len(values))], values, width, color=color, alpha=0.85)
         size = 7.5 if len(local) == 1 else 5
         behind = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.6}  # the lines pass there
         axes.bar_label(bars, [f"{value:.1f}" for value in values], fontsize=size, padding=2, bbox=behind)
     if local:
-        labels = [_without(each.without) for each in max(local, key=lambda study: len(study.accuracies)).accuracies]
+        labels = [_without(each.without) for each in max(local, key=lambda model: len(model.accuracies)).accuracies]
         axes.set_xticks(range(len(labels)), labels, fontsize=8)
         axes.set_xlabel("neighbors set to zero in block")
     else:
         axes.set_xticks([])
-    if len(local) < len(studies):
+    if len(local) < len(models):
         axes.legend(fontsize=8, frameon=False, loc="upper right", bbox_to_anchor=(1, 1.03), ncols=2)
     axes.set_ylim(0, 112)
     axes.set_yticks(range(0, 101, 20))
     axes.set_ylabel("Acc@1 (%)")
-    axes.set_title(f"Accuracy on {max(study.num_images for study in studies):,} images", fontsize=10, loc="left")
+    axes.set_title(f"Accuracy on {max(model.num_images for model in models):,} images", fontsize=10, loc="left")
     _style(axes)
 
 
@@ -141,10 +141,10 @@ def _draw_fields(figure: SubFigure, rows: Sequence[tuple[str, Sequence[Field]]])
     )
 
 
-def _field_rows(study: LocalityStudy) -> list[tuple[str, list[Field]]]:
-    rows = [(study.model, _some(study.fields))]
-    if study.fields_without:
-        rows.append(("without neighbors", _some(study.fields_without)))
+def _field_rows(model: LocalityMeasures) -> list[tuple[str, list[Field]]]:
+    rows = [(model.name, _some(model.fields))]
+    if model.fields_without:
+        rows.append(("without neighbors", _some(model.fields_without)))
     return rows
 
 
@@ -176,7 +176,7 @@ def _style(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def _numbers(study: LocalityStudy) -> dict[str, Any]:
+def _numbers(model: LocalityMeasures) -> dict[str, Any]:
     def fields(found: Sequence[Field]) -> list[dict[str, Any]]:
         return [
             {
@@ -189,28 +189,28 @@ def _numbers(study: LocalityStudy) -> dict[str, Any]:
         ]
 
     return {
-        "model": study.model,
-        "image_size": list(study.image_size),
-        "probe_images": study.num_probes,
+        "model": model.name,
+        "image_size": list(model.image_size),
+        "probe_images": model.num_probes,
         "attention_distance": [
             {
                 "layer": each.layer,
                 "pixels": [round(value, 4) for value in each.pixels],
                 "equal_attention": round(each.uniform, 4),
             }
-            for each in study.reaches
+            for each in model.reaches
         ],
-        "receptive_field": fields(study.fields),
-        "receptive_field_without_neighbors": fields(study.fields_without),
-        "images": study.num_images,
+        "receptive_field": fields(model.fields),
+        "receptive_field_without_neighbors": fields(model.fields_without),
+        "images": model.num_images,
         "accuracy": [
             {
                 "without": list(each.without),
                 "correct": each.correct,
-                "acc1": round(100 * each.correct / study.num_images, 3),
+                "acc1": round(100 * each.correct / model.num_images, 3),
                 "change": round(100 * each.change, 3),
                 "standard_error": round(100 * each.standard_error, 3),
             }
-            for each in study.accuracies
+            for each in model.accuracies
         ],
     }

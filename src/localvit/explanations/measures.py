@@ -71,10 +71,11 @@ class Accuracy:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LocalityStudy:
-    """The findings for one model."""
+class LocalityMeasures:
+    """How far a model looks, and what the neighbors of its depth-wise convolutions contribute."""
 
-    model: str
+    name: str
+    """The model's."""
     num_images: int
     """Images that accuracy was measured on; 0 without labels."""
     num_probes: int
@@ -90,7 +91,7 @@ class LocalityStudy:
     """As trained, without the neighbors of one module after another, and of all; empty without labels."""
 
 
-def study_locality(
+def measure_locality(
     model: ModelSource,
     images: ImageSequence,
     options: InferenceOptions | None = None,
@@ -98,7 +99,7 @@ def study_locality(
     name: str | None = None,
     limit: int | None = None,
     done: Callable[[int], None] = lambda count: None,
-) -> LocalityStudy:
+) -> LocalityMeasures:
     """Measure how far a model looks, and what the neighbors of its depth-wise convolutions contribute.
 
     The neighbors are set to zero at test time (`without_neighbors`). A model that was trained without them would have
@@ -142,8 +143,8 @@ def study_locality(
     if not probes:
         raise DataError("none of the images can be read")
     size = (probes[0].shape[-2], probes[0].shape[-1])
-    return LocalityStudy(
-        model=name or type(unwrap(runner.model)).__name__,
+    return LocalityMeasures(
+        name=name or type(unwrap(runner.model)).__name__,
         num_images=0 if label_of is None else sum(map(len, right[0])),
         num_probes=sum(map(len, probes)),
         image_size=size,
