@@ -55,7 +55,7 @@ class Report:
         folder.mkdir(parents=True, exist_ok=True)
 
     def line(self, text: str) -> None:
-        """Print a line, and write the report anew, so that nothing is lost when it is stopped."""
+        """Print a line, and write the report again, so that nothing is lost when it is stopped."""
         print(text, flush=True)
         self.lines.append(text)
         (self.folder / "gpu_report.md").write_text("\n".join(self.lines) + "\n")
