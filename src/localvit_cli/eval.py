@@ -23,6 +23,7 @@ from localvit.utils.files import check_writable
 from localvit.utils.intervals import accuracy_interval, interval_text
 from localvit_cli import UsageError
 from localvit_cli.console import progress
+from localvit_cli.explain_mistakes import check_explainable, explain_mistakes
 from localvit_cli.fit_temperature import check_fit, fit_and_save, measure
 from localvit_cli.published_result import published_line
 from localvit_cli.streams import printable
@@ -104,6 +105,8 @@ class Eval:
     with it to FILE, which may be the evaluated one. Used by predict --calibrated and in exported files."""
     report: Annotated[Path | None, optional("DIR")] = None
     """Folder to write results.json, per_class.csv and report.html to."""
+    explain: bool = False
+    """Show in the report which patches speak for the true and for the predicted class of each listed mistake."""
 
     def run(self) -> None:
         """Evaluate and print the result; the last line has the published program's format."""
@@ -156,7 +159,7 @@ def run_evaluation(command: Eval, loaded: LoadedModel, options: InferenceOptions
                 try:
                     fitted = fit_and_save(command, loaded, evaluation) if command.fit_temperature else fitted
                 finally:
-                    _write_report(command, loaded, evaluation, fitted, images.root, about)
+                    _write_report(command, loaded, evaluation, fitted, images, options, about)
         evaluation.check_finite()
 
 
@@ -182,6 +185,7 @@ def _with_data_set_of_run(command: Eval, about: dict[str, Any]) -> Eval:
 def _check_outputs(command: Eval, loaded: LoadedModel, images: Images, total: int, num_trained_on: int) -> None:
     """Raise now what would otherwise be raised after the evaluation."""
     check_fit(command, loaded, num_trained_on)
+    check_explainable(command, loaded)
     if command.real_labels:
         reassessed_labels([images.name(index) for index in range(total)], loaded.class_names)
     if command.report is not None and is_main():
@@ -230,7 +234,8 @@ def _write_report(
     loaded: LoadedModel,
     evaluation: Evaluation,
     calibration: Calibration | None,
-    root: Path | None,
+    images: Images,
+    options: InferenceOptions,
     about: dict[str, Any],
 ) -> None:
     effect = measure(evaluation, calibration)
@@ -241,8 +246,9 @@ def _write_report(
     paths = write_report(
         replace(evaluation, class_names=names),
         command.report,
-        dataset_root=root,
+        dataset_root=images.root,
         about=about,
         calibrated=calibrated,
+        explained=explain_mistakes(loaded, evaluation, images, options) if command.explain else None,
     )
     logger.info(f"report: {', '.join(str(path) for path in paths)}")

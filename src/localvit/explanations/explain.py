@@ -3,7 +3,7 @@
 Shapes: B images, M classes, H and W a grid of patches.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -72,7 +72,7 @@ def explain(
     images: str | Path | Iterable[str | Path] | ImageSequence | Tensor,
     method: Method = "cam",
     *,
-    target: int | str | None = None,
+    target: int | str | Sequence[int] | None = None,
     preprocessing: Preprocessing | None = None,
     options: InferenceOptions | None = None,
     class_names: Iterable[str] | None = None,
@@ -84,7 +84,8 @@ def explain(
         images: a file, folder or glob pattern, several of them, any `ImageSequence`, or prepared images (B, C, H, W).
         method: "attention": for each layer the attention, averaged over heads, from the class token to the patches or,
             in layers without one, from all tokens. "rollout": `localvit.explanations.rollout`. "cam": `grad_cam`.
-        target: the class of a class activation map, as index or name; by default the predicted one.
+        target: the class of a class activation map, as index or name, or one index for each image; by default the
+            predicted class.
         preprocessing, options, class_names: as in `localvit.predict`.
 
     Yields:
@@ -101,14 +102,31 @@ def explain(
         raise ValueError(f"method={method!r} does not depend on a class: leave out target, or choose method='cam'")
     runner = Runner.of(model, preprocessing, options, None if class_names is None else list(class_names))
     layers = layers_of(runner.model)
-    index = class_index(target, runner.class_names)
-    if isinstance(images, Tensor):
-        return _of_tensor(runner, layers, images, method, index)
     if isinstance(images, str | Path):
         images = [images]
-    return _of_images(
-        runner, layers, images if isinstance(images, ImageSequence) else PathImages(images), method, index
-    )
+    if not isinstance(images, Tensor | ImageSequence):
+        images = PathImages(images)
+    targets = _targets(target, images, runner.class_names)
+    if isinstance(images, Tensor):
+        return _of_tensor(runner, layers, images, method, targets)
+    return _of_images(runner, layers, images, method, targets)
+
+
+Targets = Sequence[int] | None
+"""The class of each image, or None for the predicted ones."""
+
+
+def _targets(
+    target: int | str | Sequence[int] | None, images: ImageSequence | Tensor, class_names: list[str] | None
+) -> Targets:
+    if isinstance(target, int | str):
+        index = class_index(target, class_names)
+        return None if index is None else [index] * len(images)
+    if target is not None and len(target) != len(images):
+        raise ValueError(
+            f"{len(target)} target classes were given for {len(images)} images: give one for each, or a single one"
+        )
+    return target
 
 
 def class_index(target: int | str | None, class_names: list[str] | None) -> int | None:
@@ -130,7 +148,7 @@ def class_index(target: int | str | None, class_names: list[str] | None) -> int 
 
 
 def _of_images(
-    runner: Runner, layers: ModelLayers, images: ImageSequence, method: Method, target: int | None
+    runner: Runner, layers: ModelLayers, images: ImageSequence, method: Method, targets: Targets
 ) -> Iterator[Explanation]:
     for indices, images_BCHW, failed in runner.load_batches(images, range(len(images))):
         done = {}
@@ -139,13 +157,14 @@ def _of_images(
             done[index] = Explanation(file=file, method=method, error=reason.removeprefix(f"{file}: "))
         if images_BCHW is not None:
             names = [images.name(index) for index in indices]
+            target = None if targets is None else [targets[index] for index in indices]
             done |= dict(zip(indices, _explain_batch(runner, layers, images_BCHW, names, method, target), strict=True))
         for index in sorted(done):
             yield done[index]
 
 
 def _of_tensor(
-    runner: Runner, layers: ModelLayers, images_BCHW: Tensor, method: Method, target: int | None
+    runner: Runner, layers: ModelLayers, images_BCHW: Tensor, method: Method, targets: Targets
 ) -> Iterator[Explanation]:
     if images_BCHW.ndim != 4:
         raise ValueError(f"images of shape {tuple(images_BCHW.shape)} must be a batch (B, C, H, W)")
@@ -153,11 +172,12 @@ def _of_tensor(
     for start in range(0, len(images_BCHW), size):
         part_BCHW = images_BCHW[start : start + size]
         names = [str(start + number) for number in range(len(part_BCHW))]
+        target = None if targets is None else targets[start : start + size]
         yield from _explain_batch(runner, layers, part_BCHW, names, method, target)
 
 
 def _explain_batch(
-    runner: Runner, layers: ModelLayers, images_BCHW: Tensor, names: list[str], method: Method, target: int | None
+    runner: Runner, layers: ModelLayers, images_BCHW: Tensor, names: list[str], method: Method, target: Targets
 ) -> list[Explanation]:
     inputs_BCHW = images_BCHW.to(runner.options.device)
     with runner.options.autocast():
@@ -202,7 +222,7 @@ def _rollout(model: nn.Module, layers: ModelLayers, images_BCHW: Tensor, target:
     return logits_of(output), None, [("all layers", rollout_of_maps(maps, layers.num_tokens_read))]
 
 
-def _cam(model: nn.Module, layers: ModelLayers, images_BCHW: Tensor, target: int | None) -> Maps:
+def _cam(model: nn.Module, layers: ModelLayers, images_BCHW: Tensor, target: Targets) -> Maps:
     found = grad_cam(model, images_BCHW, target)
     return found.logits_BM, found.target_B, [(found.layer, found.map_BHW)]
 

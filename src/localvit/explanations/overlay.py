@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -72,27 +72,32 @@ def draw_explanation(explanation: Explanation) -> Image.Image:
 
 
 def class_overlays(
-    model: ModelSource, images: Images, indices: Sequence[int], options: InferenceOptions | None = None
-) -> dict[int, Image.Image]:
-    """The class activation map of the predicted class over each of some images of a data set, for a report.
+    model: ModelSource,
+    images: Images,
+    classes: Mapping[int, Sequence[int]],
+    options: InferenceOptions | None = None,
+) -> dict[int, list[Image.Image]]:
+    """Some images of a data set as the model sees them, and class activation maps drawn over them, for a report.
 
     Args:
         model, options: as in `localvit.explain`.
         images: the data set.
-        indices: which of its images.
+        classes: for the index of each of its images to explain, the classes to draw maps of: equally many for each.
 
     Returns:
-        The overlay of each index; an image that cannot be read has none.
+        For each index, the image and the map of each class; an image that cannot be read is left out.
 
     Raises:
-        ValueError: as `localvit.explain`.
+        ValueError: as `localvit.explain`, and if the numbers of classes differ.
     """
-    found = explain(model, ImageSubset(images, list(indices)), "cam", options=options)
-    return {
-        index: draw_overlay(each.image, each.maps[0].values_HW)
-        for index, each in zip(indices, found, strict=True)
-        if each.image is not None
-    }
+    chosen = ImageSubset(images, list(classes))
+    drawn: dict[int, list[Image.Image]] = {}
+    for targets in zip(*classes.values(), strict=True):
+        for index, each in zip(classes, explain(model, chosen, "cam", target=targets, options=options), strict=True):
+            if each.image is not None:
+                overlay = draw_overlay(each.image, each.maps[0].values_HW)
+                drawn.setdefault(index, [enlarge(each.image)]).append(overlay)
+    return drawn
 
 
 def short_name(layer: str) -> str:

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from localvit.evaluation.metrics import (
     per_class,
     reliability_bins,
 )
+from localvit.evaluation.report.mistakes import ExplainedImage
 from localvit.evaluation.report.page import render_page
 from localvit.evaluation.temperature import Effect
 from localvit.inference.calibration import Calibration
@@ -36,6 +38,7 @@ def write_report(
     dataset_root: Path | None,
     about: dict[str, Any],
     calibrated: tuple[Calibration, Effect] | None = None,
+    explained: Mapping[int, ExplainedImage] | None = None,
 ) -> list[Path]:
     """Write results.json, per_class.csv and report.html, each atomically.
 
@@ -49,6 +52,8 @@ def write_report(
         about: What was evaluated and how (model, checkpoint, preprocessing, versions, device). It is added to
             results.json; values that JSON has no type for become text.
         calibrated: The model's temperature and what it does to these probabilities.
+        explained: What the model looks at in the images at some positions of the evaluation, for those in the list of
+            mistakes (`worst_mistakes`).
 
     Returns:
         The paths of the three files.
@@ -75,7 +80,7 @@ def write_report(
     contents = (
         json.dumps(_results(evaluation, ece, non_finite, calibrated, about), indent=2, allow_nan=False) + "\n",
         _per_class_csv(evaluation.class_names, classes),
-        render_page(evaluation, classes, bins, ece, non_finite, dataset_root, about, calibrated),
+        render_page(evaluation, classes, bins, ece, non_finite, dataset_root, about, calibrated, explained),
     )
     for name, text in zip(FILES, contents, strict=True):
         with atomic_write(directory / name) as file:

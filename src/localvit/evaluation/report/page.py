@@ -1,18 +1,17 @@
 """The values that report.html shows. The templates in this folder contain the text, layout and style."""
 
-import base64
-import io
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from localvit.data.images import open_image
 from localvit.evaluation.evaluate import Evaluation
-from localvit.evaluation.metrics import Bin, ClassMetrics, correct_images, count_mistakes, rank_pairs
+from localvit.evaluation.metrics import Bin, ClassMetrics, count_mistakes, rank_pairs
+from localvit.evaluation.report.mistakes import ExplainedImage, list_mistakes
 from localvit.evaluation.temperature import Effect
 from localvit.inference.calibration import Calibration
 
@@ -26,23 +25,6 @@ IMAGES_PER_CLASS = 3
 """With fewer images than this for each of many classes, the matrix would be nearly empty, so it shows a part."""
 MAX_ROWS = 20
 """Rows of a table and names in a list."""
-MAX_IMAGES = 24
-"""Images in the list of mistakes."""
-THUMBNAIL = 96
-"""Longest side of a thumbnail in pixels."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mistake:
-    """A misclassified image."""
-
-    path: str
-    true: str
-    true_probability: float
-    predicted: str
-    confidence: float
-    image: str
-    """A data: URL, or the reason why there is no image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +81,7 @@ def render_page(
     dataset_root: Path | None,
     about: dict[str, Any],
     calibrated: tuple[Calibration, Effect] | None = None,
+    explained: Mapping[int, ExplainedImage] | None = None,
 ) -> str:
     """Render report.html.
 
@@ -111,6 +94,7 @@ def render_page(
         dataset_root: Folder of the images, for thumbnails, or None.
         about: What was evaluated and how.
         calibrated: The model's temperature and what it does to these probabilities.
+        explained: What the model looks at in the images at some positions of the evaluation.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("localvit.evaluation.report", "."),
@@ -139,7 +123,8 @@ def render_page(
         effect=calibrated[1] if calibrated else None,
         non_finite=non_finite,
         num_wrong=mistakes.total(),
-        mistakes=_worst_mistakes(evaluation, dataset_root),
+        mistakes=list_mistakes(evaluation, dataset_root, explained or {}),
+        is_explained=bool(explained),
         weakest=weakest,
         without_hits=[row.name for row in without_hits],
         most_without_hits=max((row.images for row in without_hits), default=0),
@@ -184,41 +169,6 @@ def decimal(value: float, digits: int) -> str:
 def plural(number: int, one: str, many: str | None = None) -> str:
     """A number with its noun: "1 image", "2 images"."""
     return f"{number:,} {one if number == 1 else many or one + 's'}"
-
-
-def _worst_mistakes(evaluation: Evaluation, dataset_root: Path | None) -> list[Mistake]:
-    """The misclassified images with the highest losses. Those whose loss is NaN have no rank and are left out."""
-    loss_N = evaluation.losses_N
-    wrong_N = ~correct_images(evaluation) & ~loss_N.isnan()
-    order_N = loss_N.where(wrong_N, -math.inf).argsort(descending=True, stable=True)
-    names = evaluation.class_names
-    return [
-        Mistake(
-            path=evaluation.paths[index],
-            true=names[evaluation.labels_N[index]],
-            true_probability=math.exp(-loss_N[index].item()),
-            predicted=names[evaluation.top_classes_NK[index, 0]],
-            confidence=evaluation.top_probabilities_NK[index, 0].item(),
-            image=_thumbnail(evaluation.paths[index], dataset_root),
-        )
-        for index in order_N[: min(int(wrong_N.sum()), MAX_IMAGES)].tolist()
-    ]
-
-
-def _thumbnail(path: str, dataset_root: Path | None) -> str:
-    """A small JPEG as a data: URL, or the reason why there is none."""
-    if dataset_root is None:
-        return "no thumbnail: the data set is not a folder"
-    jpeg = io.BytesIO()
-    try:
-        image = open_image(dataset_root / path)
-        image.thumbnail((THUMBNAIL, THUMBNAIL))
-        image.save(jpeg, "JPEG", quality=85)
-    except FileNotFoundError:
-        return "image not found"
-    except Exception as error:  # decoders raise many types, and the page needs no thumbnail
-        return f"image not readable ({type(error).__name__})"
-    return f"data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}"
 
 
 def _confused_pairs(
