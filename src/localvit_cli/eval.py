@@ -110,6 +110,8 @@ class Eval:
 
     def run(self) -> None:
         """Evaluate and print the result; the last line has the published program's format."""
+        if self.explain and self.report is None:
+            raise UsageError("--explain shows what the model looks at in the report: add --report DIR")
         size = image_size(self.input_size)
         loaded = load_model(self.model, checkpoint=self.checkpoint, weights=self.weights, input_size=size)
         run_evaluation(self, loaded, self.running.options())
@@ -124,6 +126,7 @@ def image_size(sides: tuple[int, ...]) -> tuple[int, int] | None:
 
 def run_evaluation(command: Eval, loaded: LoadedModel, options: InferenceOptions) -> None:
     """Evaluate a loaded model with the settings of `command`, print the result and write the report."""
+    check_explainable(command, loaded)
     with process_group(options.device):
         logger.info(f"model: {loaded}")
         command = _with_data_set_of_run(command, loaded.about)
@@ -185,7 +188,6 @@ def _with_data_set_of_run(command: Eval, about: dict[str, Any]) -> Eval:
 def _check_outputs(command: Eval, loaded: LoadedModel, images: Images, total: int, num_trained_on: int) -> None:
     """Raise now what would otherwise be raised after the evaluation."""
     check_fit(command, loaded, num_trained_on)
-    check_explainable(command, loaded)
     if command.real_labels:
         reassessed_labels([images.name(index) for index in range(total)], loaded.class_names)
     if command.report is not None and is_main():

@@ -37,7 +37,7 @@ class Explain:
     method: Literal["attention", "rollout", "cam", "locality"] = "cam"
     """attention: of each layer. rollout: of all layers together. cam: the patches that speak for a class. locality: how
     far the model looks, and its accuracy without the neighbors of its depth-wise convolutions, which needs a folder
-    with one subfolder per class; writes locality.png and locality.json instead."""
+    with one subfolder per class; writes locality.png, locality.json and explain.html."""
     target: Annotated[str | None, optional("CLASS", "the predicted class")] = None
     """Name or index of the class that cam shows."""
     beside: Annotated[tuple[str, ...], optional("MODEL...")] = ()

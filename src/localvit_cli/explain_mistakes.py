@@ -18,12 +18,9 @@ BATCH_SIZE = 8
 
 
 def check_explainable(command: "Eval", loaded: LoadedModel) -> None:
-    """Raise UsageError, before the evaluation, if there is no report to explain mistakes in, or the model's layers
-    cannot be read."""
+    """Raise UsageError, before the evaluation, if mistakes are to be explained and the model's layers cannot be read."""
     if not command.explain:
         return
-    if command.report is None:
-        raise UsageError("--explain shows the mistakes in the report: add --report DIR")
     try:
         layers_of(loaded.model)
     except ValueError as error:

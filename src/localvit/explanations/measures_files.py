@@ -1,5 +1,6 @@
-"""Writing what locality does: the figure locality.png and the numbers in locality.json."""
+"""Writing what locality does: the figure locality.png, the numbers in locality.json, and both in explain.html."""
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from localvit.explanations.files import PAGE
 from localvit.explanations.measures import Field, LocalityMeasures
+from localvit.explanations.measures_page import render_measures
 from localvit.explanations.overlay import short_name
 from localvit.utils.files import atomic_write
 
@@ -30,12 +33,14 @@ _DARKEST = 1e-4
 
 
 def write_measures(models: Sequence[LocalityMeasures], directory: Path) -> list[Path]:
-    """Write the figure of one or several models and all numbers, each atomically.
+    """Write the figure of one or several models, all numbers, and a page of both, each atomically.
+
+    The page is self-contained: it needs no other file and no network.
 
     Importing this module needs matplotlib, which the extra `plot` installs.
 
     Returns:
-        The paths of the two files.
+        The paths of the three files.
 
     Raises:
         ValueError: for no or too many models.
@@ -43,13 +48,19 @@ def write_measures(models: Sequence[LocalityMeasures], directory: Path) -> list[
     """
     if not 1 <= len(models) <= MAX_MODELS:
         raise ValueError(f"one figure shows 1 to {MAX_MODELS} models, not {len(models)}")
-    figure = draw_measures(models)
-    with atomic_write(directory / FIGURE) as file:
-        figure.savefig(file, format="png")
-    with atomic_write(directory / NUMBERS) as file:
-        numbers = json.dumps([_numbers(model) for model in models], indent=2) + "\n"
-        file.write_bytes(numbers.encode(errors="backslashreplace"))
-    return [directory / FIGURE, directory / NUMBERS]
+    figure = io.BytesIO()
+    draw_measures(models).savefig(figure, format="png")
+    numbers = json.dumps([_numbers(model) for model in models], indent=2) + "\n"
+    page = render_measures(models, figure.getvalue())
+    contents = {
+        FIGURE: figure.getvalue(),
+        NUMBERS: numbers.encode(errors="backslashreplace"),
+        PAGE: page.encode(errors="backslashreplace"),
+    }
+    for name, content in contents.items():
+        with atomic_write(directory / name) as file:
+            file.write_bytes(content)
+    return [directory / name for name in contents]
 
 
 def draw_measures(models: Sequence[LocalityMeasures]) -> Figure:
@@ -89,22 +100,23 @@ def _draw_reaches(axes: Axes, models: Sequence[LocalityMeasures]) -> None:
 
 def _draw_accuracies(axes: Axes, models: Sequence[LocalityMeasures]) -> None:
     """Bars for models with locality, a line for each other one."""
-    local = [model for model in models if model.accuracies and model.local_layers]
-    for model, color in zip(models, _COLORS, strict=False):
+    colored = list(zip(models, _COLORS, strict=False))
+    local = [(model, color) for model, color in colored if model.accuracies and model.local_layers]
+    for model, color in colored:
         if model.accuracies and not model.local_layers:
             value = 100 * model.accuracies[0].correct / model.num_images
             axes.axhline(value, color=color, ls="--", lw=1.2, label=f"{_literal(model.name)} {value:.1f}")
     width = 0.8 / max(len(local), 1)
-    for number, model in enumerate(local):
+    for number, (model, color) in enumerate(local):
         values = [100 * each.correct / model.num_images for each in model.accuracies]
         offset = (number - (len(local) - 1) / 2) * width
-        color = _COLORS[models.index(model)]
         bars = axes.bar([index + offset for index in range(len(values))], values, width, color=color, alpha=0.85)
         size = 7.5 if len(local) == 1 else 5
         behind = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.6}  # the lines pass there
         axes.bar_label(bars, [f"{value:.1f}" for value in values], fontsize=size, padding=2, bbox=behind)
     if local:
-        labels = [_without(each.without) for each in max(local, key=lambda model: len(model.accuracies)).accuracies]
+        deepest = max((model.accuracies for model, _ in local), key=len)
+        labels = [_without(each.without) for each in deepest]
         axes.set_xticks(range(len(labels)), labels, fontsize=8)
         axes.set_xlabel("neighbors set to zero in block")
     else:

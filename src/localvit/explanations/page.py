@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import jinja2
 
-from localvit.evaluation.report.page import percent, plural
+from localvit.evaluation.report.page import decimal, percent, plural
 from localvit.explanations.explain import Explanation, Method
 from localvit.explanations.overlay import as_data_url, draw_overlay, enlarge, short_name
 
@@ -69,16 +69,23 @@ def render_page(
         failed: those that have an error instead.
         layer: where a class activation map was taken.
     """
+    return (
+        environment()
+        .get_template("explain.html.jinja")
+        .render(cards=cards, method=method, model=model, num_images=num_images, failed=failed, layer=layer)
+    )
+
+
+def environment() -> jinja2.Environment:
+    """The templates of this folder, and of the report, whose style sheets and macros they use."""
     loader = jinja2.ChoiceLoader(
         [
             jinja2.PackageLoader("localvit.explanations", "."),
-            jinja2.PackageLoader("localvit.evaluation.report", "."),  # its style sheet
+            jinja2.PackageLoader("localvit.evaluation.report", "."),
         ]
     )
-    environment = jinja2.Environment(
+    found = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"percent": percent, "plural": plural}
-    return environment.get_template("explain.html.jinja").render(
-        cards=cards, method=method, model=model, num_images=num_images, failed=failed, layer=layer
-    )
+    found.filters |= {"percent": percent, "decimal": decimal, "plural": plural}
+    return found

@@ -17,7 +17,7 @@ MAX_IMAGES = 24
 """Images in the list."""
 THUMBNAIL = 96
 """Longest side of a thumbnail in pixels."""
-MAP_SIDE = 192
+MAP_SIDE = 168
 """Longest side of an image beside its maps, which keeps the page below about 1 MB."""
 
 
