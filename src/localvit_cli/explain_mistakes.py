@@ -18,7 +18,7 @@ BATCH_SIZE = 8
 
 
 def check_explainable(command: "Eval", loaded: LoadedModel) -> None:
-    """Raise UsageError, before the evaluation, if mistakes are to be explained and the model's layers cannot be read."""
+    """Raise UsageError, before the evaluation, if mistakes are to be explained of a model that cannot be."""
     if not command.explain:
         return
     try:

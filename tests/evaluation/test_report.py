@@ -22,6 +22,7 @@ from PIL import Image
 from localvit.evaluation.evaluate import Evaluation
 from localvit.evaluation.metrics import reliability_bins
 from localvit.evaluation.report.files import write_report
+from localvit.evaluation.report.mistakes import ExplainedImage
 from localvit.evaluation.temperature import Effect
 from localvit.inference.calibration import Calibration
 
@@ -294,6 +295,26 @@ def test_mistakes_are_one_list_by_loss(tmp_path):
     assert "3 of 3 misclassified images" in mistakes
     # Image 4: 1 / (e + 2) for the true class, e / (e + 2) for the predicted one.
     assert "true class 1 21.2 % predicted class 0 57.6 % 4.png" in page.text.replace("\xa0", " ")
+
+
+def test_explained_mistakes_have_both_maps_beside_the_image(tmp_path):
+    logits = [[2.0, -9.0, 2.0], [0, 9.0, 0], [6.0, 1.0, -9.0], [1.0, 0.0, 0.0]]  # 0, 2 and 3 are wrong
+    colors = {"image": (250, 0, 0), "true_map": (0, 250, 0), "predicted_map": (0, 0, 250)}
+    solid = {name: Image.new("RGB", (448, 224), color) for name, color in colors.items()}
+    explained = {2: ExplainedImage(**solid), 1: ExplainedImage(**solid)}  # 1 is not listed
+    write_report(evaluation_of(logits, [1] * 4), tmp_path, dataset_root=None, about={}, explained=explained)
+    page = Page((tmp_path / "report.html").read_text())
+    assert page.values("img", "alt") == ["class 1, predicted class 0", "map for class 1", "map for class 0"]
+    for source, color in zip(page.values("img", "src"), colors.values(), strict=True):
+        with Image.open(io.BytesIO(base64.b64decode(source.removeprefix("data:image/jpeg;base64,")))) as image:
+            assert image.size == (168, 84)
+            assert np.abs(np.asarray(image).astype(int) - color).max() < 6  # JPEG of one color
+    mistakes = page.text.split("Mistakes")[1]
+    assert "image true class predicted class true class 1 0.7 %" in mistakes.replace("\xa0", " ")
+    assert mistakes.count("no thumbnail") == 2
+    assert "Grad-CAM" in mistakes
+    write_report(evaluation_of(logits, [1] * 4), tmp_path, dataset_root=None, about={})
+    assert "Grad-CAM" not in (tmp_path / "report.html").read_text()
 
 
 def test_of_many_mistakes_the_24_of_highest_loss_are_listed(tmp_path):

@@ -17,7 +17,7 @@ from localvit.data.folders import scan_folder
 from localvit.data.preprocessing import Preprocessing
 from localvit.evaluation.predict import predict
 from localvit.explanations import attention_maps, class_overlays, draw_overlay, grad_cam, rollout, write_explanations
-from localvit.explanations.overlay import colors, draw_explanation, short_name
+from localvit.explanations.overlay import colors, draw_explanation, enlarge, short_name
 from localvit_cli import main
 
 NANO = "localvit_nano_patch4_32"
@@ -132,10 +132,32 @@ def test_overlays_for_a_report(images):
     for path in images.glob("*.png"):
         path.rename(images / "cat" / path.name)
     labeled, _ = scan_folder(images)
-    found = class_overlays(NANO, labeled, [2, 3, 0], OPTIONS)
-    assert list(found) == [3, 0]  # 2 cannot be read
-    (expected, *_) = localvit.explain(NANO, images / "cat" / "a.png", options=OPTIONS)
-    assert found[0].tobytes() == draw_overlay(expected.image, expected.maps[0].values_HW).tobytes()
+    found = class_overlays(NANO, labeled, {2: (0, 1), 3: (8, 5), 0: (6, 3)}, OPTIONS)
+    assert sorted(found) == [0, 3]  # 2 cannot be read
+    assert class_overlays(NANO, labeled, {}, OPTIONS) == {}
+    image, *overlays = found[0]
+    for overlay, target in zip(overlays, (6, 3), strict=True):
+        (expected,) = localvit.explain(NANO, images / "cat" / "a.png", target=target, options=OPTIONS)
+        assert overlay.tobytes() == draw_overlay(expected.image, expected.maps[0].values_HW).tobytes()
+        assert image.tobytes() == enlarge(expected.image).tobytes()
+
+
+def test_a_class_for_each_image(images):
+    ready = localvit.load_model(NANO)
+    files = [images / f"{name}.png" for name in ("a", "broken", "b", "c<d>")]
+    targets = [3, 0, 8, 1]
+    found = list(localvit.explain(ready, files, target=targets, options=OPTIONS))
+    assert [each.target for each in found] == ["cat", None, "ship", "automobile"]
+    for file, target, each in zip(files, targets, found, strict=True):
+        if each.error is None:
+            (alone,) = localvit.explain(ready, file, target=target, options=OPTIONS)
+            torch.testing.assert_close(each.maps[0].values_HW, alone.maps[0].values_HW, atol=1e-5, rtol=1e-3)
+    batch = torch.randn(3, 3, 32, 32)
+    assert [each.target for each in localvit.explain(ready, batch, target=[9, 0, 5], options=OPTIONS)] == [
+        *("truck", "airplane", "dog")
+    ]
+    with pytest.raises(ValueError, match="2 target classes were given for 4 images"):
+        localvit.explain(ready, files, target=[3, 0], options=OPTIONS)
 
 
 def test_short_names():
@@ -164,6 +186,10 @@ def test_the_command_writes_a_png_for_each_image_the_page_and_the_numbers(images
     assert "<script" not in page
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     assert "taken at the input of blocks.5.attn" in page
+    style = page.split("<style>")[1].split("</style>")[0]
+    assert set(re.findall(r"var\((--\w+)", style)) <= set(re.findall(r"(--\w+):", style)) | {
+        "--share"
+    }  # each color is defined
 
 
 @pytest.mark.parametrize(
@@ -203,7 +229,8 @@ def test_the_command_draws_what_locality_does(images, tmp_path, capsys):
     (images / "a.png").rename(images / "cat" / "a.png")
     flags = ["--workers", "0", "--device", "cpu", "--output", str(output), "--method", "locality"]
     assert main(["explain", NANO, str(images), *flags]) == 0
-    assert capsys.readouterr().out.split() == [str(output / "locality.png"), str(output / "locality.json")]
+    written = [str(output / name) for name in ("locality.png", "locality.json", "explain.html")]
+    assert capsys.readouterr().out.split() == written
     (found,) = json.loads((output / "locality.json").read_text())
     assert (found["model"], found["images"]) == (NANO, 1)
 

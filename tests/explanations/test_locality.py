@@ -1,7 +1,10 @@
 """What locality changes: kernels without neighbors, distances and receptive fields, against closed forms."""
 
+import base64
 import copy
+import html
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -229,16 +232,54 @@ def test_the_files_of_measures(folder, tmp_path):
         measure_locality(local, images, options, name="a $b_c", limit=4),
         measure_locality(plain, images, options),
     ]
-    figure, numbers = write_measures(measured, tmp_path / "out")
+    figure, numbers, page = write_measures(measured, tmp_path / "out")
     with Image.open(figure) as image:
         assert image.width > 800
     first, second = json.loads(numbers.read_text())
     assert (first["model"], second["model"]) == ("a $b_c", "LocalViT")
     assert len(first["accuracy"]) == 4  # none, each of two blocks, all
     assert second["accuracy"][0]["acc1"] == pytest.approx(100 * second["accuracy"][0]["correct"] / 6, abs=1e-3)
+    check_page(page.read_text(), [first, second], figure.read_bytes())
     with pytest.raises(ValueError, match="one figure shows 1 to 5 models, not 6"):
         write_measures(measured * 3, tmp_path / "more")
     assert not (tmp_path / "more").exists()
+
+
+def check_page(page, models, figure):
+    """The figure, and each number of the JSON in a table of its model."""
+    (source,) = re.findall(r'<img [^>]*src="([^"]*)"', page)
+    assert base64.b64decode(source.removeprefix("data:image/png;base64,"), validate=True) == figure
+    assert "<script" not in page
+    assert not re.findall(r"(?:href|srcset)=|url\(|@import", page)
+    style = page.split("<style>")[1].split("</style>")[0]
+    assert set(re.findall(r"var\((--\w+)", style)) <= set(re.findall(r"(--\w+):", style)) | {
+        "--share"
+    }  # each color is defined
+    _, *parts = re.split("<h2>(?=a |LocalViT)", page)
+    for part, model in zip(parts, models, strict=True):
+        assert part.startswith(f"{html.escape(model['model'])}</h2>")
+        rows = [
+            [re.sub("<.*?>", "", cell) for cell in re.findall("<t[hd][^>]*>(.*?)</t[hd]>", row)]
+            for row in re.findall("<tr><th scope=.row.*?</tr>", part.replace("\n", " "))
+        ]
+        for each, row in zip(model["accuracy"], rows, strict=False):
+            assert float(row[1]) == pytest.approx(each["acc1"], abs=0.006)
+            if each["without"]:
+                assert [float(cell) for cell in row[2:]] == pytest.approx(
+                    [each["change"], each["standard_error"]], abs=0.006
+                )
+        del rows[: len(model["accuracy"])]
+        for each in model["attention_distance"]:
+            pixels = each["pixels"]
+            expected = [np.mean(pixels), min(pixels), max(pixels), each["equal_attention"]]
+            assert [float(cell) for cell in rows.pop(0)[1:]] == pytest.approx(expected, abs=0.006)
+        for each in model["receptive_field"] + model["receptive_field_without_neighbors"]:
+            _, center, around, distance = rows.pop(0)
+            assert float(distance) == pytest.approx(each["distance"], abs=0.006)
+            for cell, share in ((center, each["share_center"]), (around, each["share_3x3"])):
+                shown = float(re.sub("[^0-9.]", "", html.unescape(cell)))
+                assert shown == pytest.approx(100 * (1 - share), abs=0.11)  # "< 0.1 %" stands for less
+        assert rows == []
 
 
 @pytest.mark.parametrize("name", [name for name in LOCAL if name in ONE_OF_EACH])
