@@ -3,6 +3,8 @@
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
+
 from localvit.data.images import Images
 from localvit.evaluation.evaluate import Evaluation
 from localvit.evaluation.report.mistakes import ExplainedImage, worst_mistakes
@@ -37,9 +39,14 @@ def explain_mistakes(
         if (position := position_of.get(images.name(index))) is not None:
             true, predicted = evaluation.labels_N[position], evaluation.top_classes_NK[position, 0]
             classes[index], positions[index] = (int(true), int(predicted)), position
-    # A compiled model runs uncompiled, and a fused one lacks the names of its layers' parts.
+    # The model as it was trained, in float32: in half precision small gradients would become zero.
     options = replace(
-        options, fuse=False, compile=False, workers=0, batch_size=min(options.images_per_batch, BATCH_SIZE)
+        options,
+        dtype=torch.float32,
+        fuse=False,
+        compile=False,
+        workers=0,
+        batch_size=min(options.images_per_batch, BATCH_SIZE),
     )
     found = class_overlays(loaded, images, classes, options)
     return {

@@ -61,7 +61,7 @@ def test_each_mistake_has_the_maps_of_its_two_classes(folder, tmp_path, capsys):
             expected = draw_overlay(crop, activation)
             expected.thumbnail((168, 168))
             difference = np.abs(np.asarray(shown(source)).astype(int) - np.asarray(expected))
-            assert difference.mean() < 4  # of a JPEG; the maps of two classes differ by more than 10
+            assert difference.mean() < 4  # about 1 by the JPEG; the maps of two classes differ by 27
         expected = crop.resize((168, 168), Image.Resampling.NEAREST)
         assert np.abs(np.asarray(shown(sources[0])).astype(int) - np.asarray(expected)).mean() < 8
 

@@ -47,6 +47,24 @@ def test_evaluation_is_that_of_the_checkpoint(kind, checkpoint, images, request)
     torch.testing.assert_close(found.losses_N, expected.losses_N, rtol=0, atol=1e-5)
 
 
+def test_mistakes_of_a_file_cannot_be_explained(exported, images, tmp_path, capsys):
+    flags = [
+        "--data-set",
+        "FOLDER",
+        "--data-path",
+        str(images),
+        "--device",
+        "cpu",
+        "--report",
+        str(tmp_path / "report"),
+    ]
+    assert main(["eval", str(exported[0]), *flags, "--explain"]) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"localvit: error: --explain: {exported[0]} is an exported file")
+    assert "give the checkpoint it was made from" in line
+    assert not (tmp_path / "report").exists()
+
+
 def test_predictions_are_those_of_the_checkpoint(exported, checkpoint, images):
     expected = list(localvit.predict(checkpoint, images, options=OPTIONS))
     found = list(localvit.predict(exported[0], images, options=OPTIONS))
