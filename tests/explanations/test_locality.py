@@ -240,6 +240,7 @@ def test_the_files_of_measures(folder, tmp_path):
     assert len(first["accuracy"]) == 4  # none, each of two blocks, all
     assert second["accuracy"][0]["acc1"] == pytest.approx(100 * second["accuracy"][0]["correct"] / 6, abs=1e-3)
     check_page(page.read_text(), [first, second], figure.read_bytes())
+    write_measures([measured[0], copy.deepcopy(measured[0])], tmp_path / "twice")  # the same model twice
     with pytest.raises(ValueError, match="one figure shows 1 to 5 models, not 6"):
         write_measures(measured * 3, tmp_path / "more")
     assert not (tmp_path / "more").exists()
