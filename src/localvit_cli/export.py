@@ -20,6 +20,7 @@ from localvit_cli.tyro_rules import optional
 
 logger = logging.getLogger(__name__)
 
+_DYNAMIC = "batch; none for formats that take one image"
 _PROOF_IMAGES = 5
 """How many of the given images are run; the largest batch of the proof."""
 
@@ -33,11 +34,11 @@ class Export:
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A checkpoint file, or a model's name (downloads its released weights, unless --checkpoint is given)."""
-    format: Literal["onnx", "openvino", "pt2"] = "onnx"
-    """ONNX, OpenVINO's IR (.xml and .bin), or a program of torch.export."""
+    format: Literal["onnx", "openvino", "pt2", "executorch"] = "onnx"
+    """ONNX, OpenVINO's IR (.xml and .bin), a program of torch.export, or one of ExecuTorch (.pte)."""
     output: Annotated[Path | None, optional("FILE", "the checkpoint's or model's name with the format's suffix")] = None
     """File to write."""
-    dynamic: Literal["none", "batch", "size"] = "batch"
+    dynamic: Annotated[Literal["none", "batch", "size"] | None, optional("", _DYNAMIC)] = None
     """What the input leaves open: nothing, the number of images, or number and size of the images."""
     include: Annotated[str | None, optional("PARTS", "preprocessing,softmax")] = None
     """What the file does itself, with commas between: preprocessing (scale and normalize), softmax. resize adds
@@ -94,12 +95,12 @@ class Export:
         """The format with its options. Raises UsageError for options that it does not have or that contradict."""
         if self.raw and self.include is not None:
             raise UsageError("--raw includes nothing: leave out --include, or --raw")
-        options: dict[str, Any] = {"dynamic": self.dynamic, "include": self._include(), "input_type": self.input_type}
+        options: dict[str, Any] = {"include": self._include(), "input_type": self.input_type}
         options["precision"] = self.precision
         options["int8"] = self._int8()
         own = FORMATS[self.format]
         known = {each.name for each in fields(own)}
-        for name in ("opset", "fuse"):
+        for name in ("dynamic", "opset", "fuse"):
             if (value := getattr(self, name)) is not None:
                 if name not in known:
                     raise UsageError(f"--{name} has no effect with --format {self.format}: leave it out")

@@ -1,6 +1,7 @@
 """A model as a file that other runtimes execute, with proof that it computes the same: a registry, a file a format."""
 
 from localvit.exporters.export import export
+from localvit.exporters.executorch import ExecuTorch
 from localvit.exporters.int8 import Int8
 from localvit.exporters.onnx import Onnx
 from localvit.exporters.openvino import OpenVINO
@@ -9,4 +10,15 @@ from localvit.exporters.pt2 import TorchExport
 from localvit.exporters.registry import FORMATS, Format
 from localvit.exporters.report import ExportReport
 
-__all__ = ["FORMATS", "ExportReport", "Format", "Int8", "Onnx", "OpenVINO", "ProofError", "TorchExport", "export"]
+__all__ = [
+    "FORMATS",
+    "ExecuTorch",
+    "ExportReport",
+    "Format",
+    "Int8",
+    "Onnx",
+    "OpenVINO",
+    "ProofError",
+    "TorchExport",
+    "export",
+]

@@ -46,6 +46,8 @@ class Format(ABC):
     """That extra."""
     stores_float16: ClassVar[bool] = False
     """Whether its `write` knows float16."""
+    opens_sides: ClassVar[bool] = True
+    """Whether its input can leave the batch and the image size open."""
     quantizes: ClassVar[bool] = False
     """Whether it has `write_int8`."""
 
@@ -63,6 +65,10 @@ class Format(ABC):
             raise ValueError(f"precision='float16' is not written as {self.name}: choose {able}")
         if self.precision == "float16" and self.int8 is not None:
             raise ValueError("int8 and precision='float16' contradict each other: leave one of them out")
+        if not self.opens_sides and (self.dynamic != "none" or "resize" in self.include):
+            asked = "include='resize'" if self.dynamic == "none" else f"dynamic={self.dynamic!r}"
+            able = ", ".join(name for name, each in FORMATS.items() if each.opens_sides)
+            raise ValueError(f"{asked} is not written as {self.name}, which takes one image of one size: choose {able}")
         if self.int8 is not None and not self.quantizes:
             able = ", ".join(name for name, each in FORMATS.items() if each.quantizes)
             raise ValueError(f"int8 is not written as {self.name}: choose {able}")

@@ -4,6 +4,8 @@ Shapes: B batch, H and W height and width in pixels, M classes.
 """
 
 import contextlib
+import importlib.metadata
+import io
 import json
 import logging
 import warnings
@@ -124,10 +126,40 @@ class TorchRuntime(Runtime):
         return self._module(torch.from_numpy(images_BCHW)).numpy()
 
 
+class ExecuTorchRuntime(Runtime):
+    """ExecuTorch's programs (.pte), by its runtime, with XNNPACK."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            with quiet():
+                from executorch.runtime import Runtime as Native
+                from executorch.runtime import Verification
+        except ImportError as error:
+            raise _missing("executorch", path, "executorch", error) from error
+        contents = path.read_bytes()
+        self.name = f"ExecuTorch {importlib.metadata.version('executorch')}"
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):  # what the runtime prints about processor and file
+                # Kept, because its methods use its memory.
+                self._program = Native.get().load_program(contents, verification=Verification.InternalConsistency)
+                self._method = self._program.load_method("forward")
+                named = METADATA_METHOD in self._program.method_names
+                texts = self._program.load_method(METADATA_METHOD).execute([])[0] if named else ""
+        except (RuntimeError, KeyError) as error:
+            raise _damaged("an ExecuTorch", path, error) from error
+        self.metadata = _json_texts(path, texts)
+        self.input_shape = tuple(self._method.metadata.input_tensor_meta(0).sizes())
+
+    def run(self, images_BCHW: np.ndarray) -> np.ndarray:
+        return self._method.execute([torch.from_numpy(images_BCHW)])[0].numpy()
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without the warnings of exporters and runtimes about themselves. What fails is raised."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
+    loggers = [
+        logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export", "torch.utils")
+    ]
     levels = [each.level for each in loggers]
     for each in loggers:
         each.setLevel(logging.ERROR)
@@ -143,7 +175,15 @@ def quiet() -> Iterator[None]:
 METADATA_FILE = "localvit.json"
 """Name of the extra file with the metadata in a .pt2 archive."""
 
-RUNTIMES: dict[str, type[Runtime]] = {".onnx": OnnxRuntime, ".xml": OpenVINORuntime, ".pt2": TorchRuntime}
+METADATA_METHOD = "localvit"
+"""Name of the method of a .pte file that returns the metadata."""
+
+RUNTIMES: dict[str, type[Runtime]] = {
+    ".onnx": OnnxRuntime,
+    ".xml": OpenVINORuntime,
+    ".pt2": TorchRuntime,
+    ".pte": ExecuTorchRuntime,
+}
 """The runtime for each suffix of exported files."""
 
 
