@@ -1,6 +1,7 @@
 """An ExecuTorch file computes what the model computes, carries all it needs, and says what it cannot be."""
 
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -21,7 +22,11 @@ def written(checkpoint, tmp_path_factory) -> tuple[Path, ExportReport]:
     """The checkpoint as a .pte file; lowering takes 20 seconds."""
     pytest.importorskip("executorch.runtime")
     path = tmp_path_factory.mktemp("executorch") / "tiny.pte"
-    return path, localvit.export(checkpoint, path, ExecuTorch())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logging.root, "handlers", [])  # as outside pytest
+        report = localvit.export(checkpoint, path, ExecuTorch())
+        assert logging.root.handlers == []
+    return path, report
 
 
 def test_the_file_computes_probabilities_of_pixels_with_xnnpack(written):
