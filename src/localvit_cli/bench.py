@@ -39,7 +39,7 @@ class Bench:
     """Model to compare with, measured in the same rounds; None for no comparison."""
     runtime: str = "torch"
     """What runs the models, with commas between: torch, torch-compile, onnxruntime, onnxruntime-int8, openvino,
-    openvino-bfloat16, openvino-int8. Exported files run in their own."""
+    openvino-bfloat16, openvino-int8, executorch. Exported files run in their own."""
     train: bool = False
     """Measure training steps (forward, cross entropy, backward, AdamW) instead of inference."""
     batch_sizes: tuple[int, ...] = (1, 16, 64)

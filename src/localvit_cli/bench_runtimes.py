@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from localvit.bench.prepare import BenchModel, BenchOptions, load, of_exported, prepare, prepare_exported
-from localvit.exporters import Format, Onnx, OpenVINO, export
+from localvit.exporters import ExecuTorch, Format, Onnx, OpenVINO, export
 from localvit.inference.exported import ExportedModel, is_exported_path
 from localvit.inference.runtimes import OpenVINORuntime
 from localvit_cli import UsageError
@@ -23,9 +23,11 @@ RUNTIMES = (
     "openvino",
     "openvino-bfloat16",
     "openvino-int8",
+    "executorch",
 )
 """What `--runtime` takes."""
-_SUFFIXES = {".onnx": "onnxruntime", ".xml": "openvino"}
+_SUFFIXES = {".onnx": "onnxruntime", ".xml": "openvino", ".pte": "executorch"}
+_FORMATS: dict[str, type[Format]] = {"onnxruntime": Onnx, "openvino": OpenVINO, "executorch": ExecuTorch}
 _CALIBRATION_IMAGES = 8  # of noise: the speed does not depend on the ranges
 
 
@@ -128,7 +130,7 @@ class _Exports:
         return exported
 
     def _float32(self, kind: str) -> tuple[Path, Format]:
-        settings: Format = Onnx(include=()) if kind == "onnxruntime" else OpenVINO(include=())
+        settings = _FORMATS[kind](include=())
         path = self.folder / f"model{settings.suffix}"
         if not path.exists():
             export(self.loaded, path, settings)

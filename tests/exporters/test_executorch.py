@@ -11,10 +11,12 @@ import torch
 from exported_files import MEAN, NAMES, STD, expected_probabilities, noise
 
 import localvit
+from localvit.bench.prepare import BenchOptions
 from localvit.exporters import ExecuTorch, ExportReport
 from localvit.inference.runner import load_model
 from localvit.utils.weight_files import CheckpointError
 from localvit_cli import main
+from localvit_cli.bench_runtimes import prepare_all
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +65,13 @@ def test_a_batch_of_images_is_run_one_by_one(written):
     assert loaded.class_names == NAMES
     images = noise(3, 3, 24, 24)
     np.testing.assert_allclose(loaded.model.run(images), expected_probabilities(images), rtol=0, atol=1e-6)
+
+
+def test_the_file_is_measured_in_its_runtime(written, tmp_path):
+    path, _ = written
+    options = BenchOptions(device=torch.device("cpu"))
+    [model] = prepare_all([str(path)], None, ["torch"], options, None, tmp_path)
+    assert model.runtime.startswith("ExecuTorch ")
 
 
 def test_a_damaged_file_is_one_error(written, tmp_path, capfd):
