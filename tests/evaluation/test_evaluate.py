@@ -206,7 +206,7 @@ def test_a_killed_worker_raises_an_error(nano, folder):
     whole = open_images("FOLDER", folder)
     dying = DyingImages(folder, list(zip(whole.paths, whole.labels, strict=True)), NAMES)
     # torch's handler of SIGCHLD raises wherever the main process is: in the loader, or, rarely, in the model.
-    with pytest.raises(RuntimeError, match="worker process that decodes images died|worker .* is killed by signal"):
+    with pytest.raises(RuntimeError, match=r"worker process that decodes images died|worker .* is killed by signal"):
         run(nano, dying, workers=2, batch_size=1)
 
 
