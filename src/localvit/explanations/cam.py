@@ -105,11 +105,17 @@ def _targets(target: int | Sequence[int] | None, logits_BM: Tensor) -> Tensor:
     batch, num_classes = logits_BM.shape
     if target is None:
         return logits_BM.detach().argmax(1)
-    targets = [target] * batch if isinstance(target, int) else list(target)
-    if len(targets) != batch:
-        raise ValueError(
-            f"{len(targets)} target classes were given for {batch} images: give one for each, or a single one"
-        )
+    targets = one_for_each(target, batch)
     if wrong := [each for each in targets if not 0 <= each < num_classes]:
         raise ValueError(f"target class {wrong[0]} does not exist: the model has classes 0 to {num_classes - 1}")
     return torch.tensor(targets, device=logits_BM.device)
+
+
+def one_for_each(target: int | Sequence[int], num_images: int) -> list[int]:
+    """The class of each image, given one for all or one for each. Raises ValueError for another number."""
+    targets = [target] * num_images if isinstance(target, int) else list(target)
+    if len(targets) != num_images:
+        raise ValueError(
+            f"{len(targets)} target classes were given for {num_images} images: give one for each, or a single one"
+        )
+    return targets

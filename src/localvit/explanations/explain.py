@@ -18,7 +18,7 @@ from localvit.data.images import ImageSequence
 from localvit.data.preprocessing import Preprocessing, WholeImages
 from localvit.explanations import hosts  # noqa: F401  (registers the rules)
 from localvit.explanations.attention import AttentionMap, output_and_maps
-from localvit.explanations.cam import grad_cam, logits_of
+from localvit.explanations.cam import grad_cam, logits_of, one_for_each
 from localvit.explanations.layers import ModelLayers, layers_of
 from localvit.explanations.rollout import rollout_of_maps
 from localvit.inference.runner import InferenceOptions, ModelSource, Runner
@@ -119,14 +119,9 @@ Targets = Sequence[int] | None
 def _targets(
     target: int | str | Sequence[int] | None, images: ImageSequence | Tensor, class_names: list[str] | None
 ) -> Targets:
-    if isinstance(target, int | str):
-        index = class_index(target, class_names)
-        return None if index is None else [index] * len(images)
-    if target is not None and len(target) != len(images):
-        raise ValueError(
-            f"{len(target)} target classes were given for {len(images)} images: give one for each, or a single one"
-        )
-    return target
+    if isinstance(target, str):
+        target = class_index(target, class_names)
+    return None if target is None else one_for_each(target, len(images))
 
 
 def class_index(target: int | str | None, class_names: list[str] | None) -> int | None:
