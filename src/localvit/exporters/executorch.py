@@ -10,10 +10,9 @@ from typing import ClassVar
 
 from torch.export import ExportedProgram
 
-from localvit.exporters.onnx_int8 import silent
 from localvit.exporters.registry import Format, register
 from localvit.inference.export_metadata import Dynamic, ExportMetadata
-from localvit.inference.runtimes import METADATA_METHOD, quiet
+from localvit.inference.runtimes import METADATA_METHOD, quiet, silent
 
 
 @register

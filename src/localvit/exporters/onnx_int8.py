@@ -1,17 +1,14 @@
 """An ONNX file quantized to int8 by ONNX Runtime: products and convolutions, with ranges from calibration images."""
 
-import contextlib
-import io
-import logging
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from localvit.inference.export_metadata import ExportMetadata
-from localvit.inference.runtimes import quiet
+from localvit.inference.runtimes import quiet, silent
 
 OPERATORS = ("MatMul", "Gemm", "Conv")
 """What is quantized: nearly all of the work. Norms, softmax, activations and sums stay in float32, which loses less."""
@@ -60,15 +57,3 @@ def _reader(name: str, inputs: Sequence[np.ndarray]) -> Any:
             return None if each is None else {name: each}
 
     return Reader()
-
-
-@contextlib.contextmanager
-def silent() -> Iterator[None]:
-    """Without what quantizers log, with the root logger too, and print. What fails is raised."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logging.disable(disabled)

@@ -12,10 +12,9 @@ import numpy as np
 from torch.export import ExportedProgram
 
 from localvit.exporters.onnx import write_onnx
-from localvit.exporters.onnx_int8 import silent
 from localvit.exporters.registry import Format, register
 from localvit.inference.export_metadata import ExportMetadata
-from localvit.inference.runtimes import OpenVINORuntime, Runtime, quiet
+from localvit.inference.runtimes import OpenVINORuntime, Runtime, quiet, silent
 
 _OPSET = 20
 

@@ -172,6 +172,18 @@ def quiet() -> Iterator[None]:
             each.setLevel(level)
 
 
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Without what exporters and quantizers log, with the root logger too, and print. What fails is raised."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(disabled)
+
+
 METADATA_FILE = "localvit.json"
 """Name of the extra file with the metadata in a .pt2 archive."""
 
