@@ -21,17 +21,19 @@ import jupytext
 ROOT = Path(__file__).resolve().parents[1]
 OUTSIDE = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 LINK = re.compile(r"(\]\()([^)#\s]+)")
+# griffe, which reads the docstrings, puts no level in front of its messages.
+WARNING = re.compile(r"\bwarning\b|^griffe:", re.IGNORECASE | re.MULTILINE)
 
 
 def main(root: Path = ROOT) -> int:
-    """Write build/docs and build/site of the repository `root`. Returns the exit status: 1 if Zensical warns."""
+    """Write build/docs and build/site of the repository `root`. Returns the exit status: 1 if there are warnings."""
     pages = root / "build" / "docs"
     shutil.rmtree(pages, ignore_errors=True)
     put_pages_together(root, pages)
     command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean"]
     run = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(run.stdout, end="")
-    if run.returncode or re.search(r"\bwarning\b", run.stdout, re.IGNORECASE):
+    if run.returncode or WARNING.search(run.stdout):
         print("make_site: the build has warnings or failed", file=sys.stderr)
         return 1
     print(f"the site: {root / 'build' / 'site' / 'index.html'}")

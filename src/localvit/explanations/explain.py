@@ -86,7 +86,9 @@ def explain(
             in layers without one, from all tokens. "rollout": `localvit.explanations.rollout`. "cam": `grad_cam`.
         target: the class of a class activation map, as index or name, or one index for each image; by default the
             predicted class.
-        preprocessing, options, class_names: as in `localvit.predict`.
+        preprocessing: as in `localvit.predict`.
+        options: as in `localvit.predict`.
+        class_names: as in `localvit.predict`.
 
     Yields:
         An `Explanation` for each image. An unreadable image has an error instead of maps.
