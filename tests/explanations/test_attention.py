@@ -7,6 +7,7 @@ from small import LOCAL, ONE_OF_EACH, image_size, small_model
 from timm.layers import Attention
 from timm.models import tnt
 from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
+from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 
 import localvit
 from localvit.explanations import attention_maps, layers_of
@@ -104,12 +105,21 @@ def test_a_model_that_fails_keeps_no_hooks():
     assert not any("lambda" in repr(hook) for part in model.modules() for hook in part._forward_pre_hooks.values())
 
 
+def small_swin(version: int):
+    """A Swin of either version for 64 x 64 pixels, whose last stage needs padding for its windows at 96 x 160."""
+    if version == 1:
+        return small_model("localvit_swin_tiny_patch4_window7_224", img_size=64).eval()
+    sizes = {"embed_dim": 12, "depths": (2, 2), "num_heads": (2, 3), "window_size": 7, "img_size": 64}
+    return timm.create_model("swinv2_tiny_window8_256", num_classes=5, strict_img_size=False, **sizes).eval()
+
+
+@pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("size", [(64, 64), (96, 160)])
-def test_windows_are_put_back_where_the_block_took_them_from(size):
+def test_windows_are_put_back_where_the_block_took_them_from(size, version):
     """Values of a map that only the block's own attention sees come back at the same positions."""
-    model = small_model("localvit_swin_tiny_patch4_window7_224", img_size=64).eval()
+    model = small_swin(version)
     layers = layers_of(model)
-    blocks = [part for part in model.modules() if isinstance(part, SwinTransformerBlock)]
+    blocks = [part for part in model.modules() if isinstance(part, SwinTransformerBlock | SwinTransformerV2Block)]
     assert any(any(block.shift_size) for block in blocks)
     for layer, block in zip(layers.attentions, blocks, strict=True):
         placement = layer.placement(size)
@@ -123,21 +133,24 @@ def test_windows_are_put_back_where_the_block_took_them_from(size):
         assert torch.equal(placement.query_index_WQ, seen[0].long() - 1)  # padding is 0 in the block
 
 
-@pytest.mark.parametrize("size", [(64, 64), (96, 160)])
-def test_maps_on_the_grid_apply_as_the_attention_does(size):
+@pytest.mark.parametrize(("version", "size"), [(1, (64, 64)), (1, (96, 160)), (2, (112, 56))])
+def test_maps_on_the_grid_apply_as_the_attention_does(version, size):
     """The dense map times the values is what the attention returns, window by window or not."""
     torch.manual_seed(0)
-    model = small_model("localvit_swin_tiny_patch4_window7_224", img_size=64).eval().double()
+    model = small_swin(version).double()
     block = model.layers[0].blocks[1]
     assert any(block.shift_size)
     inputs = []
-    handle = block.norm1.register_forward_hook(lambda _m, _a, output: inputs.append(output))
+    original = block._attn
+    block._attn = lambda x: (inputs.append(x), original(x))[1]
     found = attention_maps(model, torch.randn(2, 3, *size, dtype=torch.float64))[1]
-    handle.remove()
+    block._attn = original
     x_BHWC = inputs[0]
     with torch.no_grad():
         expected = block._attn(x_BHWC)
         value = block.attn.qkv(x_BHWC.flatten(1, 2)).chunk(3, dim=-1)[2]
+        if version == 2:  # its biases are apart
+            value = value + block.attn.v_bias
         value_BMND = value.unflatten(2, (block.attn.num_heads, -1)).transpose(1, 2)
         mixed = found.on_grid() @ value_BMND
         # Padded tokens are values too, of the bias of the projection; the grid has none here.

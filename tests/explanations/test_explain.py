@@ -91,6 +91,30 @@ def test_a_class_by_name_or_index(images):
     assert by_name.target_probability < by_name.probability or by_name.predicted == "ship"
 
 
+@pytest.mark.parametrize("target", [np.int64(3), torch.tensor(3), np.array([3, 3]), torch.tensor([3, 3]), (3, 3)])
+def test_a_class_as_any_kind_of_integer(target):
+    model = small_model(NANO).eval()
+    batch = torch.randn(2, 3, 32, 32)
+    settings = {"preprocessing": Preprocessing(input_size=(32, 32)), "options": OPTIONS}
+    found = list(localvit.explain(model, batch, target=target, **settings))
+    assert [each.target for each in found] == ["3", "3"]
+
+
+@pytest.mark.parametrize("target", [3.0, True, ["cat", "ship"], [0.5, 1.5], [[1], [2]]])
+def test_a_class_that_is_not_an_integer(target):
+    model = small_model(NANO).eval()
+    with pytest.raises(ValueError, match="is neither the index of a class nor one index for each image"):
+        localvit.explain(model, torch.randn(2, 3, 32, 32), target=target, preprocessing=Preprocessing())
+
+
+@pytest.mark.parametrize(
+    "batch", [torch.zeros(3, 32, 32), torch.zeros(2, 3, 32, 32, dtype=torch.uint8)], ids=["one image", "bytes"]
+)
+def test_a_tensor_that_is_not_a_prepared_batch(batch):
+    with pytest.raises(ValueError, match=f"shape \\({batch.shape[0]}, .*{batch.dtype} must be a prepared batch"):
+        localvit.explain(small_model(NANO).eval(), batch, preprocessing=Preprocessing())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -29,12 +29,18 @@ class PathImages(ImageSequence):
     an unreadable image.
     """
 
-    def __init__(self, paths: Iterable[str | Path]) -> None:
+    def __init__(self, paths: str | Path | Iterable[str | Path]) -> None:
         """Logs which files were left out because of their extension.
 
-        Raises DataError, with the reasons, if no path leads to an image.
+        Raises DataError, with the reasons, if no path leads to an image, and TypeError for anything but paths.
         """
         left_out: list[Path] = []
+        paths = list(paths) if isinstance(paths, Iterable) and not isinstance(paths, str) else [paths]
+        if others := [each for each in paths if not isinstance(each, str | Path)]:
+            raise TypeError(
+                f"images are given by their paths, or as an ImageSequence (localvit.data.images); a "
+                f"{type(others[0]).__name__} is neither"
+            )
         found = [entry for path in paths for entry in _expand(str(path), left_out)]
         self.paths = [path for path, _ in found]
         self.problems = {index: problem for index, (_, problem) in enumerate(found) if problem}

@@ -81,8 +81,6 @@ def predict(
         raise ValueError(f"topk={topk} must be at least 1")
     if abstain_below is not None and not 0 <= abstain_below <= 1:
         raise ValueError(f"abstain_below={abstain_below} must be a probability from 0 to 1")
-    if isinstance(images, str | Path):
-        images = [images]
     if calibrated and isinstance(model, str | Path):
         model = load_model(model)
     temperature = _temperature(model) if calibrated else 1.0

@@ -112,10 +112,20 @@ def _targets(target: int | Sequence[int] | None, logits_BM: Tensor) -> Tensor:
 
 
 def one_for_each(target: int | Sequence[int], num_images: int) -> list[int]:
-    """The class of each image, given one for all or one for each. Raises ValueError for another number."""
-    targets = [target] * num_images if isinstance(target, int) else list(target)
+    """The class of each image, given one for all or one for each, also as an array or a tensor.
+
+    Raises ValueError for another number of classes, and for what is not an integer.
+    """
+    try:
+        targets = torch.as_tensor(target)
+    except (TypeError, ValueError, RuntimeError):
+        targets = None
+    if targets is None or targets.ndim > 1 or targets.dtype == torch.bool or targets.is_floating_point():
+        raise ValueError(f"target={target!r} is neither the index of a class nor one index for each image")
+    if targets.ndim == 0:
+        targets = targets.expand(num_images)
     if len(targets) != num_images:
         raise ValueError(
             f"{len(targets)} target classes were given for {num_images} images: give one for each, or a single one"
         )
-    return targets
+    return targets.tolist()

@@ -95,8 +95,8 @@ def explain(
 
     Raises:
         DataError: no path leads to an image.
-        ValueError: for an unknown method or class, a target for a method other than "cam", a model that is not
-            supported, and as `localvit.predict`.
+        ValueError: for an unknown method or class, a target for a method other than "cam", a tensor that is not a
+            prepared batch, a model that is not supported, and as `localvit.predict`.
     """
     if method not in get_args(Method):
         raise ValueError(f"method={method!r} is not known; choose one of {', '.join(get_args(Method))}")
@@ -104,8 +104,11 @@ def explain(
         raise ValueError(f"method={method!r} does not depend on a class: leave out target, or choose method='cam'")
     runner = Runner.of(model, preprocessing, options, None if class_names is None else list(class_names))
     layers = layers_of(runner.model)
-    if isinstance(images, str | Path):
-        images = [images]
+    if isinstance(images, Tensor) and (images.ndim != 4 or not images.is_floating_point()):
+        raise ValueError(
+            f"images of shape {tuple(images.shape)} and dtype {images.dtype} must be a prepared batch (B, C, H, W): "
+            "floating point numbers, normalized as for the model"
+        )
     if not isinstance(images, Tensor | ImageSequence):
         images = PathImages(images)
     targets = _targets(target, images, runner.class_names)
@@ -163,8 +166,6 @@ def _of_images(
 def _of_tensor(
     runner: Runner, layers: ModelLayers, images_BCHW: Tensor, method: Method, targets: Targets
 ) -> Iterator[Explanation]:
-    if images_BCHW.ndim != 4:
-        raise ValueError(f"images of shape {tuple(images_BCHW.shape)} must be a batch (B, C, H, W)")
     size = runner.options.images_per_batch
     for start in range(0, len(images_BCHW), size):
         part_BCHW = images_BCHW[start : start + size]
