@@ -86,6 +86,10 @@ def test_an_unknown_study_or_setting_or_arm_is_named(study, tmp_path):
         study_runs(study, tmp_path, {"lr_rate": 1})
     with pytest.raises(ValueError, match="no arm 'x'; the arms are local, plain"):
         chosen(study, (), (), ("x",))
+    with pytest.raises(ValueError, match=r"^seeds.0: Input should be greater than or equal to 0$"):
+        chosen(study, (), (-1,), ())
+    with pytest.raises(ValueError, match="seed cannot be set for all runs: the study gives each run its own"):
+        study_runs(study, tmp_path, {"seed": 3})
     smaller = chosen(study, (4,), (9, 9), ("local",))
     assert (smaller.epochs, smaller.seeds, [*smaller.arms]) == ((4,), (9,), ["local", "plain"])
 

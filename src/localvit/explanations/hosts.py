@@ -118,9 +118,7 @@ def _pixels_of_patches(pixels: Size, grid: GridOfImage, image_size: Size) -> Pla
     return Placement.windows(whole, window_partition(index, pixels).flatten(1))
 
 
-@layers_of_class(
-    "timm.models.swin_transformer.SwinTransformer", "timm.models.swin_transformer_v2.SwinTransformerV2"
-)
+@layers_of_class("timm.models.swin_transformer.SwinTransformer", "timm.models.swin_transformer_v2.SwinTransformerV2")
 def shifted_windows(model: Any) -> ModelLayers:
     """Attention in windows, which every second block shifts; the head averages the tokens."""
     attentions: list[AttentionLayer] = []

@@ -154,7 +154,8 @@ def layers_of(model: nn.Module) -> ModelLayers:
         count = f"{len(found)} parts" if found else "no part"
         raise ValueError(
             f"{type(model).__name__} has {count} that can be explained; supported are this package's models, timm's "
-            "ViT, DeiT, BEiT, EVA, DINOv3 and Swin (v1 and v2), and ViT, DeiT, DINOv2 and CLIP of Hugging Face transformers"
+            "ViT, DeiT, BEiT, EVA, DINOv3 and Swin (v1 and v2), and Hugging Face transformers' ViT, DeiT, DINOv2 and "
+            "CLIP"
         )
     return found[0]
 

@@ -132,7 +132,7 @@ def read_study(source: str) -> Study:
 
     Raises:
         FileNotFoundError: No such file or name.
-        ValueError: The file is not a study; the message has a line for each mistake.
+        ValueError: The file is not a study; the message has a part for each mistake.
     """
     path = STUDIES / f"{source}.yaml" if source in study_names() else Path(source)
     if not path.exists():
@@ -143,8 +143,7 @@ def read_study(source: str) -> Study:
     try:
         return Study(**content)
     except ValidationError as error:
-        lines = (f"{'.'.join(map(str, each['loc'])) or 'study'}: {each['msg']}" for each in error.errors())
-        raise ValueError(f"{path}: " + "; ".join(lines)) from error
+        raise ValueError(f"{path}: {_mistakes(error)}") from error
 
 
 def study_runs(study: Study, output_dir: Path, changes: Mapping[str, Any]) -> list[StudyRun]:
@@ -158,8 +157,10 @@ def study_runs(study: Study, output_dir: Path, changes: Mapping[str, Any]) -> li
         changes: Settings of all runs, such as `data_path` and `device`, over those of the study.
 
     Raises:
-        ValueError: A setting is not valid.
+        ValueError: A setting is not valid, or is one that the study gives to each run.
     """
+    if own := [name for name in OWN if name in changes]:
+        raise ValueError(f"{own[0]} cannot be set for all runs: the study gives each run its own")
     return [
         _study_run(study, arm, epochs, seed, output_dir, changes)
         for epochs in sorted(study.epochs)
@@ -204,4 +205,14 @@ def chosen(study: Study, epochs: Sequence[int], seeds: Sequence[int], arms: Sequ
     try:
         return Study(**study.model_dump() | changed)
     except ValidationError as error:
-        raise ValueError("; ".join(each["msg"] for each in error.errors())) from error
+        raise ValueError(_mistakes(error)) from error
+
+
+def _mistakes(error: ValidationError) -> str:
+    lines, wrong = [], set()
+    for each in error.errors():
+        # pydantic does not count wrong items, and then also complains that there are too few.
+        if each["type"] != "too_short" or each["loc"][:1] not in wrong:
+            lines.append(f"{'.'.join(map(str, each['loc'])) or 'study'}: {each['msg']}")
+        wrong.add(each["loc"][:1])
+    return "; ".join(lines)
