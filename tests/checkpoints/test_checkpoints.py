@@ -234,6 +234,14 @@ def test_a_bad_file_is_refused_with_a_one_line_message(make, parts, nano, tmp_pa
     assert "ran code" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("content", [b"export best\n", b"(lp0", b"hello", b"J1", b"\x80\x02h\x05.", b"a,b\n1,2\n"])
+def test_what_is_not_a_pickle_is_refused_whatever_its_first_bytes_mean_to_a_pickle(content, nano, tmp_path):
+    """torch's reader raises IndexError, KeyError or struct.error here."""
+    (tmp_path / "notes.txt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"notes.txt is not a checkpoint .* \(\d+ bytes: "):
+        localvit.load_checkpoint(nano, tmp_path / "notes.txt")
+
+
 def test_a_missing_file_raises(nano, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         localvit.load_checkpoint(nano, tmp_path / "nowhere.pth")

@@ -4,7 +4,6 @@ import argparse
 import json
 import math
 import os
-import pickle
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -49,9 +48,11 @@ def read_weight_file(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
                 return safetensors.torch.load_file(readable)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except PermissionError:
+    except (PermissionError, MemoryError):
         raise
-    except pickle.UnpicklingError as error:
+    except (safetensors.SafetensorError, EOFError, RuntimeError, OSError, zipfile.BadZipFile, ValueError) as error:
+        raise CheckpointError(_damaged(path, error)) from error
+    except Exception as error:  # bytes that are not a pickle raise IndexError, KeyError, struct.error and others
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused:
             raise CheckpointError(
@@ -59,8 +60,6 @@ def read_weight_file(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
                 "save it again as plain tensors or as safetensors"
             ) from error
         raise CheckpointError(_damaged(path, ValueError("not plain tensors"))) from error
-    except (safetensors.SafetensorError, EOFError, RuntimeError, OSError, zipfile.BadZipFile, ValueError) as error:
-        raise CheckpointError(_damaged(path, error)) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} contains a {type(content).__name__}, not a dictionary of tensors")
     return content
