@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -97,6 +98,11 @@ def start_group(
         )
         for rank in range(processes)
     ]
+
+
+def pool(processes: int, *, begin: Callable[[], object] | None = None) -> ProcessPoolExecutor:
+    """Processes that return what they compute; each calls `begin` first. They are those of `start`."""
+    return ProcessPoolExecutor(processes, _CONTEXT, begin)
 
 
 def free_port() -> int:

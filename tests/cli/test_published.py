@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ import pytest
 from localvit.checkpoints import read_checkpoint
 from localvit.train.config import TrainConfig
 from localvit_cli.published import Published, main, parse, to_config
+from processes import start, status_of
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "train"))
@@ -203,6 +205,7 @@ TRAIN = [
     *("--epochs", "3", "--warmup-epochs", "1", "--warmup-lr", "1e-3", "--lr", "0.02", "--min-lr", "0"),
 ]
 LAUNCH = ["-m", "torch.distributed.launch", "--standalone", "--nproc_per_node=2", "--use_env"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.fixture(scope="module")
@@ -211,22 +214,32 @@ def digits(tmp_path_factory):
     return write_some_digits(tmp_path_factory.mktemp("digits"), classes=3, train=13, val=3)
 
 
-@pytest.fixture(scope="module", params=[([], 12), (LAUNCH, 6)], ids=["one process", "two processes"])
+def run_main(*arguments: object) -> None:
+    """As `python main.py` does."""
+    sys.argv = ["main.py", *map(str, arguments)]
+    runpy.run_path(str(ROOT / "main.py"), run_name="__main__")
+
+
+@pytest.fixture(scope="module", params=["one process", "two processes"])
 def trained(request, digits, tmp_path_factory):
-    """A run by the published command, in one process or two: what it said, its folder and its batch size."""
-    launcher, batch_size = request.param
-    output_dir = tmp_path_factory.mktemp("run")
-    command = [sys.executable, *launcher, "main.py", *TRAIN, "--batch-size", str(batch_size)]
-    done = subprocess.run(
-        [*command, "--data-path", digits, "--output_dir", output_dir],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return done, output_dir, batch_size
+    """A run by the published command, by itself or as its launcher starts it: output, errors, folder, batch size."""
+    folder = tmp_path_factory.mktemp("run")
+    out, err, output_dir = folder / "out", folder / "err", folder / "run"
+    flags = ["--data-path", digits, "--output_dir", output_dir, *TRAIN]
+    if request.param == "one process":
+        batch_size = 12
+        status = status_of(
+            start(run_main, *flags, "--batch-size", batch_size, out=out, err=err, environment=ENVIRONMENT)
+        )
+    else:
+        batch_size = 6
+        command = [sys.executable, *LAUNCH, "main.py", *flags, "--batch-size", str(batch_size)]
+        with out.open("w") as out_file, err.open("w") as err_file:
+            status = subprocess.run(
+                command, cwd=ROOT, env=ENVIRONMENT, stdout=out_file, stderr=err_file, timeout=120
+            ).returncode
+    assert status == 0, err.read_text()
+    return out.read_text(), err.read_text(), output_dir, batch_size
 
 
 def rows_of(output_dir: Path) -> list[dict]:
@@ -234,10 +247,10 @@ def rows_of(output_dir: Path) -> list[dict]:
 
 
 def test_training(trained, digits):
-    done, output_dir, batch_size = trained
-    assert done.stdout.startswith("Acc@1 ")
-    assert done.stdout.count("\n") == 1, "only the first process prints the result"
-    assert "no CUDA device on this machine; running on" in done.stderr
+    out, err, output_dir, batch_size = trained
+    assert out.startswith("Acc@1 ")
+    assert out.count("\n") == 1, "only the first process prints the result"
+    assert "no CUDA device on this machine; running on" in err
 
     rows = rows_of(output_dir)
     assert [row["epoch"] for row in rows] == [0, 1, 2]
@@ -256,14 +269,14 @@ def address(trained, monkeypatch, tmp_path):
     """The address of a local server with the run's folder; downloads go to a separate cache."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *arguments: None)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=trained[1]))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=trained[2]))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
 
 
-@pytest.mark.parametrize("trained", [([], 12)], ids=["one process"], indirect=True)
+@pytest.mark.parametrize("trained", ["one process"], indirect=True)
 def test_resuming_from_an_address_uses_the_epoch_of_the_checkpoint(trained, digits, address, tmp_path, capsys):
     output_dir = tmp_path / "further"
     flags = [*TRAIN, "--batch-size", "12", "--data-path", str(digits), "--device", "cpu", "--epochs", "4"]
@@ -272,7 +285,7 @@ def test_resuming_from_an_address_uses_the_epoch_of_the_checkpoint(trained, digi
     assert f"could not download {address}/none.pth" in capsys.readouterr().err
     assert main([*flags, f"{address}/checkpoint.pth"]) == 0
     assert "--start_epoch 1 has no effect" in capsys.readouterr().err
-    before, after = rows_of(trained[1]), rows_of(output_dir)
+    before, after = rows_of(trained[2]), rows_of(output_dir)
     assert [row["epoch"] for row in after] == [0, 1, 2, 3]
     assert after[:3] == before
 

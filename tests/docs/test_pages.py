@@ -6,6 +6,7 @@ and torchrun do.
 """
 
 import runpy
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -92,8 +93,7 @@ def test_each_page_runs_here_or_says_why_not():
 
 
 def make_files(folder: Path) -> None:
-    """What the pages name: released weights, two synsets of an ImageNet, digits, images of three classes, a photo."""
-    torch.save({"model": published_state("localvit_tiny_mlp4_act3_r192")}, folder / "localvit_t.pth")
+    """What the pages name: two synsets of an ImageNet, digits, images of three classes, a photo."""
     rng = np.random.default_rng(0)
     classes = [f"imagenet/val/{synset}" for synset in ("n01440764", "n01484850")]
     classes += [f"images/{split}/{name}" for split in ("train", "val") for name in ("ape", "bat", "cow")]
@@ -110,9 +110,18 @@ def make_files(folder: Path) -> None:
     write_some_digits(folder, classes=10, train=7, val=2).rename(folder / "cache" / "localvit" / "digits")
 
 
+@pytest.fixture(scope="module")
+def released(tmp_path_factory) -> Path:
+    """The file of released weights that pages name."""
+    path = tmp_path_factory.mktemp("released") / "localvit_t.pth"
+    torch.save({"model": published_state("localvit_tiny_mlp4_act3_r192")}, path)
+    return path
+
+
 @pytest.fixture
-def place(tmp_path, monkeypatch):
+def place(tmp_path, monkeypatch, released):
     make_files(tmp_path)
+    shutil.copy(released, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path

@@ -35,4 +35,4 @@ def raw(checkpoint, tmp_path_factory) -> tuple[Path, ExportReport]:
 def resizing(checkpoint, tmp_path_factory) -> tuple[Path, ExportReport]:
     """The checkpoint as ONNX that resizes itself."""
     path = tmp_path_factory.mktemp("resizing") / "tiny.onnx"
-    return path, export(checkpoint, path, Onnx(include=("resize", "softmax"), input_type="float32"))
+    return path, export(checkpoint, path, Onnx(include=("resize", "softmax")))

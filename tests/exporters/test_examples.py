@@ -15,22 +15,13 @@ import pytest
 from PIL import Image
 
 import localvit
-from localvit.exporters import Onnx, export
 from processes import free_port
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-MODEL = "localvit_nano_patch4_32"
 WITHOUT_THIS_PACKAGE = "import runpy, sys; sys.modules.update(torch=None, localvit=None); sys.argv.pop(0); "
-
-
-@pytest.fixture(scope="module")
-def model_file(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("example") / "nano.onnx"
-    export(MODEL, path, Onnx(include=("resize", "softmax")))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +38,12 @@ def photographs(tmp_path_factory) -> list[Path]:
     return paths
 
 
-def test_fifteen_lines_classify_as_predict_does(model_file, photographs):
+def test_fifteen_lines_classify_as_predict_does(resizing, checkpoint, photographs):
     program = WITHOUT_THIS_PACKAGE + f"runpy.run_path({str(EXAMPLES / 'onnx_predict.py')!r}, run_name='__main__')"
-    command = [sys.executable, "-c", program, "onnx_predict.py", model_file, *photographs]
+    command = [sys.executable, "-c", program, "onnx_predict.py", resizing[0], *photographs]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     lines = [line.split("\t") for line in done.stdout.splitlines()]
-    wanted = list(localvit.predict(MODEL, photographs, topk=1))
+    wanted = list(localvit.predict(checkpoint, photographs, topk=1))
     assert [line[:2] for line in lines] == [[each.file, each.class_names[0]] for each in wanted]
     # Printed with six digits; the resized pixels are equal.
     np.testing.assert_allclose(
@@ -61,12 +52,12 @@ def test_fifteen_lines_classify_as_predict_does(model_file, photographs):
 
 
 @pytest.fixture(scope="module")
-def service(model_file):
+def service(resizing):
     for module in ("fastapi", "uvicorn", "python_multipart"):
         pytest.importorskip(module)
     port = free_port()
     command = [sys.executable, "-m", "uvicorn", "rest_service:app", "--port", str(port), "--app-dir", EXAMPLES]
-    environment = os.environ | {"MODEL": str(model_file)}
+    environment = os.environ | {"MODEL": str(resizing[0])}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stderr is not None
@@ -97,10 +88,10 @@ def post(address: str, files: dict[str, bytes]) -> tuple[int, object]:
         return error.code, json.load(error)
 
 
-def test_the_service_classifies_several_images(service, photographs):
+def test_the_service_classifies_several_images(service, checkpoint, photographs):
     status, found = post(service, {path.name: path.read_bytes() for path in photographs})
     assert status == 200
-    for scores, wanted in zip(found, localvit.predict(MODEL, photographs), strict=True):
+    for scores, wanted in zip(found, localvit.predict(checkpoint, photographs), strict=True):
         assert list(scores) == list(wanted.class_names)
         np.testing.assert_allclose(list(scores.values()), wanted.probabilities, atol=1e-5)
 

@@ -16,6 +16,7 @@ from torch import nn
 import localvit
 from localvit.data.preprocessing import Preprocessing
 from localvit.exporters import Onnx, OpenVINO, ProofError, TorchExport
+from localvit.exporters.graph import build_graph, plain_copy
 from localvit.inference.export_metadata import ExportMetadata
 from localvit.inference.exported import ExportedModel
 from localvit.inference.runner import load_model
@@ -83,8 +84,17 @@ def test_resize_takes_images_of_any_size_as_evaluation_prepares_them(resizing):
         pixels = noise(height, width, 3, seed=height)
         with torch.inference_mode():
             expected = tiny_model()(transform(Image.fromarray(pixels))[None]).softmax(1).numpy()
-        given = (pixels / 255).astype(np.float32).transpose(2, 0, 1)[None]
-        np.testing.assert_allclose(run(path, given), expected, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(run(path, pixels.transpose(2, 0, 1)[None]), expected, rtol=0, atol=1e-6)
+
+
+def test_a_graph_that_resizes_takes_floats_as_it_takes_pixels():
+    settings = Onnx(include=("resize", "softmax"), input_type="float32")
+    graph = build_graph(plain_copy(tiny_model()), PREPROCESSING, settings)
+    pixels = noise(43, 61, 3)
+    with torch.inference_mode():
+        expected = tiny_model()(PREPROCESSING.transform()(Image.fromarray(pixels))[None]).softmax(1)
+        found = graph(torch.from_numpy(pixels / np.float32(255)).permute(2, 0, 1)[None])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 class Wrong(nn.Module):

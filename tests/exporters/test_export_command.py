@@ -3,7 +3,10 @@
 import json
 import sys
 
+import numpy as np
 import pytest
+import torch
+from exported_files import expected_probabilities, noise, run
 
 from localvit_cli import main
 
@@ -14,7 +17,7 @@ pytest.importorskip("onnxscript")
 def test_the_command_writes_the_file_and_prints_its_report(checkpoint, tmp_path, capsys):
     path = tmp_path / "made" / "model.onnx"
     arguments = ["export", str(checkpoint), "--format", "onnx", "--output", str(path), "--dynamic", "none"]
-    assert main([*arguments, "--include", "preprocessing"]) == 0
+    assert main([*arguments, "--include", "preprocessing", "--input-type", "float32"]) == 0
     out = capsys.readouterr().out
     assert "1 x 24 x 24" in out
     report = json.loads(path.with_name("model.onnx.json").read_text())
@@ -24,6 +27,9 @@ def test_the_command_writes_the_file_and_prints_its_report(checkpoint, tmp_path,
     facts = json.loads(capsys.readouterr().out)
     assert (facts["output"], facts["input_shape"]) == ("logits", [1, 3, 24, 24])
     assert "/" not in facts["source"]
+    pixels = noise(1, 3, 24, 24)
+    logits = torch.from_numpy(run(path, np.float32(pixels) / 255)).double()
+    np.testing.assert_allclose(logits.softmax(1), expected_probabilities(pixels), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(

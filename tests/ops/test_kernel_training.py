@@ -2,11 +2,8 @@
 
 import contextlib
 import copy
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
-import launches
 import pytest
 import torch
 import training_steps
@@ -59,14 +56,10 @@ def test_interpreted_operator(interpreted, act):
 
 @needs_triton
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
-def test_interpreted_on_two_processes(interpreted, tmp_path, monkeypatch):
+def test_interpreted_on_two_processes(interpreted, tmp_path):
     """Batch norms over two processes give each image what one process gives it."""
     whole = interpreted(training_steps.part_of_a_synchronized_step, 0)
-    store = tmp_path / "store"
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), initializer=launches.begin) as pool:
-        jobs = [pool.submit(training_steps.part_of_a_synchronized_step, rank, store) for rank in range(2)]
-        parts = [job.result() for job in jobs]
+    parts = interpreted(training_steps.parts_of_a_synchronized_step, tmp_path / "store")
     found = {name: sum(part[name] for part in parts) for name in whole if name.startswith("gradient of conv")}
     for name in ("output", "gradient of the input"):
         found[name] = torch.cat([part[name] for part in parts])

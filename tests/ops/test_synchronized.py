@@ -3,14 +3,12 @@
 Shapes: N values of a channel, E channels, T tiles.
 """
 
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
-
 import pytest
 import torch
 import torch.distributed as dist
 
 from localvit.ops.synchronized import gather_statistics, reduce_slopes
+from processes import pool
 
 CHANNELS, EPS = 5, 1e-3
 
@@ -75,9 +73,9 @@ def test_the_other_process_runs_torchs_layers(others, tmp_path):
     variance_E, mean_E = torch.var_mean(all_NE.detach(), 0, correction=0)
 
     store = tmp_path / "store"
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        own = pool.submit(by_kernels, store, grads_NE[:7], own_NE)
-        pool.submit(by_layers, store, grads_NE[7:], other_NE, mean_E).result()
+    with pool(2) as both:
+        own = both.submit(by_kernels, store, grads_NE[:7], own_NE)
+        both.submit(by_layers, store, grads_NE[7:], other_NE, mean_E).result()
         gathered, (by_grad, by_value, constant) = own.result()
     count, mean, inverse_deviation = overall(gathered)
     assert count == 7 + others

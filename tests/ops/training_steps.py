@@ -5,6 +5,8 @@ Shapes: B batch, P prefix tokens, C channels, H and W the grid.
 
 import contextlib
 import copy
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
 import pytest
@@ -223,6 +225,12 @@ def part_of_a_synchronized_step(rank, store=None):
     if store is not None:
         torch.distributed.destroy_process_group()
     return {name: each for name, each in found.items() if not name.startswith(("conv.8", "gradient of conv.8"))}
+
+
+def parts_of_a_synchronized_step(store):
+    """Of both processes, forked from this one, which has imported what they need."""
+    with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as both:
+        return list(both.map(part_of_a_synchronized_step, range(2), [store] * 2))
 
 
 def interpreted_weights_changed_in_between():

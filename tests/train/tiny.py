@@ -1,6 +1,9 @@
 """A small data set and settings for short runs: 3 digits, 39 training images, 9 validation images."""
 
+import atexit
 import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -26,9 +29,17 @@ STILL = {
 """No augmentation except the padded random crop."""
 
 
+@cache
+def _all_digits() -> Path:
+    """The whole data set, written once in each process of the suite: its 1,797 files take a second or more."""
+    folder = tempfile.mkdtemp(prefix="localvit-digits-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return write_digits(Path(folder) / "digits")
+
+
 def write_some_digits(root: Path, *, classes: int, train: int, val: int) -> Path:
     """The first `classes` digits, with `train` and `val` images each."""
-    whole = write_digits(root / "whole")
+    whole = _all_digits()
     for split, count in (("train", train), ("val", val)):
         for digit in range(classes):
             folder = root / "some" / split / str(digit)
@@ -39,9 +50,10 @@ def write_some_digits(root: Path, *, classes: int, train: int, val: int) -> Path
 
 
 def tiny_config(data_path: Path, output_dir: Path, **changes) -> TrainConfig:
-    """Published augmentation, and two steps per epoch."""
+    """Published augmentation, two steps per epoch, and two blocks: neither model nor steps depend on their number."""
     settings = {
         "model": "localvit_nano_patch4_32",
+        "model_args": {} if "model" in changes else {"depth": 2},
         "data_set": "DIGITS",
         "data_path": data_path,
         "output_dir": output_dir,
