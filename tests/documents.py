@@ -45,15 +45,21 @@ def text_of(page: Path) -> str:
 
 def command_lines(text: str) -> list[list[str]]:
     """The words of each command of a block for a shell, without comments."""
-    joined = text.replace("\\\n", " ").replace("[--", "--").replace("]\n", "\n").replace("] ", " ")
-    return [words for line in joined.splitlines() if (words := shlex.split(line, comments=True))]
+    joined = text.replace("\\\n", " ")
+    return [words for line in joined.splitlines() if (words := shlex.split(_with_options(line), comments=True))]
+
+
+def _with_options(command: str) -> str:
+    """With what stands in brackets, which may be left out."""
+    return re.sub(r"\[(--.*?)\](?= |$)", r"\1", command)
 
 
 def inline_commands(page: Path) -> list[list[str]]:
     """The words of each command in the prose of a page."""
     prose = _FENCE.sub("", text_of(page))
     codes = re.findall(r"`((?:localvit|python -m localvit) [a-z][^`]*)`", prose)
-    return [shlex.split(code.replace("\n", " ").replace("python -m localvit", "localvit")) for code in codes]
+    commands = (code.replace("\n", " ").replace("python -m localvit", "localvit") for code in codes)
+    return [shlex.split(_with_options(command)) for command in commands]
 
 
 def check_command(words: list[str]) -> None:

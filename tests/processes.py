@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import ModuleType
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
@@ -80,7 +81,8 @@ def run_localvit(*arguments: object) -> None:
 def run_source(source: str, *arguments: object) -> None:
     """Python source, as `python -c` runs it."""
     sys.argv = ["-c", *map(str, arguments)]
-    exec(compile(source, "-c", "exec"), {"__name__": "__main__"})
+    sys.modules["__main__"] = ModuleType("__main__")
+    exec(compile(source, "-c", "exec"), vars(sys.modules["__main__"]))
 
 
 def start_group(

@@ -134,16 +134,15 @@ def test_batch_size_and_workers_do_not_change_the_result(nano, folder, batch_siz
     torch.testing.assert_close(evaluation.losses_N, reference.losses_N, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_the_number_of_processes_does_not_change_the_result(nano, folder, tmp_path, processes):
+def test_the_number_of_processes_does_not_change_the_result(nano, folder, tmp_path):
     checkpoint = localvit.save_checkpoint(
         nano, tmp_path / "nano.safetensors", class_names=NAMES, preprocessing=PREPROCESSING.to_dict()
     )
     command = ["eval", checkpoint, "--data-set", "FOLDER", "--data-path", folder]
     options = ["--device", "cpu", "--batch-size", 4, "--workers", 0, "--report", tmp_path / "report"]
     out, err = tmp_path / "out", tmp_path / "err"
-    group = start_group(processes, run_localvit, *command, *options, out=out, err=err)
-    assert [status_of(each) for each in group] == [0] * processes, err.read_text()
+    group = start_group(3, run_localvit, *command, *options, out=out, err=err)
+    assert [status_of(each) for each in group] == [0] * 3, err.read_text()
     assert out.read_text().splitlines() == [run(nano, open_images("FOLDER", folder)).line()]
     assert json.loads((tmp_path / "report" / "results.json").read_text())["count"] == 17
 

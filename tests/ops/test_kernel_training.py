@@ -26,9 +26,10 @@ WAYS = ["as it is", "checkpointed", "frozen gate", "frozen layers", "backward tw
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("act", "way"), [*((act, "as it is") for act in ACTS), *(("hs+se", way) for way in WAYS[1:]), ("hs+eca", WAYS[2])]
+    ("act", "way"), [*(("hs+se", way) for way in WAYS), ("relu6", WAYS[0]), ("hs+eca", WAYS[0]), ("hs+eca", WAYS[2])]
 )
 def test_interpreted_step(interpreted, act, way):
+    """Without a gate, with a gate that has kernels, and with one that has none."""
     interpreted(training_steps.interpreted_step, act, way)
 
 

@@ -210,7 +210,7 @@ def test_a_custom_loss_is_minimized(tiny_digits, tmp_path):
 
 def test_a_run_in_python_prints_what_it_is_and_its_result(tiny_digits, tmp_path):
     # 731,074 parameters with 10 classes, and 97 per class of the head.
-    training = localvit.train.build(tiny_config(tiny_digits, tmp_path, epochs=2))
+    training = localvit.train.build(tiny_config(tiny_digits, tmp_path, epochs=2, model_args={}))
     assert str(training).splitlines() == [
         "localvit_nano_patch4_32: 730,395 trained parameters, images of 32 x 32 pixels",
         "DIGITS: 39 training images, 9 validation images",
