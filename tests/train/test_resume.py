@@ -201,7 +201,7 @@ def test_a_full_disk_leaves_earlier_checkpoints_unchanged(tmp_path):
 def test_a_disk_too_small_for_the_run_stops_before_training(tiny_digits, tmp_path):
     """One checkpoint fits into 16 MB: weights and average have 3 MB each. Two with moments and the models do not."""
     with small_disk(tmp_path / "disk", "16m") as disk:
-        training = build(tiny_config(tiny_digits, disk / "run"))
+        training = build(tiny_config(tiny_digits, disk / "run", model_args={}))
         with pytest.raises(
             OSError, match=r"has 17 MB of free space, and the run may need 47 MB for 2 checkpoints and two"
         ):
