@@ -65,12 +65,12 @@ def _is_first_process() -> bool:
 
 
 @contextmanager
-def progress(title: str, total: int, unit: str = "images", *, processes: int = 1) -> Iterator[Advance]:
+def progress(title: str, total: int | None, unit: str = "images", *, processes: int = 1) -> Iterator[Advance]:
     """Show progress: a bar with rate and time left on a terminal, otherwise a line every 10 seconds.
 
     Args:
         title: What is being done, such as "train".
-        total: Number of items to do, by all processes.
+        total: Number of items to do, by all processes; None if it is unknown.
         unit: What the items are.
         processes: Number of processes that share the items, if each counts its own.
 
@@ -85,20 +85,21 @@ def progress(title: str, total: int, unit: str = "images", *, processes: int = 1
         yield _for_all(_lines(title, total, unit), total, processes)
 
 
-def _for_all(advance: Advance, total: int, processes: int) -> Advance:
+def _for_all(advance: Advance, total: int | None, processes: int) -> Advance:
     """Count each item of this process for all of them: every process has the same number, up to one."""
     finished = 0
 
     def advance_all(done: int, note: str = "") -> None:
         nonlocal finished
-        before, finished = finished, min(finished + done * processes, total)
+        before, finished = finished, finished + done * processes
+        finished = finished if total is None else min(finished, total)
         advance(finished - before, note)
 
     return advance_all
 
 
 @contextmanager
-def _bar(title: str, total: int, unit: str) -> Iterator[Advance]:
+def _bar(title: str, total: int | None, unit: str) -> Iterator[Advance]:
     columns = (
         TextColumn("{task.description}"),
         TextColumn("{task.fields[note]}"),
@@ -120,7 +121,7 @@ def _bar(title: str, total: int, unit: str) -> Iterator[Advance]:
         yield advance
 
 
-def _lines(title: str, total: int, unit: str) -> Advance:
+def _lines(title: str, total: int | None, unit: str) -> Advance:
     started = last_line = time.monotonic()
     finished = 0
 
@@ -131,8 +132,11 @@ def _lines(title: str, total: int, unit: str) -> Advance:
         if now - last_line >= _SECONDS_BETWEEN_LINES or finished == total:
             last_line = now
             rate = finished / max(now - started, 1e-9)
-            left = (total - finished) / max(rate, 1e-9)
             task = f"{title} {note}".rstrip()
+            if total is None:
+                logger.info(f"{task}: {finished:,} {unit}, {_rate_text(rate)}/s")
+                return
+            left = (total - finished) / max(rate, 1e-9)
             logger.info(f"{task}: {finished:,} of {total:,} {unit}, {_rate_text(rate)}/s, {left:,.0f} s left")
 
     return advance

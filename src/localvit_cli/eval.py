@@ -10,6 +10,8 @@ import tyro
 
 from localvit.checkpoints import versions
 from localvit.data.classes import IMAGENET_SUBSETS, readable_class_names, subset_classes
+from localvit.data.datasets import open_stream
+from localvit.data.image_stream import ImageStream
 from localvit.data.images import Images
 from localvit.evaluation.evaluate import Evaluation, evaluate
 from localvit.evaluation.metrics import real_accuracy, reassessed_labels
@@ -130,15 +132,9 @@ def run_evaluation(command: Eval, loaded: LoadedModel, options: InferenceOptions
     with process_group(options.device):
         logger.info(f"model: {loaded}")
         command = _with_data_set_of_run(command, loaded.about)
-        images, num_trained_on = open_unseen_images(
-            str(command.data_set),
-            command.data_path,
-            loaded.about,
-            inat_category=str(command.inat_category),
-            include_trained=command.include_trained,
-        )
-        total = len(images) if command.limit is None else min(command.limit, len(images))
-        run_on_all_ranks(lambda: _check_outputs(command, loaded, images, total, num_trained_on))
+        images, num_trained_on = _open(command, loaded.about)
+        total = _number_of(images, command.limit)
+        run_on_all_ranks(lambda: _check_outputs(command, loaded, images, num_trained_on))
         data_set = str(command.data_set).upper()
         started = time.monotonic()
         with progress("eval", total, processes=world_size()) as advance:
@@ -185,11 +181,39 @@ def _with_data_set_of_run(command: Eval, about: dict[str, Any]) -> Eval:
     return replace(command, data_set=data_set, inat_category=level)
 
 
-def _check_outputs(command: Eval, loaded: LoadedModel, images: Images, total: int, num_trained_on: int) -> None:
+def _open(command: Eval, about: dict[str, Any]) -> tuple[Images | ImageStream, int]:
+    """The images to evaluate on, and how many of them the model was trained on."""
+    data_set = str(command.data_set)
+    stream = run_on_all_ranks(lambda: open_stream(data_set, command.data_path))
+    if stream is not None:
+        return stream, 0
+    return open_unseen_images(
+        data_set,
+        command.data_path,
+        about,
+        inat_category=str(command.inat_category),
+        include_trained=command.include_trained,
+    )
+
+
+def _number_of(images: Images | ImageStream, limit: int | None) -> int | None:
+    """How many images will be evaluated; None if the description of a stream does not say it."""
+    count = images.num_images if isinstance(images, ImageStream) else len(images)
+    return count if limit is None or count is None else min(limit, count)
+
+
+def _check_outputs(command: Eval, loaded: LoadedModel, images: Images | ImageStream, num_trained_on: int) -> None:
     """Raise now what would otherwise be raised after the evaluation."""
     check_fit(command, loaded, num_trained_on)
-    if command.real_labels:
-        reassessed_labels([images.name(index) for index in range(total)], loaded.class_names)
+    if isinstance(images, ImageStream):
+        if command.real_labels or command.explain:
+            raise UsageError(
+                f"{'--real-labels' if command.real_labels else '--explain'} needs images that can be found again, and "
+                f"--data-set {command.data_set} is a stream: use a folder, or uncompressed tar files on this machine"
+            )
+    elif command.real_labels:
+        count = len(images) if command.limit is None else min(command.limit, len(images))
+        reassessed_labels([images.name(index) for index in range(count)], loaded.class_names)
     if command.report is not None and is_main():
         for name in FILES:
             check_writable(command.report / name)
@@ -236,7 +260,7 @@ def _write_report(
     loaded: LoadedModel,
     evaluation: Evaluation,
     calibration: Calibration | None,
-    images: Images,
+    images: Images | ImageStream,
     options: InferenceOptions,
     about: dict[str, Any],
 ) -> None:
@@ -244,13 +268,16 @@ def _write_report(
     if command.report is None:
         return
     names = readable_class_names(loaded.class_names, len(evaluation.class_names))
+    explained = None
+    if command.explain and isinstance(images, Images):
+        explained = explain_mistakes(loaded, evaluation, images, options)
     calibrated = (calibration, effect) if calibration and effect else None
     paths = write_report(
         replace(evaluation, class_names=names),
         command.report,
-        dataset_root=images.root,
+        dataset_root=images.root if isinstance(images, Images) else None,
         about=about,
         calibrated=calibrated,
-        explained=explain_mistakes(loaded, evaluation, images, options) if command.explain else None,
+        explained=explained,
     )
     logger.info(f"report: {', '.join(str(path) for path in paths)}")

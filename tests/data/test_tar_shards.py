@@ -107,15 +107,3 @@ def test_an_unreadable_image_is_named(tmp_path, checkpoint, capsys):
     assert main([*arguments, "--device", "cpu"]) == 1
     assert "validation-0001.tar/7: cannot be read as an image" in capsys.readouterr().err
     assert main([*arguments, "--device", "cpu", "--skip-unreadable"]) == 0
-
-
-def test_a_compressed_shard_is_still_read_by_one_process(tmp_path, monkeypatch):
-    import gzip
-
-    folder = write_set(tmp_path / "set", counts=(4,))
-    shard = folder / "validation-0000.tar"
-    shard.write_bytes(gzip.compress(shard.read_bytes()))
-    assert open_images("wds/", folder).labels == [0, 1, 2, 0]
-    monkeypatch.setattr("localvit.data.datasets.world_size", lambda: 2)
-    with pytest.raises(DataError, match="several processes cannot share exactly"):
-        open_images("wds/", folder)

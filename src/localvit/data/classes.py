@@ -76,13 +76,11 @@ def match_classes(images: Images, model_names: Sequence[str] | None, num_classes
     """
     data_names = images.class_names
     if data_names is None:
+        for index, label in enumerate(images.labels):
+            check_label(images.name(index), label, num_classes)
         return list(range(num_classes))
     if model_names is None:
-        if len(data_names) != num_classes:
-            raise DataError(
-                f"the data set has {len(data_names)} classes, the model {num_classes}, and the checkpoint has no class "
-                "names to match them by; use a checkpoint that was trained on these classes"
-            )
+        _check_number(data_names, num_classes)
         return list(range(num_classes))
     index_of = {name: index for index, name in enumerate(model_names)}
     used = set(images.labels)
@@ -100,3 +98,46 @@ def match_classes(images: Images, model_names: Sequence[str] | None, num_classes
             "classes"
         )
     return [index_of.get(name, -1) for name in data_names]
+
+
+def match_streamed_classes(
+    data_names: Sequence[str] | None, model_names: Sequence[str] | None, num_classes: int
+) -> list[int]:
+    """`match_classes` for a stream, of which it is not known which classes have images.
+
+    So a class that the model lacks is -1, and an image of it must be refused when it comes. Classes are matched by
+    position where `match_classes` would, and if no class of the data set has a name of the model's.
+
+    Raises:
+        DataError: No class of the data set is the model's.
+    """
+    if data_names is None:
+        return list(range(num_classes))
+    if model_names is None:
+        _check_number(data_names, num_classes)
+        return list(range(num_classes))
+    index_of = {name: index for index, name in enumerate(model_names)}
+    if not any(name in index_of for name in data_names):
+        if len(data_names) == num_classes:
+            return list(range(num_classes))
+        raise DataError(
+            f"none of the data set's {len(data_names)} classes ({', '.join(map(repr, data_names[:5]))}"
+            f"{', ...' if len(data_names) > 5 else ''}) is one of the model's; use a checkpoint that was trained on "
+            "these classes"
+        )
+    return [index_of.get(name, -1) for name in data_names]
+
+
+def check_label(image: str, label: int, num_classes: int) -> None:
+    """Raise DataError, with the image's name, unless a label without a name is the index of a class of the model."""
+    if not 0 <= label < num_classes:
+        raise DataError(f"{image} has the label {label}, and the model has the classes 0 to {num_classes - 1}")
+
+
+def _check_number(data_names: Sequence[str], num_classes: int) -> None:
+    """Raise DataError unless classes can be matched by position."""
+    if len(data_names) != num_classes:
+        raise DataError(
+            f"the data set has {len(data_names)} classes, the model {num_classes}, and the checkpoint has no class "
+            "names to match them by; use a checkpoint that was trained on these classes"
+        )

@@ -1,9 +1,12 @@
 """Data sets by name: what `--data-set` accepts, and what each expects at `--data-path`."""
 
 import difflib
-import io
 import logging
 import os
+import posixpath
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,20 +14,25 @@ from typing import Any
 import torchvision
 from PIL import Image
 from timm.data import create_dataset
-from torch.utils.data import IterableDataset
 
 from localvit.data.digits import write_digits
 from localvit.data.folders import scan_folder
-from localvit.data.images import DataError, DatasetImages, Images, to_rgb
+from localvit.data.hub_stream import HubStream
+from localvit.data.image_stream import ImageStream, check_count, read_into_memory
+from localvit.data.images import DataError, DatasetImages, Images
 from localvit.data.inaturalist import inaturalist
 from localvit.data.tar_shards import TarShards, is_plain_tar
-from localvit.utils.distributed import world_size
+from localvit.data.tar_stream import TarStream
+from localvit.data.tfds_stream import TfdsStream
 
 logger = logging.getLogger(__name__)
 
 NAMES = ("IMNET", "IMNET-A", "IMNET-R", "CIFAR", "CIFAR10", "INAT", "INAT19", "FOLDER", "DIGITS")
 """The names besides those of timm's dataset factory (hfds/..., wds/..., tfds/..., torch/...)."""
-_PACKAGES = {"hfds": "datasets", "hfids": "datasets", "wds": "webdataset", "tfds": "tensorflow-datasets"}
+_PACKAGES = {"hfds": "datasets", "hfids": "datasets", "wds": "webdataset", "tfds": "tensorflow tensorflow-datasets"}
+_STREAMS = ("wds", "hfids", "tfds")
+_SPLITS = {"train": ["train"], "val": ["validation", "val", "valid", "test"]}
+"""How the splits of data sets are called elsewhere. Many have no other images to evaluate on than test."""
 
 
 def default_digits_folder() -> Path:
@@ -71,7 +79,23 @@ def open_images(data_set: str, data_path: Path | None, *, split: str = "val", in
         return _open_cifar(name, data_path, split)
     if name in ("INAT", "INAT19"):
         return inaturalist(data_path, split, 2018 if name == "INAT" else 2019, inat_category)
-    return _open_timm(data_set, data_path, split)
+    opened = _open_stream(data_set, data_path, split)
+    if isinstance(opened, ImageStream):
+        return read_into_memory(opened)
+    return opened or _open_timm(data_set, data_path, split)
+
+
+def open_stream(data_set: str, data_path: Path | None, *, split: str = "val") -> ImageStream | None:
+    """Open a data set that can be read in order only; None for any other, which `open_images` opens.
+
+    Args:
+        data_set, data_path, split: As in `open_images`, which would read the stream into memory.
+
+    Raises:
+        DataError: The data set cannot be opened.
+    """
+    opened = _open_stream(data_set, data_path, split) if data_path is not None else None
+    return opened if isinstance(opened, ImageStream) else None
 
 
 def _open_folder(folder: Path, *, is_split: bool) -> Images:
@@ -97,19 +121,10 @@ def _from_torchvision(dataset: Any, title: str) -> Images:
 
 
 def _open_timm(data_set: str, data_path: Path, split: str) -> Images:
-    kind = data_set.split("/", 1)[0].lower()
-    if kind == "torch" and not data_path.exists():
+    if data_set.lower().startswith("torch/") and not data_path.exists():
         raise DataError(f"--data-path {data_path}: no such folder")
-    try:
+    with _errors_of_library(data_set):
         dataset = create_dataset(data_set, root=str(data_path), split="validation" if split == "val" else split)
-    except ImportError as error:
-        package = _PACKAGES.get(kind)
-        advice = f"pip install {package}" if package else "install the missing package"
-        raise DataError(f"--data-set {data_set}: {error}; {advice}") from error
-    except Exception as error:  # each data set library raises its own types
-        raise DataError(f"--data-set {data_set}: cannot be opened: {error or type(error).__name__}") from error
-    if isinstance(dataset, IterableDataset):
-        return _shards_of(dataset, data_set) or _stream_to_memory(dataset, data_set)
     if hasattr(dataset, "targets") and hasattr(dataset, "classes"):
         return _from_torchvision(dataset, data_set)
     reader = getattr(dataset, "reader", None)
@@ -128,43 +143,60 @@ def _reader_labels(reader: Any) -> list[int]:
     return reader.dataset[reader.label_key]
 
 
-def _shards_of(dataset: IterableDataset, title: str) -> Images | None:
-    """The images in the tar files of a webdataset on this machine; None for any other stream.
+def _open_stream(data_set: str, data_path: Path, split: str) -> ImageStream | TarShards | None:
+    """A data set that its library reads in order. webdataset's tar files on this machine can be indexed instead.
 
-    Raises DataError if the files do not have as many images as the data set says.
+    None if the data set is of another kind.
     """
-    reader: Any = getattr(dataset, "reader", None)
-    info = getattr(reader, "split_info", None)
-    if type(reader).__name__ != "ReaderWds" or info is None or info.alt_label:
+    kind, slash, name = data_set.partition("/")
+    if not slash or kind.lower() not in _STREAMS:
         return None
-    paths = [Path(reader.root, name) for name in info.filenames]  # an address is not the path of a file, either
-    if not all(map(is_plain_tar, paths)):
-        return None
-    images = TarShards(paths, [*reader.input_key.split(";"), "jpeg"], title=title)
-    if info.num_samples and info.num_samples != len(images):
-        raise DataError(
-            f"--data-set {title}: its description says {info.num_samples:,} images, and its shards have "
-            f"{len(images):,}; copy them again, or correct the description"
+    root = _address(data_path)
+    with _errors_of_library(data_set):
+        if kind.lower() == "wds":
+            return _open_tar_files(data_set, root, split)
+        stream = (HubStream if kind.lower() == "hfids" else TfdsStream)(name, root, _SPLITS[split], title=data_set)
+    if stream.split not in (split, "validation"):
+        logger.info(f"--data-set {data_set}: reading its split {stream.split}")
+    return stream
+
+
+def _open_tar_files(title: str, root: str, split: str) -> TarShards | TarStream:
+    """The images in the tar files that timm's description of a webdataset (`_info.json`) names."""
+    reader: Any = create_dataset("wds/", root=root, split="validation" if split == "val" else split).reader
+    info, extensions = reader.split_info, [*reader.input_key.split(";"), "jpeg"]
+    paths = [Path(root, name) for name in info.filenames]  # an address is not the path of a file, either
+    if info.alt_label or not all(map(is_plain_tar, paths)):
+        return TarStream(
+            [posixpath.join(root, name) for name in info.filenames],
+            extensions,
+            title=title,
+            num_images=info.num_samples or None,
+            json_label=info.alt_label,
         )
+    images = TarShards(paths, extensions, title=title)
+    check_count(title, info.num_samples or None, len(images))
     return images
 
 
-def _stream_to_memory(dataset: IterableDataset, title: str) -> Images:
-    """Read a streamed data set into memory, as lossless PNG files, so that it can be indexed."""
-    if world_size() > 1:  # timm would give each process some of the images
-        raise DataError(
-            f"--data-set {title} is a stream, which several processes cannot share exactly: use one process, hfds/ "
-            "instead of hfids/, or uncompressed tar files on this machine for wds/"
-        )
-    files, labels = [], []
-    for image, label in dataset:
-        packed = io.BytesIO()
-        to_rgb(image).save(packed, format="PNG", compress_level=1)
-        files.append(packed.getvalue())
-        labels.append(int(label))
-    if not files:
-        raise DataError(f"--data-set {title}: the stream contains no images")
-    return DatasetImages(partial(_packed_image, files), labels, None, title)
+def _address(data_path: Path) -> str:
+    """The path as a text. An address that was made a path has lost a slash."""
+    return re.sub(r"^([A-Za-z][A-Za-z0-9+.-]+):/(?!/)", r"\1://", str(data_path))
+
+
+@contextmanager
+def _errors_of_library(data_set: str) -> Iterator[None]:
+    """Raise DataError for whatever the library of a data set raises."""
+    try:
+        yield
+    except DataError:
+        raise
+    except ImportError as error:
+        package = _PACKAGES.get(data_set.split("/", 1)[0].lower())
+        advice = f"pip install {package}" if package else "install the missing package"
+        raise DataError(f"--data-set {data_set}: {error}; {advice}") from error
+    except Exception as error:  # each data set library raises its own types
+        raise DataError(f"--data-set {data_set}: cannot be opened: {error or type(error).__name__}") from error
 
 
 # Module functions rather than lambdas, because worker processes receive them pickled.
@@ -174,7 +206,3 @@ def _dataset_image(dataset: Any, index: int) -> Image.Image:
 
 def _reader_image(reader: Any, index: int) -> Image.Image:
     return Image.open(reader[index][0])
-
-
-def _packed_image(files: list[bytes], index: int) -> Image.Image:
-    return Image.open(io.BytesIO(files[index]))

@@ -1,5 +1,6 @@
 """Indexed images from files and data sets, and how an image is decoded."""
 
+import io
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -116,7 +117,16 @@ def open_file(path: str | Path) -> Image.Image:
     mode = Path(path).stat().st_mode
     if not stat.S_ISREG(mode):
         raise ValueError("a named pipe, not a file" if stat.S_ISFIFO(mode) else "not a regular file")
-    image = Image.open(path)
+    return _without_postscript(Image.open(path))
+
+
+def decode_bytes(content: bytes) -> Image.Image:
+    """Decode the bytes of an image file to RGB. Raises as `open_image` does."""
+    with _without_postscript(Image.open(io.BytesIO(content))) as image:
+        return to_rgb(image)
+
+
+def _without_postscript(image: Image.Image) -> Image.Image:
     if image.format == "EPS":
         image.close()
         raise ValueError("PostScript, which is a program; convert it to pixels")
@@ -137,17 +147,22 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def load_image(images: ImageSequence, index: int) -> Image.Image:
     """Decode one image to RGB. Raises UnreadableImage, with the image's name, if that fails for any reason."""
+    return decode(lambda: images.load(index), _location(images, index))
+
+
+def decode(load: Callable[[], Image.Image], location: str) -> Image.Image:
+    """The image that `load` returns. Raises UnreadableImage, with the location, if that fails for any reason."""
     try:
-        return images.load(index)
+        return load()
     except UnreadableImage:
         raise
     except FileNotFoundError as error:
-        raise UnreadableImage(f"{_location(images, index)}: no such file") from error
+        raise UnreadableImage(f"{location}: no such file") from error
     except Exception as error:  # decoders raise any type for a damaged file: RuntimeError, struct.error, MemoryError
-        raise UnreadableImage(f"{_location(images, index)}: cannot be read as an image ({_reason(error)})") from error
+        raise UnreadableImage(f"{location}: cannot be read as an image ({reason_of(error)})") from error
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """The first line of an error's message, with the type of an error that is not for a person."""
     lines = str(error).strip().splitlines()
     kind = type(error).__name__
@@ -161,6 +176,22 @@ def _location(images: ImageSequence, index: int) -> str:
     return str(images.root / name) if images.root else name
 
 
+def prepare(load: Callable[[], Image.Image], location: str, transform: Callable[[Image.Image], Tensor]) -> Tensor | str:
+    """The image that `load` returns, transformed for a model (C, H, W), or the reason why it cannot be used.
+
+    The reason instead of an exception, because one raised in a worker process arrives as a traceback.
+    """
+    try:
+        image = decode(load, location)
+    except UnreadableImage as error:
+        return str(error)
+    try:
+        return transform(image)
+    except Exception as error:  # such as MemoryError, or a size that an operation cannot have
+        size = f"{image.width} x {image.height} pixels"
+        return f"{location}: cannot be prepared for the model, {size} ({reason_of(error)})"
+
+
 class PreparedImages(Dataset):
     """Images transformed for a model. Item i is (i, tensor (C, H, W)), or (i, reason) if the image cannot be used."""
 
@@ -172,13 +203,4 @@ class PreparedImages(Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
-        # The reason instead of an exception, because one raised in a worker process arrives as a traceback.
-        try:
-            image = load_image(self.images, index)
-        except UnreadableImage as error:
-            return index, str(error)
-        try:
-            return index, self.transform(image)
-        except Exception as error:  # such as MemoryError, or a size that an operation cannot have
-            name, size = _location(self.images, index), f"{image.width} x {image.height} pixels"
-            return index, f"{name}: cannot be prepared for the model, {size} ({_reason(error)})"
+        return index, prepare(lambda: self.images.load(index), _location(self.images, index), self.transform)

@@ -5,7 +5,6 @@ or an image that cannot be read is left out with a message. For an evaluation th
 are indexed instead: the headers of the tar files say where each image begins. Only the index is kept in memory.
 """
 
-import io
 import re
 import tarfile
 from collections.abc import Sequence
@@ -14,9 +13,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from localvit.data.images import DataError, Images, to_rgb
+from localvit.data.images import DataError, Images, decode_bytes
 
-_MEMBER = re.compile(r"((?:.*/)?[^./][^.]*)\.([^/]+)")
+MEMBER = re.compile(r"((?:.*/)?[^./][^.]*)\.([^/]+)")
 """webdataset's division of a path: the sample's key, up to the first dot of the file's name, and the extension."""
 
 _COMPRESSED = (b"\x1f\x8b", b"BZ", b"\xfd7", b"\x28\xb5")
@@ -64,7 +63,7 @@ class TarShards(Images):
         try:
             with tarfile.open(shard, "r:") as archive:
                 for member in archive:
-                    found = _MEMBER.fullmatch(member.name) if member.isreg() else None
+                    found = MEMBER.fullmatch(member.name) if member.isreg() else None
                     if found is None:
                         continue
                     key, extension = found[1], found[2].lower()
@@ -95,7 +94,7 @@ class TarShards(Images):
         with self.shards[entry.shard].open("rb") as file:
             file.seek(entry.offset)
             content = file.read(entry.size)
-        return to_rgb(Image.open(io.BytesIO(content)))
+        return decode_bytes(content)
 
     def name(self, index: int) -> str:
         entry = self.entries[index]

@@ -1,12 +1,13 @@
 """Exact evaluation: each image counts once, at any batch size and any number of processes.
 
 With several processes, each takes every n-th image and keeps one row per image. The rows are gathered and sorted, and
-averages are computed from them in float64. No batch is padded, so no image counts twice.
+averages are computed from them in float64. No batch is padded, so no image counts twice. Of a stream, each process
+reads its share of the shards (see `localvit.data.image_stream`).
 
 Shapes: N images, B batch size, M classes of the model, K top classes kept (5, or all if there are fewer).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from localvit.data.classes import match_classes
-from localvit.data.images import Images, UnreadableImage
+from localvit.data.classes import check_label, match_classes, match_streamed_classes
+from localvit.data.image_stream import ImageStream, Position, check_count
+from localvit.data.images import DataError, Images, UnreadableImage
 from localvit.data.preprocessing import Preprocessing
 from localvit.evaluation.unseen_images import open_unseen_images
 from localvit.inference.runner import InferenceOptions, LoadedModel, ModelSource, Runner, load_model
@@ -111,7 +113,7 @@ class Evaluation:
 
 def evaluate(
     model: ModelSource,
-    images: str | Path | Images,
+    images: str | Path | Images | ImageStream,
     preprocessing: Preprocessing | None = None,
     options: InferenceOptions | None = None,
     *,
@@ -132,7 +134,8 @@ def evaluate(
             mode. A module runs as it is, on the device it is on; `fuse` and `compile` of the options do not apply.
         images: A folder with one subfolder per class (or with val/ containing them), or any `Images`; see
             `localvit.data.datasets.open_images` for data sets by name. Of the folder that a checkpoint's model was
-            trained on, only the images that were kept out of training are used.
+            trained on, only the images that were kept out of training are used. Or a stream of images
+            (`localvit.data.datasets.open_stream`), of which only the images of a few batches are in memory.
         preprocessing: By default the one stored in the checkpoint, or the model's `pretrained_cfg`.
         options: Batch size, device, precision; by default the best available device, or the module's.
         class_names: Names of the model's classes, by which labels are matched. By default those stored in the
@@ -156,27 +159,27 @@ def evaluate(
     if isinstance(model, str | Path):
         model = load_model(model)
     num_trained_on = 0
-    if not isinstance(images, Images):
+    if not isinstance(images, Images | ImageStream):
         about = model.about if isinstance(model, LoadedModel) else {}
         images, num_trained_on = open_unseen_images("FOLDER", Path(images), about, include_trained=include_trained)
     runner = Runner.of(model, preprocessing, options, class_names)
     names = runner.class_names
     num_classes = len(names) if names is not None else cast(int, runner.model.num_classes)
-    class_of = match_classes(images, names, num_classes)
-    count = len(images) if limit is None else min(limit, len(images))
-    rows: dict[int, tuple[Any, ...]] = {}
+    classes = _Classes.of(images, names, num_classes)
+    rows: dict[Position, tuple[Any, ...]] = {}
     skipped: list[str] = []
     failure: Exception | None = None
     try:
-        for indices, images_BCHW, failed in runner.load_batches(images, range(rank(), count, world_size())):
+        for loaded, images_BCHW, failed in _load(runner, images, limit):
             if failed and not skip_unreadable:
-                raise UnreadableImage(f"{failed[0][1]}; --skip-unreadable skips and counts such images")
-            skipped += [reason for _, reason in failed]
+                raise UnreadableImage(f"{failed[0]}; --skip-unreadable skips and counts such images")
+            skipped += failed
             if images_BCHW is not None:
-                labels_B = torch.tensor([class_of[images.labels[index]] for index in indices])
+                labels_B = torch.tensor([classes.index(image) for image in loaded])
                 found = _rows(runner, images_BCHW, labels_B, valid_classes)
-                rows.update(zip(indices, found if keep_logits else [row[:-1] for row in found], strict=True))
-            progress(len(indices) + len(failed))
+                for image, row in zip(loaded, found, strict=True):
+                    rows[image.position] = (image.name, *(row if keep_logits else row[:-1]))
+            progress(len(loaded) + len(failed))
     except Exception as error:  # shared with every process below, so that none waits forever for this one
         failure = error
     parts = all_gather((rows, skipped, None if failure is None else f"{type(failure).__name__}: {failure}"))
@@ -185,9 +188,10 @@ def evaluate(
     failures = [text for _, _, text in parts if text]
     if failures:
         raise RuntimeError(f"another process failed: {failures[0]}")
+    if isinstance(images, ImageStream) and limit is None:
+        check_count(images.title, images.num_images, sum(len(part) + len(failed) for part, failed, _ in parts))
     result = _combine(
-        images,
-        {index: row for part, _, _ in parts for index, row in part.items()},
+        {position: row for part, _, _ in parts for position, row in part.items()},
         names or [str(index) for index in range(num_classes)],
         sorted(text for _, part, _ in parts for text in part),
     )
@@ -196,17 +200,72 @@ def evaluate(
     return replace(result, num_trained_on=num_trained_on)
 
 
-def _combine(
-    images: Images, rows: dict[int, tuple[Any, ...]], class_names: list[str], skipped: list[str]
-) -> Evaluation:
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """An image that was decoded."""
+
+    position: Position
+    """Where it is in the data set, which is in no shards if it is indexed."""
+    name: str
+    label: int
+    """The class of the data set."""
+
+
+def _load(
+    runner: Runner, images: Images | ImageStream, limit: int | None
+) -> Iterator[tuple[list[_Loaded], Tensor | None, list[str]]]:
+    """The batches of this process: what is known of their images, their pixels, and why others are unreadable."""
+    if isinstance(images, ImageStream):
+        for found, images_BCHW, failed in runner.load_stream(images.share(rank(), world_size(), limit)):
+            loaded = [_Loaded(image.position, image.name, image.label) for image in found]
+            yield loaded, images_BCHW, [reason for _, reason in failed]
+        return
+    count = len(images) if limit is None else min(limit, len(images))
+    for indices, images_BCHW, failures in runner.load_batches(images, range(rank(), count, world_size())):
+        loaded = [_Loaded((0, index), images.name(index), images.labels[index]) for index in indices]
+        yield loaded, images_BCHW, [reason for _, reason in failures]
+
+
+@dataclass(frozen=True)
+class _Classes:
+    """Which class of the model each class of a data set is."""
+
+    class_of: list[int]
+    data_names: list[str] | None
+    num_classes: int
+
+    @classmethod
+    def of(cls, images: Images | ImageStream, model_names: Sequence[str] | None, num_classes: int) -> "_Classes":
+        """Raises DataError as `match_classes` does."""
+        if isinstance(images, ImageStream):
+            class_of = match_streamed_classes(images.class_names, model_names, num_classes)
+        else:
+            class_of = match_classes(images, model_names, num_classes)
+        return cls(class_of, images.class_names, num_classes)
+
+    def index(self, image: _Loaded) -> int:
+        """The model's class of an image. Raises DataError, with the image's name, if the model lacks it."""
+        if self.data_names is None:
+            check_label(image.name, image.label, self.num_classes)
+        elif not 0 <= image.label < len(self.class_of) or self.class_of[image.label] < 0:
+            known = 0 <= image.label < len(self.data_names)
+            name = repr(self.data_names[image.label]) if known else f"number {image.label}"
+            raise DataError(
+                f"{image.name} is of the class {name}, which is not a class of the model; use a checkpoint that was "
+                "trained on these classes"
+            )
+        return self.class_of[image.label]
+
+
+def _combine(rows: dict[Position, tuple[Any, ...]], class_names: list[str], skipped: list[str]) -> Evaluation:
     """The rows of all processes, in the data set's order."""
     if not rows:
         example = f", such as {skipped[0]}" if skipped else ""
         raise ValueError(f"no image could be evaluated ({len(skipped)} unreadable{example})")
     order = sorted(rows)
-    columns = [torch.stack(column) for column in zip(*(rows[index] for index in order), strict=True)]
+    columns = [torch.stack(column) for column in zip(*(rows[position][1:] for position in order), strict=True)]
     return Evaluation(
-        paths=[images.name(index) for index in order],
+        paths=[rows[position][0] for position in order],
         labels_N=columns[0],
         top_classes_NK=columns[1],
         top_logits_NK=columns[2],

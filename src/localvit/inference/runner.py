@@ -4,20 +4,22 @@ Shapes: B batch size, C channels, H and W height and width in pixels, M classes 
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from localvit.checkpoints import Checkpoint, model_from_checkpoint
 from localvit.checkpoints.hub_download import PREFIX, download
 from localvit.checkpoints.hub_folder import is_hub_folder
 from localvit.data.cached_images import CachedImages
 from localvit.data.classes import model_class_names
+from localvit.data.image_stream import PreparedStream, StreamedImage
 from localvit.data.images import ImageSequence, PreparedImages
 from localvit.data.preprocessing import Preprocessing, WholeImages
 from localvit.data.workers import init_worker, iterate_batches
@@ -27,6 +29,8 @@ from localvit.inference.fusion import fuse
 from localvit.models.factory import create_model
 from localvit.models.registry import DownloadError, packaged_weights
 from localvit.utils.devices import choose_device
+
+T = TypeVar("T")
 
 CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
 
@@ -267,7 +271,6 @@ class Runner:
         Yields for each batch the indices of its readable images, these images (B, C, H, W) or None if there are none,
         and index and reason of each unreadable one. Raises RuntimeError if a worker process dies.
         """
-        cuda = self.options.device.type == "cuda"
         batch_size = self.options.images_per_batch
         if isinstance(images, CachedImages) and images.preprocessing == self.preprocessing:
             for start in range(0, len(indices), batch_size):
@@ -275,14 +278,33 @@ class Runner:
                 bytes_BCHW = images.pixels_NCHW[chosen].to(self.options.device)
                 yield chosen, self.preprocessing.normalized(bytes_BCHW), []
             return
-        if isinstance(self.preprocessing, WholeImages):  # images of different sizes make no batch
-            batch_size = 1
+        dataset = Subset(PreparedImages(images, self.preprocessing.transform()), list(indices))
+        num_batches = -(-len(indices) // self._images_decoded_at_once)
+        yield from self._batches(dataset, range(len(indices)), min(self.options.workers, num_batches))
+
+    def load_stream(
+        self, images: Iterable[StreamedImage]
+    ) -> Iterator[tuple[list[StreamedImage], Tensor | None, list[tuple[StreamedImage, str]]]]:
+        """Decode and transform streamed images in batches. This process reads them, so worker processes share nothing.
+
+        Yields as `load_batches`, with the images, without their content, instead of indices. Raises what reading
+        raises, and RuntimeError if a worker process dies.
+        """
+        yield from self._batches(PreparedStream(self.preprocessing.transform()), images, self.options.workers)
+
+    @property
+    def _images_decoded_at_once(self) -> int:
+        """The batch size; 1 if images keep their sizes, which make no batch."""
+        return 1 if isinstance(self.preprocessing, WholeImages) else self.options.images_per_batch
+
+    def _batches(self, dataset: Dataset, items: Iterable[Any], workers: int) -> Iterator[Any]:
+        """The items of the data set, collated in batches."""
         loader: DataLoader = DataLoader(
-            Subset(PreparedImages(images, self.preprocessing.transform()), list(indices)),
-            batch_size=batch_size,
-            num_workers=min(self.options.workers, -(-len(indices) // batch_size)),
+            dataset,
+            batch_sampler=_in_batches(items, self._images_decoded_at_once),
+            num_workers=workers,
             collate_fn=_collate,
-            pin_memory=cuda,
+            pin_memory=self.options.device.type == "cuda",
             worker_init_fn=init_worker,
         )
         yield from iterate_batches(loader)
@@ -306,8 +328,15 @@ def _check_runnable(model: nn.Module, device: torch.device, options: InferenceOp
         )
 
 
-def _collate(items: Sequence[tuple[int, Tensor | str]]) -> tuple[list[int], Tensor | None, list[tuple[int, str]]]:
-    readable = [(index, image) for index, image in items if isinstance(image, Tensor)]
-    failed = [(index, reason) for index, reason in items if isinstance(reason, str)]
+def _in_batches(items: Iterable[T], batch_size: int) -> Iterator[list[T]]:
+    """The items in lists of `batch_size`, of which the last one may be shorter. Read when a list is asked for."""
+    remaining = iter(items)
+    while batch := list(islice(remaining, batch_size)):
+        yield batch
+
+
+def _collate(items: Sequence[tuple[T, Tensor | str]]) -> tuple[list[T], Tensor | None, list[tuple[T, str]]]:
+    readable = [(item, image) for item, image in items if isinstance(image, Tensor)]
+    failed = [(item, reason) for item, reason in items if isinstance(reason, str)]
     images_BCHW = torch.stack([image for _, image in readable]) if readable else None
-    return [index for index, _ in readable], images_BCHW, failed
+    return [item for item, _ in readable], images_BCHW, failed
