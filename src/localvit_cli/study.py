@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from localvit.data.cached_images import DecodedImages
 from localvit.train.builder import build
 from localvit.train.compare import Run
 from localvit.train.dry_run import duration, measure
@@ -83,10 +84,11 @@ class Study:
 def _train(missing: Sequence[StudyRun], total: int) -> int:
     """Train the missing runs. Returns the exit status: 1 if any failed, and that of a signal that stopped one."""
     failed = 0
+    decoded = DecodedImages()
     for number, run in enumerate(missing, total - len(missing) + 1):
         logger.info(f"run {number} of {total}: {run.name}")
         try:
-            training = build(run.config, resume="auto")
+            training = build(run.config, resume="auto", decoded=decoded)
             with progress(run.name, training.images_left) as advance:
                 result = fit(training, progress=advance)
         except Stopped as stopped:
@@ -102,7 +104,8 @@ def _train(missing: Sequence[StudyRun], total: int) -> int:
 
 def _plan(runs: Sequence[StudyRun], missing: Sequence[StudyRun]) -> str:
     """What would run, with the time that a few steps of each arm predict."""
-    seconds_of_arm: dict[str, Any] = {}
+    seconds_of_arm: dict[str, float] = {}
+    decoded = DecodedImages()
     rows, total = [], 0.0
     for run in runs:
         found = run.read()
@@ -111,14 +114,17 @@ def _plan(runs: Sequence[StudyRun], missing: Sequence[StudyRun]) -> str:
             rows.append((run.name, "finished", "-"))
             continue
         if run.arm not in seconds_of_arm:
-            training = build(run.config.model_copy(update={"output_dir": run.config.output_dir / "dry-run"}))
+            config = run.config.model_copy(update={"output_dir": run.config.output_dir / "dry-run"})
+            training = build(config, decoded=decoded)
             timing = measure(training)
             seconds_of_arm[run.arm] = timing.of(training, 1)
         left = (run.epochs - done) * seconds_of_arm[run.arm]
         total += left
         rows.append((run.name, f"resumes after epoch {done}" if done else "to run", duration(left)))
     table = format_table(rows, headings=("run", "state", "about (h:mm:ss)"), right=(2,))
-    return f"{table}\n\n{len(missing)} of {len(runs)} runs are to be trained, in about {duration(total)}"
+    decoding = f", including {duration(decoded.seconds)} for decoding images" if decoded.seconds else ""
+    total += decoded.seconds
+    return f"{table}\n\n{len(missing)} of {len(runs)} runs are to be trained, in about {duration(total)}{decoding}"
 
 
 def _report(study: Description, runs: Sequence[StudyRun], output_dir: Path) -> None:

@@ -68,6 +68,15 @@ def test_the_missing_runs_are_trained_once(study, tmp_path):
     assert "4 of 4" not in study("--dry-run")[1]
 
 
+def test_a_dry_run_decodes_the_images_once(study):
+    status, out, err = study("--dry-run", "--set", "cache=true")
+    assert status == 0, err
+    assert err.count("cache: decoding") == 2  # for training and for validation
+    assert err.count("images are decoded already") == 2
+    assert ", including 0:00:0" in out
+    assert out.rstrip().endswith(" for decoding images")
+
+
 def test_an_interrupted_study_continues_with_the_same_bits(study, tmp_path, monkeypatch):
     flags = ("--epochs", "2", "--arms", "local")
     assert study(*flags, "--output-dir", "whole")[0] == 0

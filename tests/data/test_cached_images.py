@@ -11,10 +11,11 @@ from torchvision import transforms
 
 from localvit.data.batch_augmentation import BatchAugmentation
 from localvit.data.cached_batches import CachedBatches, RandomlyTransformedCache, ahead
-from localvit.data.cached_images import cache_for_evaluation, cache_images
+from localvit.data.cached_images import DecodedImages, cache_for_evaluation, cache_images
 from localvit.data.datasets import open_images
-from localvit.data.images import DataError, PreparedImages, UnreadableImage
+from localvit.data.images import DataError, DatasetImages, PreparedImages, UnreadableImage
 from localvit.data.preprocessing import Preprocessing
+from localvit.data.split import ImageSubset
 from localvit.inference.runner import InferenceOptions, Runner
 from localvit.models.factory import create_model
 from localvit.train.augmentation import augmentation
@@ -164,3 +165,35 @@ def test_an_error_in_the_thread_reaches_the_caller():
     assert next(results) == 0
     with pytest.raises(ZeroDivisionError):
         next(results)
+
+
+def test_images_are_decoded_once_for_several_runs(folder):
+    """For the same files in the same size only, and those of one use do not replace those of another."""
+    decoded = DecodedImages()
+
+    def cached(images=None, resizing=RESIZE, title="training "):
+        return cache_images(images or open_images("FOLDER", folder), resizing, 0, title=title, decoded=decoded)
+
+    first = cached()
+    seconds = decoded.seconds
+    assert seconds > 0
+    assert torch.equal(first.pixels_NCHW, cache_images(open_images("FOLDER", folder), RESIZE, 0).pixels_NCHW)
+    other = cached(title="validation ")
+    assert other.pixels_NCHW is not first.pixels_NCHW
+    again = cached()
+    assert again.pixels_NCHW is first.pixels_NCHW
+    images = open_images("FOLDER", folder)
+    fewer = cached(ImageSubset(images, range(1, len(images))))
+    assert torch.equal(fewer.pixels_NCHW, first.pixels_NCHW[1:])
+    smaller = cached(resizing=transforms.Resize((16, 16)))
+    assert smaller.pixels_NCHW.shape[-1] == 16
+    assert cached().pixels_NCHW is not first.pixels_NCHW  # only the last ones are kept
+    preprocessing = [Preprocessing(input_size=(32, 32), crop_pct=share) for share in (1.0, 1.0, 0.5)]
+    one, same, margin = (
+        cache_for_evaluation(open_images("FOLDER", folder), each, 0, decoded=decoded) for each in preprocessing
+    )
+    assert same.pixels_NCHW is one.pixels_NCHW
+    assert not torch.equal(margin.pixels_NCHW, one.pixels_NCHW)
+    unnamed = DatasetImages(images.load, images.labels, images.class_names, "x")
+    assert cached(unnamed).pixels_NCHW is not cached(unnamed).pixels_NCHW
+    assert decoded.seconds > seconds

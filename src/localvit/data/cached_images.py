@@ -3,6 +3,7 @@
 Shapes: N images, C = 3 channels, H and W pixels.
 """
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from localvit.data.images import DataError, Images, PreparedImages, UnreadableImage
 from localvit.data.preprocessing import Preprocessing
+from localvit.data.recorded_images import image_keys
 from localvit.data.workers import init_worker, iterate_batches
 from localvit.utils.memory import available_memory
 
@@ -52,7 +54,51 @@ class CachedImages(Images):
         return self.images.name(index)
 
 
-def cache_images(images: Images, resizing: Resizing, workers: int, *, copies: int = 1, title: str = "") -> CachedImages:
+class DecodedImages:
+    """The pixels of the last run of a process, for the next one if it has the same images, in the same size.
+
+    Of the training and of the validation images, those of the last run are kept.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[object, Tensor]] = {}
+        self.seconds = 0.0
+        """Time that decoding has taken."""
+
+    def pixels(self, title: str, images: Images, resizing: Resizing, decode: Callable[[], Tensor]) -> Tensor:
+        """What `decode` returns, or what it has returned for these images.
+
+        Args:
+            title: What the images are for.
+            images: The images. Only files can be recognized, by their folder, names and sizes.
+            resizing: What is done to each, recognized by its text.
+            decode: Decodes them, to (N, C, H, W).
+        """
+        key = None
+        if images.root is not None:
+            keys = image_keys(images, with_sizes=True).numpy().tobytes()
+            key = (images.root, hashlib.sha256(keys).digest(), repr(resizing))
+            if title in self._kept and self._kept[title][0] == key:
+                logger.info(f"cache: the {title}images are decoded already")
+                return self._kept[title][1]
+        self._kept.pop(title, None)  # before there is memory for both
+        started = time.monotonic()
+        pixels_NCHW = decode()
+        self.seconds += time.monotonic() - started
+        if key is not None:
+            self._kept[title] = key, pixels_NCHW
+        return pixels_NCHW
+
+
+def cache_images(
+    images: Images,
+    resizing: Resizing,
+    workers: int,
+    *,
+    copies: int = 1,
+    title: str = "",
+    decoded: DecodedImages | None = None,
+) -> CachedImages:
     """Decode all images and keep them in memory.
 
     Args:
@@ -61,12 +107,22 @@ def cache_images(images: Images, resizing: Resizing, workers: int, *, copies: in
         workers: Number of worker processes that decode; 0 decodes in this process.
         copies: Number of processes on this machine that do the same at the same time, for the memory that is needed.
         title: What the images are for, for messages.
+        decoded: Images that were decoded before, and are not decoded again.
 
     Raises:
         DataError: The images do not fit into memory, or are not of one size.
         UnreadableImage: An image cannot be decoded.
         RuntimeError: A worker process died.
     """
+
+    def decode() -> Tensor:
+        return _decode(images, resizing, workers, copies, title)
+
+    return CachedImages(images, decoded.pixels(title, images, resizing, decode) if decoded else decode())
+
+
+def _decode(images: Images, resizing: Resizing, workers: int, copies: int, title: str) -> Tensor:
+    """The images as bytes (N, C, H, W). Raises as `cache_images`."""
     started = time.monotonic()
     sized = PreparedImages(images, _Bytes(resizing))
     first = _checked(sized[0][1])
@@ -89,14 +145,20 @@ def cache_images(images: Images, resizing: Resizing, workers: int, *, copies: in
                 raise DataError(_differing_sizes(images, index, pixels, first))
             pixels_NCHW[index] = pixels
     logger.info(f"cache: decoded in {time.monotonic() - started:.1f} s")
-    return CachedImages(images, pixels_NCHW)
+    return pixels_NCHW
 
 
 def cache_for_evaluation(
-    images: Images, preprocessing: Preprocessing, workers: int, *, copies: int = 1
+    images: Images,
+    preprocessing: Preprocessing,
+    workers: int,
+    *,
+    copies: int = 1,
+    decoded: DecodedImages | None = None,
 ) -> CachedImages:
     """Decode all images, resize and crop them for evaluation, and keep them in memory. See `cache_images`."""
-    cached = cache_images(images, preprocessing.resizing(), workers, copies=copies, title="validation ")
+    resizing = preprocessing.resizing()
+    cached = cache_images(images, resizing, workers, copies=copies, title="validation ", decoded=decoded)
     return CachedImages(images, cached.pixels_NCHW, preprocessing)
 
 

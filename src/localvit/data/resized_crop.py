@@ -34,6 +34,9 @@ class ResizedCrop:
         self.resize = resize
         self.crop = crop
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.resize}, {self.crop})"
+
     def __call__(self, image: Image.Image) -> Image.Image:
         height, width = self._resized_size(image)
         if height * width <= LARGEST:

@@ -12,7 +12,7 @@ from torchvision import transforms
 
 from localvit.data.batch_augmentation import BatchAugmentation
 from localvit.data.cached_batches import CachedBatches, RandomlyTransformedCache
-from localvit.data.cached_images import cache_images
+from localvit.data.cached_images import DecodedImages, cache_images
 from localvit.data.class_folders import SPLITS, folders_beside_splits, is_validation_name
 from localvit.data.datasets import open_images
 from localvit.data.images import DataError, Images
@@ -118,9 +118,13 @@ def _check_several_classes(images: Images, config: TrainConfig) -> None:
 
 
 def training_batches(
-    config: TrainConfig, images: Images, preprocessing: Preprocessing, device: torch.device
+    config: TrainConfig,
+    images: Images,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    decoded: DecodedImages | None = None,
 ) -> TrainingBatches:
-    """The training batches of this process, for a model on `device`.
+    """The training batches of this process, for a model on `device`. `decoded` has the images of an earlier run.
 
     Raises:
         ValueError: if there are not enough images for a step, or an augmentation that `cache` does not support.
@@ -135,7 +139,7 @@ def training_batches(
     }
     if config.cache:
         _check_size(preprocessing.input_size)
-        cached = _cached_with_transform(config, images, transform, device)
+        cached = _cached_with_transform(config, images, transform, device, decoded)
         return CachedBatches(cached, batch_size=config.batch_size, **order)
     first = augmentation(config, preprocessing, 0.0) if config.resplit else None
     augmented = AugmentedImages(images, transform, config.seed, first_transform=first)
@@ -154,14 +158,23 @@ def _check_size(size: tuple[int, int]) -> None:
 
 
 def _cached_with_transform(
-    config: TrainConfig, images: Images, transform: transforms.Compose, device: torch.device
+    config: TrainConfig,
+    images: Images,
+    transform: transforms.Compose,
+    device: torch.device,
+    decoded: DecodedImages | None,
 ) -> RandomlyTransformedCache:
     try:
         augment = BatchAugmentation(transform)
     except ValueError as error:
         raise ValueError(f"cache: {error}: turn it off (--no-cache), or choose another augmentation") from error
     cached = cache_images(
-        images, transform.transforms[0].resize, config.workers, copies=processes_on_machine(), title="training "
+        images,
+        transform.transforms[0].resize,
+        config.workers,
+        copies=processes_on_machine(),
+        title="training ",
+        decoded=decoded,
     )
     where = device if device.type == "cuda" else torch.device("cpu")
     return RandomlyTransformedCache(cached, augment, config.seed, where, erase_first=not config.resplit)

@@ -10,7 +10,7 @@ from timm.data import Mixup
 from torch import Tensor, nn
 
 from localvit.checkpoints import make_header, versions
-from localvit.data.cached_images import cache_for_evaluation
+from localvit.data.cached_images import DecodedImages, cache_for_evaluation
 from localvit.data.classes import match_classes
 from localvit.data.held_out import describe_held_out
 from localvit.data.images import Images
@@ -116,7 +116,13 @@ class Training:
         )
 
 
-def build(config: TrainConfig, *, criterion: Loss | None = None, resume: str | None = None) -> Training:
+def build(
+    config: TrainConfig,
+    *,
+    criterion: Loss | None = None,
+    resume: str | None = None,
+    decoded: DecodedImages | None = None,
+) -> Training:
     """Open the images and build the model, the loss and the optimizer of a run.
 
     Args:
@@ -127,6 +133,7 @@ def build(config: TrainConfig, *, criterion: Loss | None = None, resume: str | N
             CutMix is on. A module is moved to the device. With distillation it is the loss of the class token.
         resume: None for a new run; "auto" for the newest checkpoint in the output folder, if any; or the file of a
             training checkpoint, from localvit or from the published program.
+        decoded: what several runs of one process share with `cache`, so that equal images are decoded once.
 
     Returns:
         The run, for `localvit.train.fit`.
@@ -178,7 +185,8 @@ def build(config: TrainConfig, *, criterion: Loss | None = None, resume: str | N
             leave_out_unreadable(images, config.workers) for images in (train_images, val_images)
         )
     config = derive_settings(config, samples_per_epoch(config, train_images))
-    training = run_on_all_ranks(lambda: _assemble(config, device, train_images, val_images, record, start, criterion))
+    images = train_images, val_images
+    training = run_on_all_ranks(lambda: _assemble(config, device, images, record, start, criterion, decoded))
     if start.entries is not None:
         run_on_all_ranks(lambda: _load_state(training, start))
     return training
@@ -200,21 +208,22 @@ def _fingerprint(images: Images, keys: Tensor) -> str:
 def _assemble(
     config: TrainConfig,
     device: torch.device,
-    train_images: Images,
-    val_images: Images,
+    images: tuple[Images, Images],
     record: Record,
     start: Start,
     loss: Loss | None,
+    decoded: DecodedImages | None,
 ) -> Training:
+    train_images, val_images = images
     class_names = train_images.class_names
     num_classes = len(class_names) if class_names else max(train_images.labels) + 1
     match_classes(val_images, class_names, num_classes)  # fails now rather than after the first epoch
     model, preprocessing = build_model(config, num_classes, class_names, start)
     model.to(device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
-    batches = training_batches(config, train_images, preprocessing, device)
+    batches = training_batches(config, train_images, preprocessing, device, decoded)
     if config.cache:
         copies = processes_on_machine()
-        val_images = cache_for_evaluation(val_images, preprocessing, config.workers, copies=copies)
+        val_images = cache_for_evaluation(val_images, preprocessing, config.workers, copies=copies, decoded=decoded)
     loss = loss or cross_entropy(config, train_images.labels, num_classes)
     if isinstance(loss, nn.Module):
         loss.to(device)
