@@ -8,7 +8,7 @@ from localvit.checkpoints import save_checkpoint
 from localvit.checkpoints.rewriting import copy_with, has_own_header
 from localvit.data.classes import IMAGENET_SUBSETS
 from localvit.evaluation.evaluate import Evaluation
-from localvit.evaluation.metrics import correct_images, expected_calibration_error, reliability_bins
+from localvit.evaluation.metrics import expected_calibration_error, reliability
 from localvit.evaluation.temperature import Effect, calibrate, effect_of
 from localvit.inference.calibration import CALIBRATION, Calibration
 from localvit.inference.exported import ExportedModel
@@ -79,12 +79,7 @@ def measure(evaluation: Evaluation, calibration: Calibration | None) -> Effect |
     """What the model's temperature does to these probabilities, which is also logged; None without a temperature."""
     if calibration is None or not evaluation.is_finite_N.all():
         return None
-    effect, before = effect_of(evaluation, calibration), _before(evaluation)
+    effect, before = effect_of(evaluation, calibration), expected_calibration_error(reliability(evaluation))
     how = "cross-fitted" if effect.is_cross_fitted else f"with temperature {calibration.temperature:.4g}"
     logger.info(f"calibration error (ECE): {100 * before:.2f} % before, {100 * effect.ece:.2f} % after, {how}")
     return effect
-
-
-def _before(evaluation: Evaluation) -> float:
-    confidences_N = evaluation.top_probabilities_NK[:, 0]
-    return expected_calibration_error(reliability_bins(confidences_N, correct_images(evaluation)))

@@ -12,6 +12,7 @@ from PIL import Image
 import localvit
 from localvit.checkpoints import CheckpointError, read_checkpoint
 from localvit.evaluation.evaluate import Evaluation
+from localvit.evaluation.metrics import expected_calibration_error, reliability_bins
 from localvit.evaluation.temperature import calibrate, cross_fitted, effect_of, fit_temperature
 from localvit.inference.calibration import CALIBRATION, Calibration
 from localvit.utils.weight_files import read_weight_file
@@ -98,7 +99,12 @@ def test_calibration_lowers_the_error_of_an_overconfident_model_on_other_images_
     logits_NM, labels_N = drawn(4001, 7, 3.0)
     evaluation = evaluation_of(logits_NM, labels_N)
     calibration = calibrate(evaluation)
-    assert calibration.ece_before > 0.2
+    confidences_N, classes_N = logits_NM.double().softmax(1).max(1)
+    before = expected_calibration_error(reliability_bins(confidences_N, classes_N == labels_N))
+    assert before > 0.2
+    assert calibration.ece_before == pytest.approx(before, rel=1e-12)
+    loss = torch.nn.functional.cross_entropy(logits_NM.double(), labels_N).item()
+    assert calibration.loss_before == pytest.approx(loss, rel=1e-12)
     # About 200 images in each of 15 bins give differences of 0.8 * sqrt(0.2 / 200) even for perfect probabilities.
     assert calibration.ece_after < 0.04
     assert calibration.loss_after < calibration.loss_before

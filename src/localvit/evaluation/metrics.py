@@ -127,6 +127,12 @@ def reliability_bins(confidences_N: Tensor, correct_N: Tensor, *, bins: int = 15
     return [Bin(*values) for values in zip(*columns, strict=True)]
 
 
+def reliability(evaluation: Evaluation) -> list[Bin]:
+    """The reliability diagram of an evaluation's own probabilities, without images whose output is not finite."""
+    finite_N = evaluation.is_finite_N
+    return reliability_bins(evaluation.top_probabilities_NK[finite_N, 0], correct_images(evaluation)[finite_N])
+
+
 def expected_calibration_error(bins: list[Bin]) -> float:
     """Mean difference between confidence and accuracy over images, 0 to 1 (equation 3); NaN without images."""
     count = sum(bin.count for bin in bins)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from localvit.evaluation.evaluate import Evaluation
-from localvit.evaluation.metrics import Bin, expected_calibration_error, reliability_bins
+from localvit.evaluation.metrics import Bin, expected_calibration_error, reliability, reliability_bins
 from localvit.inference.calibration import LIMITS, Calibration
 
 PARTS = 5
@@ -129,14 +129,14 @@ def calibrate(evaluation: Evaluation) -> Calibration:
             "mistakes to be fitted: use more images"
         )
     temperature = fit_temperature(logits_NM, labels_N)
-    before, after = (_effect(evaluation, each) for each in (1.0, cross_fitted(logits_NM, labels_N)))
+    after = _effect(evaluation, cross_fitted(logits_NM, labels_N))
     return Calibration(
         temperature=temperature,
         num_images=len(labels_N),
         images=hash_of(evaluation.paths),
-        ece_before=before.ece,
+        ece_before=expected_calibration_error(reliability(evaluation)),
         ece_after=after.ece,
-        loss_before=before.loss,
+        loss_before=evaluation.loss,
         loss_after=after.loss,
     )
 

@@ -11,10 +11,9 @@ from typing import Any
 from localvit.evaluation.evaluate import Evaluation
 from localvit.evaluation.metrics import (
     ClassMetrics,
-    correct_images,
     expected_calibration_error,
     per_class,
-    reliability_bins,
+    reliability,
 )
 from localvit.evaluation.report.mistakes import ExplainedImage
 from localvit.evaluation.report.page import render_page
@@ -67,12 +66,9 @@ def write_report(
             f"no image was evaluated ({len(evaluation.skipped)} skipped), so there is nothing to report; "
             "check the folder and the split of the data set"
         )
-    has_confidence_N = evaluation.top_probabilities_NK[:, 0].isfinite()
-    bins = reliability_bins(
-        evaluation.top_probabilities_NK[has_confidence_N, 0], correct_images(evaluation)[has_confidence_N]
-    )
+    bins = reliability(evaluation)
     # The error of the other images must not pass for that of the whole data set.
-    ece = expected_calibration_error(bins) if has_confidence_N.all() else math.nan
+    ece = expected_calibration_error(bins) if evaluation.is_finite_N.all() else math.nan
     finite = evaluation.losses_N.isfinite().tolist()
     non_finite = [path for path, is_finite in zip(evaluation.paths, finite, strict=True) if not is_finite]
     classes = per_class(evaluation)
