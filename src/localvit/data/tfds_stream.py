@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import accumulate
+from typing import Any
 
 from localvit.data.image_stream import ImageStream, StreamedImage
 from localvit.data.images import DataError, reason_of
@@ -33,7 +34,7 @@ class TfdsStream(ImageStream):
             found = ", ".join(info.splits) or f"none, because {folder} has no prepared {name}"
             raise DataError(f"--data-set {title} has no split {' or '.join(splits)}, only {found}")
         features = dict(info.features.items())
-        label = features.get("label")
+        label: Any = features.get("label")
         if "image" not in features or not hasattr(label, "names"):
             raise DataError(f"--data-set {title} needs the features image and label, and has {', '.join(features)}")
         self.title = title
