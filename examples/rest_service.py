@@ -23,6 +23,8 @@ MOST_PIXELS = 40_000_000
 """Of one image. A small file may claim to hold billions."""
 
 session = onnxruntime.InferenceSession(os.environ["MODEL"])
+if isinstance(session.get_inputs()[0].shape[2], int):
+    raise SystemExit(f"{os.environ['MODEL']} takes images of one size only: export it with --include resize")
 class_names = json.loads(session.get_modelmeta().custom_metadata_map["class_names"])
 app = FastAPI(title="Image classification")
 

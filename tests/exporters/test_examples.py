@@ -111,3 +111,24 @@ def test_the_service_says_what_is_wrong(service, photographs, tmp_path):
         found, answer = post(service, files)
         assert (found, bool(re.search(re.escape(message), json.dumps(answer)))) == (status, True), answer
     assert post(service, {"good.png": image})[0] == 200
+
+
+def test_the_service_does_not_start_with_a_model_of_one_size(tmp_path):
+    """It would answer every image of another size with an internal error."""
+    for module in ("onnxruntime", "fastapi", "python_multipart"):
+        pytest.importorskip(module)
+    onnx = pytest.importorskip("onnx")
+    images, result = (
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, [1, 3, 32, 32])
+        for name in ("images", "result")
+    )
+    node = onnx.helper.make_node("Identity", ["images"], ["result"])
+    graph = onnx.helper.make_graph([node], "one_size", [images], [result])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    onnx.helper.set_model_props(model, {"class_names": '["ape"]'})
+    onnx.save(model, tmp_path / "model.onnx")
+    environment = os.environ | {"MODEL": str(tmp_path / "model.onnx")}
+    command = [sys.executable, "-c", "import rest_service"]
+    done = subprocess.run(command, cwd=EXAMPLES, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith("takes images of one size only: export it with --include resize")
