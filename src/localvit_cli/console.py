@@ -93,7 +93,8 @@ def _for_all(advance: Advance, total: int | None, processes: int) -> Advance:
         nonlocal finished
         before, finished = finished, finished + done * processes
         finished = finished if total is None else min(finished, total)
-        advance(finished - before, note)
+        if finished > before or not done:  # processes with shares of different sizes reach the total early
+            advance(finished - before, note)
 
     return advance_all
 

@@ -97,3 +97,16 @@ def test_progress_counts_the_images_of_all_processes(capsys):
     run(work, debug=False)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("eval: 201 of 201 images, ")
+
+
+def test_progress_of_an_unknown_number_of_images(caplog, monkeypatch):
+    caplog.set_level(logging.INFO, logger="localvit_cli")
+    monkeypatch.setattr("localvit_cli.console._SECONDS_BETWEEN_LINES", 0)
+    with progress("eval", None, processes=2) as advance:
+        advance(3)
+    assert "eval: 6 images, " in caplog.text
+    caplog.clear()
+    with progress("eval", 5, processes=2) as advance:  # whose shares differ
+        advance(3)
+        advance(1)
+    assert caplog.text.count("5 of 5") == 1
