@@ -250,18 +250,21 @@ def test_model_on_a_gpu(act, mode, compiles):
 @needs_triton
 @needs_gpu
 @pytest.mark.parametrize("dtype", HALF)
-def test_a_second_launch_finds_its_compiled_kernel(dtype):
+def test_a_second_launch_finds_its_compiled_kernel(dtype, monkeypatch):
     """Of the same shapes and dtypes, whatever the values; another dtype or batch has its own."""
-    from localvit.ops.triton import launch
-    from localvit.ops.triton.pointwise import pointwise
+    from localvit.ops.triton.launch import Launch
+    from localvit.ops.triton.pointwise import _launch, pointwise
+
+    compiled, compile_and_run = [], Launch._compile_and_run
+    monkeypatch.setattr(Launch, "_compile_and_run", lambda *arguments: compiled.append(compile_and_run(*arguments)))
 
     def run(batch, dtype):
-        before = len(launch._compiled)
+        before = len(compiled)
         weight, rows = (torch.randn(*shape, 41, device="cuda", dtype=dtype) for shape in ((67,), (batch, 35)))
         out = pointwise(rows, weight)
         torch.testing.assert_close(out.double(), rows.double() @ weight.double().t(), rtol=0.02, atol=0.2)
-        return len(launch._compiled) - before
+        return len(compiled) - before
 
-    launch._compiled.clear()
+    _launch.cache_clear()
     assert [run(3, dtype), run(3, dtype), run(5, dtype), run(5, dtype)] == [1, 0, 1, 0]
     assert run(3, HALF[1 - HALF.index(dtype)]) == 1

@@ -3,14 +3,18 @@
 Shapes: B batch, H and W the grid, E channels, T tiles of one map.
 """
 
+from functools import cache
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from localvit.ops.reference import accumulate_dtype, check
-from localvit.ops.triton.launch import launch
+from localvit.ops.reference import Shape, accumulate_dtype, check
+from localvit.ops.triton.launch import Launch
 from localvit.ops.triton.tiles import (
     Area,
+    Tiles,
     activate,
     add_taps,
     channel_values,
@@ -20,7 +24,6 @@ from localvit.ops.triton.tiles import (
     four_columns,
     load_four,
     tile_of,
-    tiles_of,
     weight_row,
 )
 
@@ -32,19 +35,22 @@ def depthwise_act_pool(
     x_BHWE: Tensor, weight_E33: Tensor, bias_E: Tensor, act: str, area: Area = AREA
 ) -> tuple[Tensor, Tensor]:
     """As `localvit.ops.operators.depthwise_act_pool`, for a non-empty map with channels last."""
-    check(x_BHWE, weight_E33, act, bias=bias_E)
     check_layout(x_BHWE)
-    tiles = tiles_of(area.values, x_BHWE.shape)
-    y_BHWE = x_BHWE.new_empty(x_BHWE.shape)
+    tiles, launch = _launch(x_BHWE.shape, x_BHWE.stride(), x_BHWE.dtype, weight_E33.shape, bias_E.shape, act, area)
+    y_BHWE = torch.empty_like(x_BHWE, memory_format=torch.contiguous_format)
     sums_BTE = x_BHWE.new_empty((tiles.batch, tiles.per_image, tiles.channels), dtype=accumulate_dtype(x_BHWE))
-    launch(
-        depthwise_act_pool_kernel,
-        tiles.programs,
-        (x_BHWE, weight_E33.contiguous(), bias_E, y_BHWE, sums_BTE, *tiles.sizes, *x_BHWE.stride()[:3]),
-        tiles.constants(x_BHWE, act),
-        area.options,
-    )
-    return y_BHWE, sums_BTE.sum(1) if tiles.per_image > 1 else sums_BTE[:, 0]
+    launch(x_BHWE, weight_E33.contiguous(), bias_E, y_BHWE, sums_BTE)
+    return y_BHWE, sums_BTE.sum(1) if tiles.per_image > 1 else sums_BTE.squeeze(1)
+
+
+@cache
+def _launch(
+    shape: Shape, strides: Shape, dtype: torch.dtype, weight: Shape, bias: Shape, act: str, area: Area
+) -> tuple[Tiles, Launch]:
+    check(shape, weight, bias, act)
+    tiles = Tiles(area.values, *shape)
+    numbers = (*tiles.sizes, *strides[:3])
+    return tiles, Launch(depthwise_act_pool_kernel, tiles.programs, numbers, tiles.constants(dtype, act), area.options)
 
 
 @triton.jit

@@ -3,14 +3,19 @@
 Shapes: B batch, H and W the grid, E channels, T tiles of all maps.
 """
 
+from functools import cache
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from localvit.ops.triton.launch import launch
+from localvit.ops.reference import Shape
+from localvit.ops.triton.launch import Launch
 from localvit.ops.triton.rows import Statistics
 from localvit.ops.triton.tiles import (
     Area,
+    Tiles,
     activate,
     add_taps,
     channel_values,
@@ -19,7 +24,6 @@ from localvit.ops.triton.tiles import (
     converted,
     load_four,
     tile_of,
-    tiles_of,
     weight_row,
 )
 
@@ -42,17 +46,18 @@ def norm_act_depthwise(
         The convolution's map in the dtype of z, and the statistics of its tiles.
     """
     check_layout(z_BHWE)
-    tiles = tiles_of(area.values, z_BHWE.shape)
-    out_BHWE = z_BHWE.new_empty(z_BHWE.shape)
+    tiles, launch = _launch(z_BHWE.shape, z_BHWE.stride(), z_BHWE.dtype, act, area)
+    out_BHWE = torch.empty_like(z_BHWE, memory_format=torch.contiguous_format)
     statistics = Statistics.empty(tiles.number, tiles.channels, norm_4E)
-    launch(
-        norm_act_depthwise_kernel,
-        tiles.programs,
-        (z_BHWE, norm_4E, weight_E33.contiguous(), out_BHWE, *statistics, *tiles.sizes, *z_BHWE.stride()[:3]),
-        tiles.constants(z_BHWE, act),
-        area.options,
-    )
+    launch(z_BHWE, norm_4E, weight_E33.contiguous(), out_BHWE, *statistics)
     return out_BHWE, statistics
+
+
+@cache
+def _launch(shape: Shape, strides: Shape, dtype: torch.dtype, act: str, area: Area) -> tuple[Tiles, Launch]:
+    tiles = Tiles(area.values, *shape)
+    numbers = (*tiles.sizes, *strides[:3])
+    return tiles, Launch(norm_act_depthwise_kernel, tiles.programs, numbers, tiles.constants(dtype, act), area.options)
 
 
 @triton.jit

@@ -3,13 +3,18 @@
 Shapes: B batch, H and W the grid, E channels, T tiles of all maps.
 """
 
+from functools import cache
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from localvit.ops.triton.launch import launch
+from localvit.ops.reference import Shape
+from localvit.ops.triton.launch import Launch
 from localvit.ops.triton.tiles import (
     Area,
+    Tiles,
     activate,
     activation_slope,
     add_taps,
@@ -18,7 +23,6 @@ from localvit.ops.triton.tiles import (
     columns_of,
     load_four,
     tile_of,
-    tiles_of,
     two_columns,
     weight_row,
 )
@@ -51,21 +55,24 @@ def norm_act_depthwise_backward(
         `norm_4E`, and (T, 2, E): the sums over each tile of the first, and of it times (z - mean).
     """
     check_layout(grad_BHWE, out_BHWE, z_BHWE)
-    tiles = tiles_of(area.values, z_BHWE.shape)
-    grad_u_BHWE = z_BHWE.new_empty(z_BHWE.shape)
+    tiles, launch = _launch(z_BHWE.shape, z_BHWE.stride(), z_BHWE.dtype, act, area)
+    grad_u_BHWE = torch.empty_like(z_BHWE, memory_format=torch.contiguous_format)
     weight_sums_T9E = norm_4E.new_empty((tiles.number, 9, tiles.channels))
     sums_T2E = norm_4E.new_empty((tiles.number, 2, tiles.channels))
     launch(
-        norm_act_depthwise_backward_kernel,
-        tiles.programs,
-        (
-            *(grad_BHWE, out_BHWE, out_norm_4E, slopes_3E, z_BHWE, norm_4E, weight_E33.contiguous()),
-            *(grad_u_BHWE, weight_sums_T9E, sums_T2E, *tiles.sizes, *z_BHWE.stride()[:3]),
-        ),
-        tiles.constants(z_BHWE, act),
-        area.options,
+        *(grad_BHWE, out_BHWE, out_norm_4E, slopes_3E, z_BHWE, norm_4E, weight_E33.contiguous()),
+        *(grad_u_BHWE, weight_sums_T9E, sums_T2E),
     )
     return grad_u_BHWE, weight_sums_T9E.sum(0).t().reshape(-1, 3, 3), sums_T2E
+
+
+@cache
+def _launch(shape: Shape, strides: Shape, dtype: torch.dtype, act: str, area: Area) -> tuple[Tiles, Launch]:
+    tiles = Tiles(area.values, *shape)
+    numbers = (*tiles.sizes, *strides[:3])
+    return tiles, Launch(
+        norm_act_depthwise_backward_kernel, tiles.programs, numbers, tiles.constants(dtype, act), area.options
+    )
 
 
 @triton.jit
