@@ -42,15 +42,18 @@ def test_interpreted_under_autocast(interpreted, act):
 @needs_triton
 @pytest.mark.parametrize(
     ("act", "operators", "dtype"),
-    [("hs+se", 1, torch.float32), ("relu6", 1, torch.float16), ("hs+eca", 0, torch.float16)],
-    ids=["hs+se", "relu6 under autocast", "a gate without kernels"],
+    [
+        *(("hs+se", 1, torch.float32), ("relu6", 1, torch.float16), ("hs+eca", 1, torch.float32)),
+        *(("hs+ecah", 1, torch.float16), ("hs+eca", 0, torch.float16)),
+    ],
+    ids=["hs+se", "relu6 under autocast", "hs+eca", "hs+ecah under autocast", "a gate of the user's"],
 )
 def test_interpreted_compiled(interpreted, act, operators, dtype):
     interpreted(training_steps.interpreted_compiled, act, operators, dtype)
 
 
 @needs_triton
-@pytest.mark.parametrize("act", ["hs+se", "relu6"])
+@pytest.mark.parametrize("act", ["hs+se", "relu6", "hs+ecah"])
 def test_interpreted_operator(interpreted, act):
     interpreted(training_steps.interpreted_operator, act)
 
@@ -208,7 +211,7 @@ def test_captured_in_a_cuda_graph(mode):
 
 @needs_triton
 @needs_gpu
-@pytest.mark.parametrize(("act", "operators"), [("hs+se", 1), ("relu6", 1), ("hs+eca", 0)])
+@pytest.mark.parametrize(("act", "operators"), [("hs+se", 1), ("relu6", 1), ("hs+eca", 1), ("hs+ecah", 1)])
 @pytest.mark.parametrize("mode", MODES)
 def test_compiled_on_a_gpu(act, operators, mode):
     module, map_BCHW, weights_BCHW, context, exact = on_a_gpu(7, act, mode, (4, 7, 7, 32))

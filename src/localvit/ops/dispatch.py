@@ -159,7 +159,7 @@ def _fits_operator(gate: ChannelGate | None, stages: Stages) -> bool:
     """Whether an operator can compute the stages: it calls no layer of a gate, and exchanges nothing with processes."""
     if any(type(stage.norm) is nn.SyncBatchNorm for stage in stages.stages):
         return False
-    return gate is None or squeeze_excite_layers(gate) is not None
+    return gate is None or squeeze_excite_layers(gate) is not None or gate.convolution_layers() is not None
 
 
 def _kernel_dtype(map_BCHW: Tensor) -> torch.dtype | None:
