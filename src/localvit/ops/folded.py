@@ -147,7 +147,9 @@ class FusedConvolution(nn.Module):
 
     def _by_torch(self, x_BHWC: Tensor) -> Tensor:
         if self.groups == 1:
-            y_BHWE = F.linear(x_BHWC, self.weight.flatten(1), self.bias)
+            # Of a view, such as the tokens after prefix tokens, torch would copy the rows and then add the bias to the
+            # whole map by an operation of its own; of contiguous rows it is part of the product.
+            y_BHWE = F.linear(x_BHWC.contiguous(), self.weight.flatten(1), self.bias)
         else:
             map_BCHW = x_BHWC.permute(0, 3, 1, 2)
             map_BEHW = F.conv2d(map_BCHW, self.weight, self.bias, self.stride, self.padding, groups=self.groups)
