@@ -103,7 +103,7 @@ def test_tokens_with_prefix_tokens(prefix, grid):
     as_near_as_torch(found[:, prefix:], by_torch[:, prefix:], exact, torch.bfloat16)
 
 
-@pytest.mark.parametrize("name", ["localvit_tiny", "localvit_swin_tiny"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_captured_in_a_cuda_graph(name):
     fused = localvit.fuse(small(name).bfloat16()).cuda()
     given = images(name, dtype=torch.bfloat16).cuda()
@@ -122,7 +122,7 @@ def test_captured_in_a_cuda_graph(name):
         assert not torch.equal(out[0], out[1])
 
 
-@pytest.mark.parametrize("name", ["localvit_tiny", "localvit_swin_tiny"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_compiled(name):
     """The operators stay nodes of the compiled code."""
     torch._dynamo.reset()

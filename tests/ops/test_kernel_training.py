@@ -8,6 +8,7 @@ import pytest
 import torch
 import training_steps
 from launches import HALF, Draw, needs_gpu, needs_triton
+from test_fuse import SMALL, images, small
 from training_steps import (
     as_near_as_the_layers,
     feed_forward,
@@ -18,7 +19,7 @@ from training_steps import (
 )
 
 import localvit
-from localvit.locality import ACTS
+from localvit.locality import ACTS, LocalityFeedForward
 from localvit.ops import use_backend
 
 WAYS = ["as it is", "checkpointed", "frozen gate", "frozen layers", "backward twice"]
@@ -238,16 +239,30 @@ def test_model_on_a_gpu(act, mode, compiles):
     """Loss, the gradient of every parameter and all running statistics of a whole model."""
     torch.manual_seed(0)
     model = localvit.create_model("localvit_nano_patch4_32", act=act, num_classes=10).train()
-    images, labels = torch.randn(16, 3, 32, 32), torch.arange(16) % 10
+    compare_model(model, torch.randn(16, 3, 32, 32), MODES[mode][1], compiles=compiles)
+
+
+@needs_triton
+@needs_gpu
+@pytest.mark.parametrize("name", [name for name in SMALL if name.startswith("localvit")])
+def test_family_on_a_gpu(name):
+    model = small(name, torch.float32).train()
+    assert any(isinstance(module, LocalityFeedForward) for module in model.modules())
+    compare_model(model, images(name, 16, torch.float32), torch.bfloat16)
+
+
+def compare_model(model, images, dtype, *, compiles=False):
+    """One step under autocast by the kernels, by the layers, and by the layers in float64."""
+    labels = torch.arange(len(images)) % model.num_classes
     with use_backend("layers"):
         exact = model_step(copy.deepcopy(model).double(), images.double(), labels, contextlib.nullcontext)
-        by_layers = model_step(copy.deepcopy(model).cuda(), images.cuda(), labels.cuda(), autocast(MODES[mode][1]))
+        by_layers = model_step(copy.deepcopy(model).cuda(), images.cuda(), labels.cuda(), autocast(dtype))
     model.cuda()
     if compiles:
         torch._dynamo.reset()
         model.compile(fullgraph=True)
-    found = model_step(model, images.cuda(), labels.cuda(), autocast(MODES[mode][1]))
-    as_near_as_the_layers(found, by_layers, exact, MODES[mode][1])
+    found = model_step(model, images.cuda(), labels.cuda(), autocast(dtype))
+    as_near_as_the_layers(found, by_layers, exact, dtype)
 
 
 @needs_triton

@@ -2,6 +2,10 @@
 
 The maps themselves are normalized by the kernels that read them.
 
+Roofline: the statistics of tiles of 128 tokens have a 32nd of the bytes of a map in a dtype of 2 bytes. The gate's
+means read 2 bytes and take 8 operations for each value of the map: 4 operations a byte, where an H100 has 20 in
+float32.
+
 Shapes: B batch, E channels, T tiles of a map.
 """
 

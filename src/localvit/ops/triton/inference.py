@@ -1,5 +1,9 @@
 """The Triton kernel of `localvit.ops.operators.depthwise_act_pool`; the tiles are those of `localvit.ops.triton.tiles`.
 
+Roofline for a map of V values of 2 bytes: 4 V bytes, and 25 V operations (9 multiply-adds, bias, 5 for the activation,
+one for the sum): 6 operations a byte, below the 20 where an H100's float32 units, and not its memory, would be the
+limit. But 4 columns are loaded for 2, with conversions and masks that are not counted here.
+
 Shapes: B batch, H and W the grid, E channels, T tiles of one map.
 """
 
@@ -16,6 +20,7 @@ from localvit.ops.triton.tiles import (
     Area,
     Tiles,
     activate,
+    add_row,
     add_taps,
     channel_values,
     check_layout,
@@ -85,14 +90,11 @@ def depthwise_act_pool_kernel(
 
     # The row before the tile contributes to its first row; the first row to itself and to the next.
     a, b, c, d = four_columns(x, even, inside, stride_w, columns_of(first - 1, height, width), ACCUMULATE)
-    even_sum = add_taps(start, a, b, c, w00, w01, w02)
-    odd_sum = add_taps(start, b, c, d, w00, w01, w02)
+    even_sum, odd_sum = add_row(start, start, a, b, c, d, w00, w01, w02)
     x += stride_h
     a, b, c, d = four_columns(x, even, inside, stride_w, width, ACCUMULATE)
-    even_sum = add_taps(even_sum, a, b, c, w10, w11, w12)
-    odd_sum = add_taps(odd_sum, b, c, d, w10, w11, w12)
-    next_even_sum = add_taps(start, a, b, c, w00, w01, w02)
-    next_odd_sum = add_taps(start, b, c, d, w00, w01, w02)
+    even_sum, odd_sum = add_row(even_sum, odd_sum, a, b, c, d, w10, w11, w12)
+    next_even_sum, next_odd_sum = add_row(start, start, a, b, c, d, w00, w01, w02)
     even_pool = zeros
     odd_pool = zeros
     x += stride_h
@@ -105,10 +107,8 @@ def depthwise_act_pool_kernel(
         ahead_a, ahead_b, ahead_c, ahead_d = load_four(x, even, inside, stride_w, columns)
         even_y = activate(add_taps(even_sum, a, b, c, w20, w21, w22), HARDSWISH)
         odd_y = activate(add_taps(odd_sum, b, c, d, w20, w21, w22), HARDSWISH)
-        even_sum = add_taps(next_even_sum, a, b, c, w10, w11, w12)
-        odd_sum = add_taps(next_odd_sum, b, c, d, w10, w11, w12)
-        next_even_sum = add_taps(start, a, b, c, w00, w01, w02)
-        next_odd_sum = add_taps(start, b, c, d, w00, w01, w02)
+        even_sum, odd_sum = add_row(next_even_sum, next_odd_sum, a, b, c, d, w10, w11, w12)
+        next_even_sum, next_odd_sum = add_row(start, start, a, b, c, d, w00, w01, w02)
         tl.store(y, even_y, inside & (even < width))
         tl.store(y + channels, odd_y, inside & (even + 1 < width))
         even_pool += even_y

@@ -180,6 +180,13 @@ def add_taps(total, left, center, right, w_left, w_center, w_right):
 
 
 @triton.jit
+def add_row(even_sum, odd_sum, a, b, c, d, w_left, w_center, w_right):
+    """Add to both columns of each pair what one row of the convolution's kernel sees of four columns."""
+    even_sum = add_taps(even_sum, a, b, c, w_left, w_center, w_right)
+    return even_sum, add_taps(odd_sum, b, c, d, w_left, w_center, w_right)
+
+
+@triton.jit
 def _divided(u, DIVISOR: tl.constexpr):
     """u / DIVISOR: by the reciprocal in float32, since constants are float32 where Triton compiles."""
     if u.dtype == tl.float64:
