@@ -144,7 +144,7 @@ def main() -> None:
                     print(f"| {name} | {microseconds(call, args.rounds):.1f} | {launches} |", flush=True)
                     if args.profile:
                         profiler = cProfile.Profile()
-                        profiler.runcall(lambda call=call: [call() for _ in range(CALLS)])
+                        profiler.runcall(microseconds, call, 1)
                         pstats.Stats(profiler).sort_stats("tottime").print_stats(15)
 
 
