@@ -83,6 +83,17 @@ class EfficientChannelAttention(ops.ChannelGate):
         """The factor (B, E) of each channel, given the mean of each channel over the map."""
         return self.gate(self.conv(mean_BE[:, None]))[:, 0]
 
+    def convolution_layers(self) -> tuple[nn.Conv1d, nn.Module] | None:
+        conv, gate = self.conv, self.gate
+        same = conv.in_channels == conv.out_channels == 1 and 2 * conv.padding[0] == conv.kernel_size[0] - 1
+        # A subclass may compute something else of the same layers.
+        if type(self) is not EfficientChannelAttention or type(conv) is not nn.Conv1d or not same:
+            return None
+        if conv.bias is not None or conv.stride != (1,) or conv.dilation != (1,) or conv.padding_mode != "zeros":
+            return None
+        known = type(gate) in (nn.Sigmoid, nn.Hardsigmoid) and all(map(ops.is_untouched, (self, conv, gate)))
+        return (conv, gate) if known else None
+
 
 def resolve_act(act: str | int) -> str:
     """The name in `ACTS` of an activation, given by name or by the published integer (1 for the first).

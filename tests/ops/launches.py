@@ -15,6 +15,8 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU tha
 
 GUARD = 256
 HALF = (torch.bfloat16, torch.float16)
+aten = torch.ops.aten
+EMPTY = (aten.new_empty.default, aten.empty.memory_format, aten.empty_like.default)
 
 
 class Guarded(TorchDispatchMode):
@@ -26,7 +28,7 @@ class Guarded(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        if function not in (torch.ops.aten.new_empty.default, torch.ops.aten.empty.memory_format) or not out.numel():
+        if function not in EMPTY or not out.numel():
             return out
         self.memories.append(torch.full((out.numel() + 2 * GUARD,), torch.nan, dtype=out.dtype, device=out.device))
         return self.memories[-1][GUARD:-GUARD].view(out.shape)

@@ -57,22 +57,18 @@ def inference():
 @pytest.fixture(scope="module")
 def launches():
     """The kernel, arguments, constants and options of each launch, by a name of its own."""
-    from localvit.ops.triton import batch_norm, pointwise, pointwise_backward, squeeze_excite, training_backward
-    from localvit.ops.triton import inference as inference_module
-    from localvit.ops.triton import training as training_module
-    from localvit.ops.triton.launch import DEFAULT
+    from localvit.ops.triton.launch import Launch
 
     recorded = {}
 
-    def record(kernel, programs, arguments, constants, options=DEFAULT):
-        name = kernel.__name__.removesuffix("_kernel")
+    def record(launch, *tensors):
+        name = launch.kernel.__name__.removesuffix("_kernel")
         number = sum(other.split(" ")[0] == name for other in recorded)
-        recorded[f"{name} {number}" if number else name] = kernel, arguments, constants, options
+        arguments = *tensors, *launch.numbers
+        recorded[f"{name} {number}" if number else name] = launch.kernel, arguments, launch.constants, launch.options
 
-    kernels = batch_norm, pointwise, pointwise_backward, squeeze_excite, training_backward, inference_module
     with pytest.MonkeyPatch.context() as patch:
-        for module in (*kernels, training_module):
-            patch.setattr(module, "launch", record)
+        patch.setattr(Launch, "__call__", record)
         inference()
         training()
     return recorded

@@ -2,6 +2,7 @@
 
 import copy
 from importlib.util import find_spec, module_from_spec
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -364,6 +365,42 @@ def test_norms_over_several_processes_train_by_the_kernels_or_layer_by_layer(mon
     assert dtype == torch.bfloat16
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert dispatch.training_path(made.conv, map_BCHW) is None
+
+
+GPU = {"name": "H100", "major": 9, "minor": 0, "shared_memory_per_block_optin": 227 * 1024}
+MISSING = {
+    "AMD": ({}, {"hip": "6.2"}, "they are made for NVIDIA GPUs"),
+    "no Triton": ({}, {"triton": False}, "Triton is not installed"),
+    "old": (
+        {"name": "V100", "major": 7},
+        {},
+        "V100 has compute capability 7.0 and 227 KB of shared memory for a block",
+    ),
+    "small": (
+        {"name": "RTX 4090", "major": 8, "minor": 9, "shared_memory_per_block_optin": 99 * 1024},
+        {},
+        "8.9 and 99 KB",
+    ),
+    "nothing": ({}, {}, None),
+}
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_what_the_kernels_need_of_a_gpu_is_logged_once(name, monkeypatch, caplog):
+    """Where it is missing, plain torch runs."""
+    properties, machine, message = MISSING[name]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(**GPU | properties))
+    monkeypatch.setattr(torch.version, "hip", machine.get("hip"))
+    monkeypatch.setattr(dispatch, "find_spec", lambda package: machine.get("triton", True) or None)
+    dispatch._missing_for_kernels.cache_clear()
+    try:
+        with caplog.at_level("INFO", logger="localvit"):
+            found = [dispatch._has_kernels(torch.device("cuda", 3), torch.bfloat16) for _ in range(3)]
+    finally:
+        dispatch._missing_for_kernels.cache_clear()
+    assert found == [message is None] * 3
+    assert len(caplog.messages) == (message is not None)
+    assert message is None or message in caplog.text
 
 
 def test_stages_are_read_in_order():

@@ -8,17 +8,19 @@ import pytest
 import torch
 import training_steps
 from launches import HALF, Draw, needs_gpu, needs_triton
+from test_fuse import SMALL, images
 from training_steps import (
     as_near_as_the_layers,
     feed_forward,
     layer_by_layer,
+    off_by,
     step,
     steps_by_the_kernels,
     tokens_as_map,
 )
 
 import localvit
-from localvit.locality import ACTS
+from localvit.locality import ACTS, LocalityFeedForward
 from localvit.ops import use_backend
 
 WAYS = ["as it is", "checkpointed", "frozen gate", "frozen layers", "backward twice"]
@@ -42,15 +44,18 @@ def test_interpreted_under_autocast(interpreted, act):
 @needs_triton
 @pytest.mark.parametrize(
     ("act", "operators", "dtype"),
-    [("hs+se", 1, torch.float32), ("relu6", 1, torch.float16), ("hs+eca", 0, torch.float16)],
-    ids=["hs+se", "relu6 under autocast", "a gate without kernels"],
+    [
+        *(("hs+se", 1, torch.float32), ("relu6", 1, torch.float16), ("hs+eca", 1, torch.float32)),
+        *(("hs+ecah", 1, torch.float16), ("hs+eca", 0, torch.float16)),
+    ],
+    ids=["hs+se", "relu6 under autocast", "hs+eca", "hs+ecah under autocast", "a gate of the user's"],
 )
 def test_interpreted_compiled(interpreted, act, operators, dtype):
     interpreted(training_steps.interpreted_compiled, act, operators, dtype)
 
 
 @needs_triton
-@pytest.mark.parametrize("act", ["hs+se", "relu6"])
+@pytest.mark.parametrize("act", ["hs+se", "relu6", "hs+ecah"])
 def test_interpreted_operator(interpreted, act):
     interpreted(training_steps.interpreted_operator, act)
 
@@ -208,7 +213,7 @@ def test_captured_in_a_cuda_graph(mode):
 
 @needs_triton
 @needs_gpu
-@pytest.mark.parametrize(("act", "operators"), [("hs+se", 1), ("relu6", 1), ("hs+eca", 0)])
+@pytest.mark.parametrize(("act", "operators"), [("hs+se", 1), ("relu6", 1), ("hs+eca", 1), ("hs+ecah", 1)])
 @pytest.mark.parametrize("mode", MODES)
 def test_compiled_on_a_gpu(act, operators, mode):
     module, map_BCHW, weights_BCHW, context, exact = on_a_gpu(7, act, mode, (4, 7, 7, 32))
@@ -235,33 +240,54 @@ def test_model_on_a_gpu(act, mode, compiles):
     """Loss, the gradient of every parameter and all running statistics of a whole model."""
     torch.manual_seed(0)
     model = localvit.create_model("localvit_nano_patch4_32", act=act, num_classes=10).train()
-    images, labels = torch.randn(16, 3, 32, 32), torch.arange(16) % 10
+    compare_model(model, torch.randn(16, 3, 32, 32), MODES[mode][1], compiles=compiles)
+
+
+@needs_triton
+@needs_gpu
+@pytest.mark.parametrize("name", [name for name in SMALL if name.startswith("localvit")])
+def test_family_on_a_gpu(name):
+    torch.manual_seed(0)
+    model = localvit.create_model(name, **SMALL[name]).train()
+    assert any(isinstance(module, LocalityFeedForward) for module in model.modules())
+    compare_model(model, images(name, 16, torch.float32), torch.bfloat16)
+
+
+def compare_model(model, images, dtype, *, compiles=False):
+    """One step under autocast by the kernels, by the layers, and by the layers in float64."""
+    labels = torch.arange(len(images)) % model.num_classes
     with use_backend("layers"):
         exact = model_step(copy.deepcopy(model).double(), images.double(), labels, contextlib.nullcontext)
-        by_layers = model_step(copy.deepcopy(model).cuda(), images.cuda(), labels.cuda(), autocast(MODES[mode][1]))
+        by_layers = model_step(copy.deepcopy(model).cuda(), images.cuda(), labels.cuda(), autocast(dtype))
     model.cuda()
     if compiles:
         torch._dynamo.reset()
         model.compile(fullgraph=True)
-    found = model_step(model, images.cuda(), labels.cuda(), autocast(MODES[mode][1]))
-    as_near_as_the_layers(found, by_layers, exact, MODES[mode][1])
+    found = model_step(model, images.cuda(), labels.cuda(), autocast(dtype))
+    # Of gradients that cancel, such as those of biases before attention, half precision leaves mostly rounding.
+    clear = [name for name, error in off_by(by_layers, exact).items() if error < 0.01]
+    assert "loss" in clear
+    as_near_as_the_layers(*({name: step[name] for name in clear} for step in (found, by_layers, exact)), dtype)
 
 
 @needs_triton
 @needs_gpu
 @pytest.mark.parametrize("dtype", HALF)
-def test_a_second_launch_finds_its_compiled_kernel(dtype):
+def test_a_second_launch_finds_its_compiled_kernel(dtype, monkeypatch):
     """Of the same shapes and dtypes, whatever the values; another dtype or batch has its own."""
-    from localvit.ops.triton import launch
-    from localvit.ops.triton.pointwise import pointwise
+    from localvit.ops.triton.launch import Launch
+    from localvit.ops.triton.pointwise import _launch, pointwise
+
+    compiled, compile_and_run = [], Launch._compile_and_run
+    monkeypatch.setattr(Launch, "_compile_and_run", lambda *arguments: compiled.append(compile_and_run(*arguments)))
 
     def run(batch, dtype):
-        before = len(launch._compiled)
+        before = len(compiled)
         weight, rows = (torch.randn(*shape, 41, device="cuda", dtype=dtype) for shape in ((67,), (batch, 35)))
         out = pointwise(rows, weight)
         torch.testing.assert_close(out.double(), rows.double() @ weight.double().t(), rtol=0.02, atol=0.2)
-        return len(launch._compiled) - before
+        return len(compiled) - before
 
-    launch._compiled.clear()
+    _launch.cache_clear()
     assert [run(3, dtype), run(3, dtype), run(5, dtype), run(5, dtype)] == [1, 0, 1, 0]
     assert run(3, HALF[1 - HALF.index(dtype)]) == 1

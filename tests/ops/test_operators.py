@@ -8,6 +8,7 @@ import torch
 from launches import Draw
 from samples import SAMPLES, as_tuple, expected, sample
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from localvit.locality import LocalityFeedForward, SqueezeExcite
 from localvit.ops import dispatch, operators, reference, use_backend
@@ -196,3 +197,26 @@ def test_only_the_papers_gate_runs_the_operator(triton_backend, way, monkeypatch
     wanted = made.conv(x_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     torch.testing.assert_close(fused(x_BHWC), wanted, rtol=1e-10, atol=1e-10)  # float64 sums in another order
     assert bool(calls) == (way == "as written")
+
+
+class Operations(TorchDispatchMode):
+    """The names of torch's operations that compute a value for each position and hidden channel, but for views."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.names = size, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.numel() == self.size and not function.is_view:
+            self.names.append(function.__name__.removesuffix(".default"))
+        return out
+
+
+def test_without_kernels_no_step_is_an_addition_to_the_hidden_map():
+    """The steps that write it: biases are part of the product and of the convolution."""
+    module, x_BNC = Tokens(), tokens()
+    with torch.no_grad(), Operations(2 * 3 * 5 * 18) as seen_operations:
+        module(x_BNC)
+    names = ["addmm", "hardswish_", "convolution", "hardswish_", "mul_.Tensor"]
+    assert [name for name in seen_operations.names if name != "_unsafe_view"] == names

@@ -16,7 +16,7 @@ from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch.utils.checkpoint import checkpoint
 
-from localvit.locality import LocalityFeedForward
+from localvit.locality import EfficientChannelAttention, LocalityFeedForward
 from localvit.ops import dispatch
 
 ALL_CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -25,6 +25,13 @@ ALL_CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "t
 
 class Layers(nn.Sequential):
     """The same layers, which run one by one: only a plain nn.Sequential takes a faster path."""
+
+
+class OwnGate(EfficientChannelAttention):
+    """Other factors of the same layers, which no operator knows."""
+
+    def scale(self, mean_BE):
+        return super().scale(mean_BE) * 2
 
 
 def layer_by_layer(module):
@@ -172,6 +179,8 @@ def interpreted_compiled(act, operators, dtype):
     """torch.compile around the operators, at two batch sizes of one graph: as near to float64 as the layers bring."""
     draw = Draw(8)
     module = feed_forward(draw, 23, act=act, expand_ratio=2)
+    if operators == 0:
+        module.conv[6] = OwnGate(46, hard=True)
     module.conv[0].requires_grad_(False)
     autocast = partial(torch.autocast, "cpu", dtype, enabled=dtype != torch.float32)
     with kernels_on_the_cpu():
@@ -189,22 +198,23 @@ def interpreted_compiled(act, operators, dtype):
 
 def interpreted_operator(act):
     """What torch demands of an operator: its schema, its empty results, and its gradient under a compiler."""
+    from localvit.ops.kernel_gates import known_gate
     from localvit.ops.kernel_step import Parameters
-    from localvit.ops.kernel_training import squeeze_excite_parameters
     from localvit.ops.stages import stages_of
 
     draw = Draw(9)
     stages = stages_of(feed_forward(draw, 11, act=act, expand_ratio=2).conv)
     gate = stages.stages[1].gate
-    parameters = [*Parameters.of(stages), *(() if gate is None else squeeze_excite_parameters(gate))]
+    name, gate_parameters = (None, ()) if gate is None else known_gate(gate)
+    parameters = [*Parameters.of(stages), *gate_parameters]
     x_BHWC = draw.values(2, 3, 5, 11, dtype=torch.float32).requires_grad_()
-    arguments = x_BHWC, parameters, stages.stages[0].act, stages.stages[1].act, 1e-5, 1e-5
-    # The compiler and autograd treat both forms alike, and each of their checks runs the kernels several times.
-    checks = ALL_CHECKS if gate is not None else ("test_schema", "test_faketensor")
+    arguments = x_BHWC, parameters, stages.stages[0].act, stages.stages[1].act, name, 1e-5, 1e-5
+    # The compiler and autograd treat all forms alike, and each of their checks runs the kernels several times.
+    checks = ALL_CHECKS if name == "se" else ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.localvit.training_forward.default, arguments, test_utils=checks)
     out_BHWC, _, *kept = (each.detach() for each in torch.ops.localvit.training_forward(*arguments))
     parameters = [each.detach() for each in parameters]
-    arguments = torch.randn_like(out_BHWC), x_BHWC.detach(), parameters, kept, *arguments[2:4]
+    arguments = torch.randn_like(out_BHWC), x_BHWC.detach(), parameters, kept, *arguments[2:5]
     torch.library.opcheck(torch.ops.localvit.training_backward.default, arguments, test_utils=checks)
 
 

@@ -13,20 +13,21 @@ from torch import Tensor
 
 from localvit.ops import kernel_step
 from localvit.ops.batch_norms import Running
-from localvit.ops.kernel_step import Kept, KernelGate, Norm, Parameters, split
-from localvit.ops.kernel_training import squeeze_excite_parameters
+from localvit.ops.kernel_gates import KNOWN, known_gate
+from localvit.ops.kernel_step import Kept, Norm, Parameters, split
 from localvit.ops.operators import LIBRARY, register
 from localvit.ops.stages import Stages
 
 
 def feed_forward(stages: Stages, map_BCHW: Tensor, dtype: torch.dtype) -> Tensor:
-    """As `localvit.ops.kernel_training.feed_forward`, for modules without a gate or with one that has kernels."""
+    """As `localvit.ops.kernel_training.feed_forward`, for modules without a gate or with a known one."""
     (norm1, act1, _, _), (norm2, act2, gate, _) = stages.stages
-    gate_parameters = () if gate is None else squeeze_excite_parameters(gate)
-    assert gate_parameters is not None  # `localvit.ops.dispatch.fits_kernels` checks it.
+    known = (None, ()) if gate is None else known_gate(gate)
+    assert known is not None  # `localvit.ops.dispatch.fits_kernels` checks it.
+    name, gate_parameters = known
     x_BHWC = map_BCHW.permute(0, 2, 3, 1).to(dtype).contiguous()
     parameters = [*Parameters.of(stages), *gate_parameters]
-    out_BHWC, batch_22E, *_ = _forward_operator(x_BHWC, parameters, act1, act2, norm1.eps, norm2.eps)
+    out_BHWC, batch_22E, *_ = _forward_operator(x_BHWC, parameters, act1, act2, name, norm1.eps, norm2.eps)
     with torch.no_grad():
         _update(norm1, batch_22E[0])
         _update(norm2, batch_22E[1])
@@ -41,13 +42,14 @@ def _update(norm: Any, batch_2E: Tensor) -> None:
 
 
 def training_forward(
-    x_BHWC: Tensor, parameters: list[Tensor], act1: str, act2: str, eps1: float, eps2: float
+    x_BHWC: Tensor, parameters: list[Tensor], act1: str, act2: str, gate: str | None, eps1: float, eps2: float
 ) -> list[Tensor]:
     """`kernel_step.forward`: the output, mean and unbiased variance of both batch norms (2, 2, E), and `Kept`.
 
     Args:
         x_BHWC: the input, contiguous, in the dtype of the computation.
         parameters: of `kernel_step.Parameters`, and those of the gate, if there is one.
+        gate: its name, of `kernel_gates.KNOWN`.
     """
     own, gate_parameters = split(parameters)
     batch_22E = x_BHWC.new_zeros(2, 2, len(own.bias1_E), dtype=torch.float32)
@@ -59,14 +61,14 @@ def training_forward(
         own.convolutions(x_BHWC.dtype),
         (Norm(own.weight1_E, own.bias1_E, running1, 1.0, eps1), Norm(own.weight2_E, own.bias2_E, running2, 1.0, eps2)),
         (act1, act2),
-        KernelGate() if gate_parameters else None,
+        None if gate is None else KNOWN[gate],
         gate_parameters,
     )
     return [out_BHWC, batch_22E, *(each for each in kept if each is not None)]
 
 
 def _empty_forward(
-    x_BHWC: Tensor, parameters: list[Tensor], act1: str, act2: str, eps1: float, eps2: float
+    x_BHWC: Tensor, parameters: list[Tensor], act1: str, act2: str, gate: str | None, eps1: float, eps2: float
 ) -> list[Tensor]:
     batch, height, width, _ = x_BHWC.shape
     own, gate_parameters = split(parameters)
@@ -83,7 +85,13 @@ def _empty_forward(
 
 
 def training_backward(
-    grad_out_BHWC: Tensor, x_BHWC: Tensor, parameters: list[Tensor], kept: list[Tensor], act1: str, act2: str
+    grad_out_BHWC: Tensor,
+    x_BHWC: Tensor,
+    parameters: list[Tensor],
+    kept: list[Tensor],
+    act1: str,
+    act2: str,
+    gate: str | None,
 ) -> list[Tensor]:
     """`kernel_step.backward`: the gradients of the input and of the parameters."""
     own, gate_parameters = split(parameters)
@@ -92,7 +100,7 @@ def training_backward(
         x_BHWC,
         own.convolutions(x_BHWC.dtype),
         (act1, act2),
-        KernelGate() if gate_parameters else None,
+        None if gate is None else KNOWN[gate],
         gate_parameters,
         Kept(*kept),
         x_BHWC.dtype,
@@ -108,13 +116,19 @@ def _as_result(grad: Tensor | None, parameter: Tensor) -> Tensor:
 
 
 def _empty_backward(
-    grad_out_BHWC: Tensor, x_BHWC: Tensor, parameters: list[Tensor], kept: list[Tensor], act1: str, act2: str
+    grad_out_BHWC: Tensor,
+    x_BHWC: Tensor,
+    parameters: list[Tensor],
+    kept: list[Tensor],
+    act1: str,
+    act2: str,
+    gate: str | None,
 ) -> list[Tensor]:
     return [torch.empty_like(x_BHWC), *(each.new_empty(each.shape) for each in parameters)]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x_BHWC, parameters, ctx.act1, ctx.act2, _, _ = inputs
+    x_BHWC, parameters, *ctx.names, _, _ = inputs
     ctx.number = len(parameters)
     ctx.save_for_backward(x_BHWC, *parameters, *output[2:])
     ctx.set_materialize_grads(False)
@@ -123,8 +137,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 def _gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     x_BHWC, *saved = ctx.saved_tensors
     parameters, kept = saved[: ctx.number], saved[ctx.number :]
-    grad_x_BHWC, *gradients = _backward_operator(grads[0], x_BHWC, parameters, kept, ctx.act1, ctx.act2)
-    return grad_x_BHWC, gradients, None, None, None, None
+    grad_x_BHWC, *gradients = _backward_operator(grads[0], x_BHWC, parameters, kept, *ctx.names)
+    return grad_x_BHWC, gradients, None, None, None, None, None
 
 
 _forward_operator = register(training_forward, _empty_forward)

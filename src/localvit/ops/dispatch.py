@@ -159,7 +159,7 @@ def _fits_operator(gate: ChannelGate | None, stages: Stages) -> bool:
     """Whether an operator can compute the stages: it calls no layer of a gate, and exchanges nothing with processes."""
     if any(type(stage.norm) is nn.SyncBatchNorm for stage in stages.stages):
         return False
-    return gate is None or squeeze_excite_layers(gate) is not None
+    return gate is None or squeeze_excite_layers(gate) is not None or gate.convolution_layers() is not None
 
 
 def _kernel_dtype(map_BCHW: Tensor) -> torch.dtype | None:
@@ -210,9 +210,14 @@ def _missing_for_kernels(index: int) -> str | None:
     return missing
 
 
-def runs_triton(*maps: Tensor) -> bool:
-    """Whether an operator runs its Triton kernel on these maps, rather than the reference."""
-    return all(_has_kernels(x.device, x.dtype) and x.numel() > 0 and x.stride(-1) == 1 for x in maps)
+def runs_directly(x: Tensor) -> bool:
+    """Whether an operator runs without torch's dispatcher: on a GPU, where its time counts and no compiler looks."""
+    return x.is_cuda and not torch.compiler.is_compiling()
+
+
+def runs_triton(x: Tensor) -> bool:
+    """Whether an operator runs its Triton kernel on a map, rather than the reference."""
+    return _has_kernels(x.device, x.dtype) and x.numel() > 0 and x.stride(-1) == 1
 
 
 def squeeze_excite_layers(gate: ChannelGate) -> tuple[nn.Linear, nn.Linear] | None:

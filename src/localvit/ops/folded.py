@@ -75,7 +75,7 @@ class FusedConvolutions(nn.Sequential):
             map_BHWC = x_BNC[:, num_prefix_tokens:].unflatten(1, grid_size)
             return F.pad(self(map_BHWC).flatten(1, 2), (0, 0, num_prefix_tokens, 0))
         # The operators leave out prefix tokens and put zeros for them where they are, which needs no copies.
-        map_BHWC = first.rows(x_BNC, skipped=num_prefix_tokens).unflatten(1, grid_size)
+        map_BHWC = first.rows(x_BNC, skipped=num_prefix_tokens).view(x_BNC.shape[0], *grid_size, -1)
         gate_BC = first.factors(map_BHWC)
         for conv in others:
             map_BHWC, gate_BC = conv(map_BHWC, gate_BC)
@@ -112,7 +112,8 @@ class FusedConvolution(nn.Module):
             gate_BC: factors of its channels.
         """
         if self.runs_rows():
-            y_BHWE = self.rows(x_BHWC.flatten(1, 2), gate_BC).unflatten(1, x_BHWC.shape[1:3])
+            batch, height, width, _ = x_BHWC.shape
+            y_BHWE = self.rows(x_BHWC.flatten(1, 2), gate_BC).view(batch, height, width, -1)
             return y_BHWE, self.factors(y_BHWE)
         if gate_BC is not None:
             x_BHWC = x_BHWC.mul_(gate_BC[:, None, None])  # Nothing else reads the map of the convolution before.
@@ -146,7 +147,9 @@ class FusedConvolution(nn.Module):
 
     def _by_torch(self, x_BHWC: Tensor) -> Tensor:
         if self.groups == 1:
-            y_BHWE = F.linear(x_BHWC, self.weight.flatten(1), self.bias)
+            # Of a view, such as the tokens after prefix tokens, torch would copy the rows and then add the bias to the
+            # whole map by an operation of its own; of contiguous rows it is part of the product.
+            y_BHWE = F.linear(x_BHWC.contiguous(), self.weight.flatten(1), self.bias)
         else:
             map_BCHW = x_BHWC.permute(0, 3, 1, 2)
             map_BEHW = F.conv2d(map_BCHW, self.weight, self.bias, self.stride, self.padding, groups=self.groups)

@@ -13,15 +13,15 @@ Shapes: B batch, C channels outside, E hidden channels, H and W the grid, T summ
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from localvit.ops.batch_norms import Running
-from localvit.ops.gates import scale_with
-from localvit.ops.stages import ChannelGate, Stages
+from localvit.ops.kernel_gates import Gate
+from localvit.ops.stages import Stages
 from localvit.ops.synchronized import gather_statistics, reduce_slopes
 
 if TYPE_CHECKING:
@@ -75,18 +75,6 @@ class Norm(NamedTuple):
     eps: float
     group: ProcessGroup | None = None
     """The processes over which the statistics are computed; None for this one only."""
-
-
-class Gate(Protocol):
-    """A channel gate, whose parameters are given, since they may have changed between the passes."""
-
-    def factors(self, mean_BE: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-        """The factor of each channel, from the means over positions in float32."""
-
-    def backward(
-        self, mean_BE: Tensor, parameters: Sequence[Tensor], grad_gate_TBE: Tensor
-    ) -> tuple[Tensor, Sequence[Tensor | None]]:
-        """The gradients of the means and of the parameters."""
 
 
 class Kept(NamedTuple):
@@ -204,42 +192,3 @@ def _norm_gradients(
         return gradients
     assert count is not None
     return gradients._replace(slopes_3E=reduce_slopes(*gradients[1:], norm_4E, count, group))
-
-
-class KernelGate:
-    """A squeeze-and-excitation gate by its kernels. Its parameters: weight and bias of the two linear layers."""
-
-    def factors(self, mean_BE: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-        from localvit.ops.triton.squeeze_excite import squeeze_excite
-
-        return squeeze_excite(mean_BE, 1, *parameters)
-
-    def backward(
-        self, mean_BE: Tensor, parameters: Sequence[Tensor], grad_gate_TBE: Tensor
-    ) -> tuple[Tensor, Sequence[Tensor | None]]:
-        from localvit.ops.triton.squeeze_excite import squeeze_excite_backward
-
-        grad_mean_BE, *gradients = squeeze_excite_backward(grad_gate_TBE, mean_BE, *parameters)
-        return grad_mean_BE, gradients
-
-
-class LayersGate(NamedTuple):
-    """A gate by its own layers. They run without autocast: casting their weights would take longer than they do."""
-
-    module: ChannelGate
-
-    def factors(self, mean_BE: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-        with torch.autocast(mean_BE.device.type, enabled=False):
-            return self.module.scale(_converted(mean_BE, parameters))
-
-    def backward(
-        self, mean_BE: Tensor, parameters: Sequence[Tensor], grad_gate_TBE: Tensor
-    ) -> tuple[Tensor, Sequence[Tensor | None]]:
-        with torch.autocast(mean_BE.device.type, enabled=False):
-            scale = scale_with(self.module, list(parameters), _converted(mean_BE, parameters))
-            return scale.backward(grad_gate_TBE.sum(0))
-
-
-def _converted(mean_BE: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """The means in the dtype of the gate's parameters, if it has any."""
-    return mean_BE.to(parameters[0].dtype) if parameters else mean_BE

@@ -11,9 +11,9 @@ from torch.autograd.function import once_differentiable
 
 from localvit.ops import kernel_step
 from localvit.ops.batch_norms import Running, is_recomputation
-from localvit.ops.dispatch import squeeze_excite_layers
-from localvit.ops.kernel_step import Convolutions, Gate, Kept, KernelGate, LayersGate, Norm, Parameters, split
-from localvit.ops.stages import ChannelGate, Stages
+from localvit.ops.kernel_gates import Gate, gate_of
+from localvit.ops.kernel_step import Convolutions, Kept, Norm, Parameters, split
+from localvit.ops.stages import Stages
 from localvit.ops.synchronized import group_of
 
 
@@ -25,26 +25,10 @@ def feed_forward(stages: Stages, map_BCHW: Tensor, dtype: torch.dtype) -> Tensor
         map_BCHW: the input, in any memory format.
         dtype: of the computation; batch norms work in float32.
     """
-    gate, gate_parameters = _gate_of(stages.stages[1].gate)
+    gate, gate_parameters = gate_of(stages.stages[1].gate)
     parameters = *Parameters.of(stages), *gate_parameters
     out_BHWC = _FeedForward.apply(stages, gate, dtype, map_BCHW.permute(0, 2, 3, 1), *parameters)
     return out_BHWC.permute(0, 3, 1, 2)
-
-
-def squeeze_excite_parameters(gate: ChannelGate) -> tuple[Tensor, ...] | None:
-    """Those of `KernelGate`; None where the gate has no kernels."""
-    if (layers := squeeze_excite_layers(gate)) is None:
-        return None
-    narrow, wide = layers
-    return narrow.weight, narrow.bias, wide.weight, wide.bias
-
-
-def _gate_of(gate: ChannelGate | None) -> tuple[Gate | None, tuple[Tensor, ...]]:
-    if gate is None:
-        return None, ()
-    if (parameters := squeeze_excite_parameters(gate)) is not None:
-        return KernelGate(), parameters
-    return LayersGate(gate), tuple(gate.parameters())
 
 
 class _FeedForward(torch.autograd.Function):

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from localvit.ops import reference
-from localvit.ops.dispatch import runs_triton
+from localvit.ops.dispatch import runs_directly, runs_triton
 
 LIBRARY = torch.library.Library("localvit", "FRAGMENT")
 
@@ -49,13 +49,10 @@ class Operator:
 
     def run(self, *arguments: Any) -> Any:
         """The operator's result; where a gradient is wanted, with that of the reference."""
+        direct = runs_directly(arguments[0])
         if torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in arguments):
-            if torch.compiler.is_compiling() or not arguments[0].is_cuda:
-                return self.form(*arguments)
-            return _WithGradientOfReference.apply(self, *arguments)
-        if torch.compiler.is_compiling() or not arguments[0].is_cuda:
-            return self(*arguments)
-        return self.function(*arguments)
+            return _WithGradientOfReference.apply(self, *arguments) if direct else self.form(*arguments)
+        return self.function(*arguments) if direct else self(*arguments)
 
 
 class _WithGradientOfReference(torch.autograd.Function):
@@ -84,7 +81,7 @@ class _WithGradientOfReference(torch.autograd.Function):
 
 def _depthwise_act_pool(x_BHWE: Tensor, weight_E33: Tensor, bias_E: Tensor, act: str) -> tuple[Tensor, Tensor]:
     x_shape = x_BHWE.shape
-    reference.check(x_BHWE, weight_E33, act, bias=bias_E)
+    reference.check(x_shape, weight_E33.shape, bias_E.shape, act)
     sums_BE = x_BHWE.new_empty((x_shape[0], x_shape[3]), dtype=reference.accumulate_dtype(x_BHWE))
     return x_BHWE.new_empty(x_shape), sums_BE
 
@@ -150,7 +147,8 @@ def _pointwise(
     skipped: int,
     num_prefix_tokens: int,
 ) -> Tensor:
-    reference.check_pointwise(x_BSK, weight_NK, bias_N, act, gate_BK)
+    shape_of = reference.shape_of
+    reference.check_pointwise(x_BSK.shape, weight_NK.shape, shape_of(bias_N), act, shape_of(gate_BK))
     batch, rows, _ = x_BSK.shape
     return weight_NK.new_empty(batch, rows - skipped + num_prefix_tokens, weight_NK.shape[0])
 

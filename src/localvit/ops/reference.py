@@ -9,24 +9,24 @@ from torch import Tensor
 
 from localvit.ops.activations import ACTIVATIONS, activate
 
+Shape = tuple[int, ...]
+"""Of a tensor."""
 
-def check(map_BHWE: Tensor, weight_E33: Tensor, act: str, **values: Tensor) -> None:
-    """Raise ValueError unless weight and `values` have the map's channels, and the activation is known."""
+
+def check(map_BHWE: Shape, weight_E33: Shape, bias_E: Shape, act: str) -> None:
+    """Raise ValueError unless weight and bias have the map's channels, and the activation is known."""
     if act not in ACTIVATIONS:
         raise ValueError(f"act={act!r} is not known; choose one of {', '.join(ACTIVATIONS)}")
-    if map_BHWE.dim() != 4:
-        raise ValueError(f"a map has shape (batch, height, width, channels), not {tuple(map_BHWE.shape)}")
-    channels = map_BHWE.shape[3]
-    if tuple(weight_E33.shape) not in ((channels, 3, 3), (channels, 1, 3, 3)):
+    if len(map_BHWE) != 4:
+        raise ValueError(f"a map has shape (batch, height, width, channels), not {tuple(map_BHWE)}")
+    channels = map_BHWE[3]
+    if tuple(weight_E33) not in ((channels, 3, 3), (channels, 1, 3, 3)):
         raise ValueError(
             f"the depth-wise weight of a map of {channels} channels has shape ({channels}, 3, 3) or "
-            f"({channels}, 1, 3, 3), not {tuple(weight_E33.shape)}"
+            f"({channels}, 1, 3, 3), not {tuple(weight_E33)}"
         )
-    for name, value_E in values.items():
-        if tuple(value_E.shape) != (channels,):
-            raise ValueError(
-                f"{name} has shape {tuple(value_E.shape)}; with {channels} channels it must be ({channels},)"
-            )
+    if tuple(bias_E) != (channels,):
+        raise ValueError(f"bias has shape {tuple(bias_E)}; with {channels} channels it must be ({channels},)")
 
 
 def accumulate_dtype(x: Tensor) -> torch.dtype:
@@ -36,30 +36,33 @@ def accumulate_dtype(x: Tensor) -> torch.dtype:
 
 def depthwise_act_pool(x_BHWE: Tensor, weight_E33: Tensor, bias_E: Tensor, act: str) -> tuple[Tensor, Tensor]:
     """As `localvit.ops.operators.depthwise_act_pool`."""
-    check(x_BHWE, weight_E33, act, bias=bias_E)
+    check(x_BHWE.shape, weight_E33.shape, bias_E.shape, act)
     y_BHWE = activate(_depthwise(x_BHWE, weight_E33, bias_E), act, inplace=True)
     return y_BHWE, y_BHWE.sum((1, 2), dtype=accumulate_dtype(x_BHWE))
 
 
 def check_pointwise(
-    x_BSK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, act: str | None, gate_BK: Tensor | None
+    x_BSK: Shape, weight_NK: Shape, bias_N: Shape | None, act: str | None, gate_BK: Shape | None
 ) -> None:
     """Raise ValueError unless the shapes fit the rows, and the activation is known."""
     if act is not None and act not in ACTIVATIONS:
         raise ValueError(f"act={act!r} is not known; choose one of {', '.join(ACTIVATIONS)}, or None")
-    if x_BSK.dim() != 3:
-        raise ValueError(f"the rows have shape (batch, rows, channels), not {tuple(x_BSK.shape)}")
-    batch, _, inner = x_BSK.shape
+    if len(x_BSK) != 3:
+        raise ValueError(f"the rows have shape (batch, rows, channels), not {tuple(x_BSK)}")
+    batch, _, inner = x_BSK
     wanted = {
-        "weight": (weight_NK, (weight_NK.shape[0], inner)),
-        "bias": (bias_N, (weight_NK.shape[0],)),
+        "weight": (weight_NK, (weight_NK[0], inner)),
+        "bias": (bias_N, (weight_NK[0],)),
         "gate": (gate_BK, (batch, inner)),
     }
-    for name, (value, shape) in wanted.items():
-        if value is not None and tuple(value.shape) != shape:
-            raise ValueError(
-                f"{name} has shape {tuple(value.shape)}; for rows of shape {tuple(x_BSK.shape)} it must be {shape}"
-            )
+    for name, (found, shape) in wanted.items():
+        if found is not None and tuple(found) != shape:
+            raise ValueError(f"{name} has shape {tuple(found)}; for rows of shape {tuple(x_BSK)} it must be {shape}")
+
+
+def shape_of(x: Tensor | None) -> Shape | None:
+    """The shape of a tensor; None of None."""
+    return None if x is None else x.shape
 
 
 def pointwise(
@@ -72,7 +75,7 @@ def pointwise(
     num_prefix_tokens: int,
 ) -> Tensor:
     """As `localvit.ops.operators.pointwise`."""
-    check_pointwise(x_BSK, weight_NK, bias_N, act, gate_BK)
+    check_pointwise(x_BSK.shape, weight_NK.shape, shape_of(bias_N), act, shape_of(gate_BK))
     x_BRK = x_BSK[:, skipped:]
     if gate_BK is not None:
         x_BRK = x_BRK * gate_BK[:, None]

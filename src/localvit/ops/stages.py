@@ -28,6 +28,10 @@ class ChannelGate(nn.Module):
         """The layers of a squeeze-and-excitation gate with ReLU between and a hard sigmoid after them; else None."""
         return None
 
+    def convolution_layers(self) -> tuple[nn.Conv1d, nn.Module] | None:
+        """The layers of an ECA gate, a convolution over channels and a sigmoid or hard sigmoid; else None."""
+        return None
+
     def forward(self, map_BEHW: Tensor) -> Tensor:
         return map_BEHW * self.scale(map_BEHW.mean((2, 3)))[:, :, None, None]
 

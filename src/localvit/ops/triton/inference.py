@@ -1,17 +1,26 @@
 """The Triton kernel of `localvit.ops.operators.depthwise_act_pool`; the tiles are those of `localvit.ops.triton.tiles`.
 
+Roofline for a map of V values of 2 bytes: 4 V bytes, and 25 V operations (9 multiply-adds, bias, 5 for the activation,
+one for the sum): 6 operations a byte, below the 20 where an H100's float32 units, and not its memory, would be the
+limit. But 4 columns are loaded for 2, with conversions and masks that are not counted here.
+
 Shapes: B batch, H and W the grid, E channels, T tiles of one map.
 """
 
+from functools import cache
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from localvit.ops.reference import accumulate_dtype, check
-from localvit.ops.triton.launch import launch
+from localvit.ops.reference import Shape, accumulate_dtype, check
+from localvit.ops.triton.launch import Launch
 from localvit.ops.triton.tiles import (
     Area,
+    Tiles,
     activate,
+    add_row,
     add_taps,
     channel_values,
     check_layout,
@@ -20,7 +29,6 @@ from localvit.ops.triton.tiles import (
     four_columns,
     load_four,
     tile_of,
-    tiles_of,
     weight_row,
 )
 
@@ -32,19 +40,22 @@ def depthwise_act_pool(
     x_BHWE: Tensor, weight_E33: Tensor, bias_E: Tensor, act: str, area: Area = AREA
 ) -> tuple[Tensor, Tensor]:
     """As `localvit.ops.operators.depthwise_act_pool`, for a non-empty map with channels last."""
-    check(x_BHWE, weight_E33, act, bias=bias_E)
     check_layout(x_BHWE)
-    tiles = tiles_of(area.values, x_BHWE.shape)
-    y_BHWE = x_BHWE.new_empty(x_BHWE.shape)
+    tiles, launch = _launch(x_BHWE.shape, x_BHWE.stride(), x_BHWE.dtype, weight_E33.shape, bias_E.shape, act, area)
+    y_BHWE = torch.empty_like(x_BHWE, memory_format=torch.contiguous_format)
     sums_BTE = x_BHWE.new_empty((tiles.batch, tiles.per_image, tiles.channels), dtype=accumulate_dtype(x_BHWE))
-    launch(
-        depthwise_act_pool_kernel,
-        tiles.programs,
-        (x_BHWE, weight_E33.contiguous(), bias_E, y_BHWE, sums_BTE, *tiles.sizes, *x_BHWE.stride()[:3]),
-        tiles.constants(x_BHWE, act),
-        area.options,
-    )
-    return y_BHWE, sums_BTE.sum(1) if tiles.per_image > 1 else sums_BTE[:, 0]
+    launch(x_BHWE, weight_E33.contiguous(), bias_E, y_BHWE, sums_BTE)
+    return y_BHWE, sums_BTE.sum(1) if tiles.per_image > 1 else sums_BTE.squeeze(1)
+
+
+@cache
+def _launch(
+    shape: Shape, strides: Shape, dtype: torch.dtype, weight: Shape, bias: Shape, act: str, area: Area
+) -> tuple[Tiles, Launch]:
+    check(shape, weight, bias, act)
+    tiles = Tiles(area.values, *shape)
+    numbers = (*tiles.sizes, *strides[:3])
+    return tiles, Launch(depthwise_act_pool_kernel, tiles.programs, numbers, tiles.constants(dtype, act), area.options)
 
 
 @triton.jit
@@ -79,14 +90,11 @@ def depthwise_act_pool_kernel(
 
     # The row before the tile contributes to its first row; the first row to itself and to the next.
     a, b, c, d = four_columns(x, even, inside, stride_w, columns_of(first - 1, height, width), ACCUMULATE)
-    even_sum = add_taps(start, a, b, c, w00, w01, w02)
-    odd_sum = add_taps(start, b, c, d, w00, w01, w02)
+    even_sum, odd_sum = add_row(start, start, a, b, c, d, w00, w01, w02)
     x += stride_h
     a, b, c, d = four_columns(x, even, inside, stride_w, width, ACCUMULATE)
-    even_sum = add_taps(even_sum, a, b, c, w10, w11, w12)
-    odd_sum = add_taps(odd_sum, b, c, d, w10, w11, w12)
-    next_even_sum = add_taps(start, a, b, c, w00, w01, w02)
-    next_odd_sum = add_taps(start, b, c, d, w00, w01, w02)
+    even_sum, odd_sum = add_row(even_sum, odd_sum, a, b, c, d, w10, w11, w12)
+    next_even_sum, next_odd_sum = add_row(start, start, a, b, c, d, w00, w01, w02)
     even_pool = zeros
     odd_pool = zeros
     x += stride_h
@@ -99,10 +107,8 @@ def depthwise_act_pool_kernel(
         ahead_a, ahead_b, ahead_c, ahead_d = load_four(x, even, inside, stride_w, columns)
         even_y = activate(add_taps(even_sum, a, b, c, w20, w21, w22), HARDSWISH)
         odd_y = activate(add_taps(odd_sum, b, c, d, w20, w21, w22), HARDSWISH)
-        even_sum = add_taps(next_even_sum, a, b, c, w10, w11, w12)
-        odd_sum = add_taps(next_odd_sum, b, c, d, w10, w11, w12)
-        next_even_sum = add_taps(start, a, b, c, w00, w01, w02)
-        next_odd_sum = add_taps(start, b, c, d, w00, w01, w02)
+        even_sum, odd_sum = add_row(next_even_sum, next_odd_sum, a, b, c, d, w10, w11, w12)
+        next_even_sum, next_odd_sum = add_row(start, start, a, b, c, d, w00, w01, w02)
         tl.store(y, even_y, inside & (even < width))
         tl.store(y + channels, odd_y, inside & (even + 1 < width))
         even_pool += even_y

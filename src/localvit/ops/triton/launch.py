@@ -1,8 +1,9 @@
 """Launching a Triton kernel with little time on the host.
 
 Triton looks at each argument of each launch to find the compiled kernel: 50 microseconds and more for a dozen
-arguments, longer than many of the kernels here run. Here the compiled kernel is found by the sizes and dtypes of the
-first launch, and its launcher called with addresses in place of tensors, which it would ask the driver about.
+arguments, longer than many of the kernels here run. Here each kernel's module makes one `Launch` for maps of one shape,
+with all that does not change from call to call, and finds it again by the shape (`functools.cache`). It keeps the
+compiled kernel and calls its launcher with addresses in place of tensors, which it would ask the driver about.
 """
 
 from typing import Any, NamedTuple
@@ -22,49 +23,57 @@ class Options(NamedTuple):
 
 DEFAULT = Options()
 
-_compiled: dict[tuple[Any, ...], Any] = {}
 
-
-def launch(
-    kernel: Any, programs: int, arguments: tuple[Any, ...], constants: tuple[Any, ...], options: Options = DEFAULT
-) -> None:
-    """Run `programs` programs of a kernel on the device of its first argument.
+class Launch:
+    """A kernel with everything but its tensors, called with these: runs on the device of the first.
 
     Triton's hooks around a launch, which its profiler Proton uses, see the first launch only.
 
     Args:
         kernel: a function decorated with `triton.jit`.
         programs: their number, one-dimensional.
-        arguments: the kernel's tensors (or None), then integers and floats, in its order.
-        constants: its compile-time arguments, which follow.
+        numbers: integers and floats that follow the tensors.
+        constants: compile-time arguments, which follow the numbers.
         options: of the compilation.
     """
-    device = arguments[0].device.index
-    if device is not None and device != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            return launch(kernel, programs, arguments, constants, options)
-    values: list[Any] = []
-    key: list[Any] = [id(kernel), device, constants, options]
-    # Triton compiles for dtypes, for addresses and integers that are multiples of 16, and for ones.
-    for each in arguments:
-        if isinstance(each, Tensor):
-            address = each.data_ptr()
-            values.append(address)
-            key += (each.dtype, address % 16)
-        else:
-            values.append(each)
-            key.append(each)
-    if (compiled := _compiled.get(found := tuple(key))) is not None:
+
+    def __init__(
+        self,
+        kernel: Any,
+        programs: int,
+        numbers: tuple[int | float, ...],
+        constants: tuple[Any, ...],
+        options: Options = DEFAULT,
+    ) -> None:
+        self.kernel = kernel
+        self.programs = programs
+        self.numbers = numbers
+        self.constants = constants
+        self.options = options
+        self._compiled: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        first: Any = tensors[0]
+        device = first.get_device()
+        if device >= 0 and device != torch._C._cuda_getDevice():
+            with torch.cuda.device(device):
+                return self(*tensors)
+        addresses = [None if each is None else each.data_ptr() for each in tensors]
+        # Triton compiles for dtypes, and for addresses that are multiples of 16.
+        dtypes = [None if each is None else each.dtype for each in tensors]
+        key = (device, *dtypes, *[None if each is None else each % 16 for each in addresses])
+        if (compiled := self._compiled.get(key)) is None:
+            return self._compile_and_run(key, tensors)
         stream = torch._C._cuda_getCurrentRawStream(device)
-        compiled.run(
-            programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *values, *constants
-        )
+        given = (compiled.function, compiled.packed_metadata, None, None, None)
+        compiled.run(self.programs, 1, 1, stream, *given, *addresses, *self.numbers, *self.constants)
         return None
-    given = {name: value for name, value in options._asdict().items() if value is not None}
-    compiled = kernel[(programs,)](*arguments, *constants, **given)
-    if isinstance(kernel, JITFunction):  # and not interpreted
-        _compiled[found] = compiled
-    return None
+
+    def _compile_and_run(self, key: tuple[Any, ...], tensors: tuple[Tensor | None, ...]) -> None:
+        given = {name: value for name, value in self.options._asdict().items() if value is not None}
+        compiled = self.kernel[(self.programs,)](*tensors, *self.numbers, *self.constants, **given)
+        if isinstance(self.kernel, JITFunction):  # and not interpreted
+            self._compiled[key] = compiled
 
 
 def ceil_div(value: int, divisor: int) -> int:

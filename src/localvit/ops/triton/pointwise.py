@@ -11,12 +11,15 @@ Shapes: B batch, S rows of an image in memory, R rows written, H and W the grid,
 tiles.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from localvit.ops.triton.launch import ceil_div, launch
+from localvit.ops.reference import Shape, check_pointwise, shape_of
+from localvit.ops.triton.launch import Launch, ceil_div
 from localvit.ops.triton.rows import Blocks, Statistics, dot_block, factors_of_rows, normalized_and_activated
 from localvit.ops.triton.tiles import activate
 
@@ -37,10 +40,13 @@ def pointwise(
     """As `localvit.ops.operators.pointwise`, for rows in bfloat16 or float16 with contiguous channels."""
     batch, rows, inner = x_BSK.shape
     columns = weight_NK.shape[0]
-    weight_NK, gate_BK = weight_NK.contiguous(), None if gate_BK is None else gate_BK.contiguous()
+    launch = _launch(
+        *(x_BSK.shape, x_BSK.stride(), weight_NK.shape, shape_of(bias_N), shape_of(gate_BK), skipped),
+        *(num_prefix_tokens, None, act, blocks or (WIDENING if columns > inner else NARROWING)),
+    )
+    gate_BK = None if gate_BK is None else gate_BK.contiguous()
     out_BRN = weight_NK.new_empty((batch, rows - skipped + num_prefix_tokens, columns))
-    blocks = blocks or (WIDENING if columns > inner else NARROWING)
-    _launch(x_BSK, weight_NK, None, gate_BK, bias_N, out_BRN, None, skipped, num_prefix_tokens, None, act, blocks)
+    launch(x_BSK, weight_NK.contiguous(), None, gate_BK, bias_N, out_BRN, None, None, None)
     return out_BRN
 
 
@@ -48,10 +54,11 @@ def pointwise_with_statistics(x_BSK: Tensor, weight_NK: Tensor, blocks: Blocks =
     """The product with the weight (B, S, N), in its dtype, and the statistics of the product's tiles."""
     batch, rows, _ = x_BSK.shape
     columns = weight_NK.shape[0]
+    launch = _launch(x_BSK.shape, x_BSK.stride(), weight_NK.shape, None, None, 0, 0, None, None, blocks)
     out_BSN = weight_NK.new_empty((batch, rows, columns))
     tiles = ceil_div(batch * rows, blocks.rows)
     statistics = Statistics.empty(tiles, columns, weight_NK.new_empty(0, dtype=torch.float32))
-    _launch(x_BSK, weight_NK, None, None, None, out_BSN, statistics, 0, 0, None, None, blocks)
+    launch(x_BSK, weight_NK, None, None, None, out_BSN, *statistics)
     return out_BSN, statistics
 
 
@@ -64,35 +71,33 @@ def normalized_pointwise(
     blocks: Blocks = NARROWING,
 ) -> Tensor:
     """`gate * act(norm(z))` times the weight (B, S, N), where `norm_4K` are vectors of `ops.triton.batch_norm`."""
+    launch = _launch(z_BSK.shape, z_BSK.stride(), weight_NK.shape, None, shape_of(gate_BK), 0, 0, act, None, blocks)
     out_BSN = weight_NK.new_empty((*z_BSK.shape[:2], weight_NK.shape[0]))
-    _launch(z_BSK, weight_NK, norm_4K, gate_BK, None, out_BSN, None, 0, 0, act, None, blocks)
+    launch(z_BSK, weight_NK, norm_4K, gate_BK, None, out_BSN, None, None, None)
     return out_BSN
 
 
+@cache
 def _launch(
-    x_BSK: Tensor,
-    weight_NK: Tensor,
-    norm_4K: Tensor | None,
-    gate_BK: Tensor | None,
-    bias_N: Tensor | None,
-    out_BRN: Tensor,
-    statistics: Statistics | None,
+    shape: Shape,
+    strides: Shape,
+    weight: Shape,
+    bias: Shape | None,
+    gate: Shape | None,
     skipped: int,
     num_prefix_tokens: int,
     norm_act: str | None,
     act: str | None,
     blocks: Blocks,
-) -> None:
-    batch, tokens, columns = out_BRN.shape
-    inner = x_BSK.shape[2]
+) -> Launch:
+    check_pointwise(shape, weight, bias, act, gate)
+    batch, rows, inner = shape
+    tokens, columns = rows - skipped + num_prefix_tokens, weight[0]
     block_n, block_k = dot_block(columns, blocks.columns), dot_block(inner, blocks.inner)
-    launch(
+    return Launch(
         pointwise_kernel,
         ceil_div(batch * tokens, blocks.rows) * ceil_div(columns, block_n),
-        (
-            *(x_BSK, weight_NK, norm_4K, gate_BK, bias_N, out_BRN, *(statistics or (None, None, None))),
-            *(batch * tokens, tokens, num_prefix_tokens, skipped, x_BSK.stride(0), x_BSK.stride(1)),
-        ),
+        (batch * tokens, tokens, num_prefix_tokens, skipped, *strides[:2]),
         (inner, columns, norm_act == "hs", act, tokens >= blocks.rows, blocks.rows, block_n, block_k),
         blocks.options,
     )

@@ -16,12 +16,14 @@ Shapes: B batch, H and W the grid, C channels outside, E hidden channels, G grou
 blocks.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from localvit.ops.triton.launch import ceil_div, launch
+from localvit.ops.triton.launch import Launch, ceil_div
 from localvit.ops.triton.rows import Blocks, channel_row, dot_block, factors_of_rows, normalized
 from localvit.ops.triton.tiles import activate, activation_slope
 
@@ -51,21 +53,23 @@ def projection_gradients(
     """
     batch, height, width, hidden = z_BHWE.shape
     channels = grad_out_BHWC.shape[3]
-    block_c, block_e = dot_block(channels, blocks.rows), dot_block(hidden, blocks.columns)
-    c_blocks, groups = ceil_div(channels, block_c), ceil_div(batch, group_images)
-    grad_weight_GCE = norm_4E.new_empty(groups, channels, hidden)
+    grad_weight_GCE = norm_4E.new_empty(ceil_div(batch, group_images), channels, hidden)
+    c_blocks = ceil_div(channels, dot_block(channels, blocks.rows))
     grad_gate_TBE = None if gate_BE is None else norm_4E.new_empty(c_blocks, batch, hidden)
-    launch(
-        projection_gradients_kernel,
-        groups * ceil_div(hidden, block_e) * c_blocks,
-        (
-            *(grad_out_BHWC, z_BHWE, norm_4E, weight_CE, gate_BE, grad_weight_GCE, grad_gate_TBE),
-            *(batch, height * width, group_images),
-        ),
-        (channels, hidden, act == "hs", block_c, block_e, blocks.inner),
-        blocks.options,
-    )
+    launch = _projection_launch(batch, height * width, channels, hidden, act, blocks, group_images)
+    launch(grad_out_BHWC, z_BHWE, norm_4E, weight_CE, gate_BE, grad_weight_GCE, grad_gate_TBE)
     return grad_weight_GCE.sum(0), grad_gate_TBE
+
+
+@cache
+def _projection_launch(
+    batch: int, positions: int, channels: int, hidden: int, act: str, blocks: Blocks, group_images: int
+) -> Launch:
+    block_c, block_e = dot_block(channels, blocks.rows), dot_block(hidden, blocks.columns)
+    programs = ceil_div(batch, group_images) * ceil_div(hidden, block_e) * ceil_div(channels, block_c)
+    constants = channels, hidden, act == "hs", block_c, block_e, blocks.inner
+    numbers = batch, positions, group_images
+    return Launch(projection_gradients_kernel, programs, numbers, constants, blocks.options)
 
 
 @triton.jit
@@ -136,24 +140,20 @@ def normalized_gradient(
     Returns it in z's shape and dtype, and (T, 2, E): the sums over each tile of it, and of it times (z - mean).
     """
     batch, height, width, hidden = z_BHWE.shape
-    channels = grad_out_BHWC.shape[3]
-    rows = batch * height * width
-    block_e, block_c = dot_block(hidden, blocks.columns), dot_block(channels, blocks.inner)
-    tiles = ceil_div(rows, blocks.rows)
+    rows, positions = batch * height * width, height * width
     grad_BHWE = z_BHWE.new_empty(z_BHWE.shape)
-    sums_T2E = norm_4E.new_empty(tiles, 2, hidden)
-    positions = height * width
-    launch(
-        normalized_gradient_kernel,
-        tiles * ceil_div(hidden, block_e),
-        (
-            *(grad_out_BHWC, z_BHWE, norm_4E, weight_CE, gate_BE, grad_mean_BE, grad_BHWE, sums_T2E),
-            *(rows, positions),
-        ),
-        (channels, hidden, act == "hs", positions >= blocks.rows, blocks.rows, block_e, block_c),
-        blocks.options,
-    )
+    sums_T2E = norm_4E.new_empty(ceil_div(rows, blocks.rows), 2, hidden)
+    launch = _normalized_launch(rows, positions, grad_out_BHWC.shape[3], hidden, act, blocks)
+    launch(grad_out_BHWC, z_BHWE, norm_4E, weight_CE, gate_BE, grad_mean_BE, grad_BHWE, sums_T2E)
     return grad_BHWE, sums_T2E
+
+
+@cache
+def _normalized_launch(rows: int, positions: int, channels: int, hidden: int, act: str, blocks: Blocks) -> Launch:
+    block_e, block_c = dot_block(hidden, blocks.columns), dot_block(channels, blocks.inner)
+    programs = ceil_div(rows, blocks.rows) * ceil_div(hidden, block_e)
+    constants = channels, hidden, act == "hs", positions >= blocks.rows, blocks.rows, block_e, block_c
+    return Launch(normalized_gradient_kernel, programs, (rows, positions), constants, blocks.options)
 
 
 @triton.jit
@@ -224,18 +224,19 @@ def expansion_gradients(
         The gradient of the convolution's input (B, H, W, C), and that of z.
     """
     hidden, channels = weight_EC.shape
-    rows = z_BHWE.numel() // hidden
-    block_c, block_e = dot_block(channels, blocks.columns), dot_block(hidden, blocks.inner)
     grad_x_BHWC = z_BHWE.new_empty((*z_BHWE.shape[:3], channels), dtype=dtype)
     grad_z_BHWE = z_BHWE.new_empty(z_BHWE.shape)
-    launch(
-        expansion_gradients_kernel,
-        ceil_div(rows, blocks.rows) * ceil_div(channels, block_c),
-        (grad_BHWE, z_BHWE, norm_4E, slopes_3E, weight_EC, grad_x_BHWC, grad_z_BHWE, rows),
-        (channels, hidden, blocks.rows, block_c, block_e),
-        blocks.options,
-    )
+    launch = _expansion_launch(z_BHWE.numel() // hidden, channels, hidden, blocks)
+    launch(grad_BHWE, z_BHWE, norm_4E, slopes_3E, weight_EC, grad_x_BHWC, grad_z_BHWE)
     return grad_x_BHWC, grad_z_BHWE
+
+
+@cache
+def _expansion_launch(rows: int, channels: int, hidden: int, blocks: Blocks) -> Launch:
+    block_c, block_e = dot_block(channels, blocks.columns), dot_block(hidden, blocks.inner)
+    programs = ceil_div(rows, blocks.rows) * ceil_div(channels, block_c)
+    constants = channels, hidden, blocks.rows, block_c, block_e
+    return Launch(expansion_gradients_kernel, programs, (rows,), constants, blocks.options)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ Shapes: B batch, H and W the grid, E channels, T tiles.
 """
 
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from localvit.ops.reference import accumulate_dtype
 from localvit.ops.triton.launch import Options, ceil_div, power_of_2
 
 TILE_ROWS = 14
@@ -88,10 +87,9 @@ class Tiles:
         """Their number: blocks of channels within tiles, so that neighboring programs read nearby memory."""
         return self.number * ceil_div(self.channels, self.block)
 
-    def constants(self, map_BHWE: Tensor, act: str) -> tuple[Any, ...]:
-        """The kernels' compile-time arguments: ACCUMULATE, HARDSWISH, BLOCK_P, BLOCK_E."""
-        dtype = tl.float64 if accumulate_dtype(map_BHWE) == torch.float64 else tl.float32
-        return dtype, act == "hs", self.pairs, self.block
+    def constants(self, dtype: torch.dtype, act: str) -> tuple[Any, ...]:
+        """The kernels' compile-time arguments for maps of a dtype: ACCUMULATE, HARDSWISH, BLOCK_P, BLOCK_E."""
+        return tl.float64 if dtype == torch.float64 else tl.float32, act == "hs", self.pairs, self.block
 
 
 def check_layout(*maps: Tensor) -> None:
@@ -102,12 +100,6 @@ def check_layout(*maps: Tensor) -> None:
                 "the kernels take non-empty maps with contiguous channels, not shape "
                 f"{tuple(map_BHWE.shape)} with strides {map_BHWE.stride()}: use localvit.ops.reference"
             )
-
-
-@cache
-def tiles_of(area: int, shape: tuple[int, int, int, int]) -> Tiles:
-    """The tiles of maps of one shape, computed once."""
-    return Tiles(area, *shape)
 
 
 @triton.jit
@@ -185,6 +177,13 @@ def add_taps(total, left, center, right, w_left, w_center, w_right):
     total += center * w_center
     total += right * w_right
     return total
+
+
+@triton.jit
+def add_row(even_sum, odd_sum, a, b, c, d, w_left, w_center, w_right):
+    """Add to both columns of each pair what one row of the convolution's kernel sees of four columns."""
+    even_sum = add_taps(even_sum, a, b, c, w_left, w_center, w_right)
+    return even_sum, add_taps(odd_sum, b, c, d, w_left, w_center, w_right)
 
 
 @triton.jit

@@ -1,25 +1,33 @@
 """The Triton kernel of the depth-wise convolution in training; the tiles are those of `localvit.ops.triton.tiles`.
 
+Roofline for a map of V values of 2 bytes: 4 V bytes, and 40 V operations (18 of the convolution, twice 7 to normalize
+and activate, since each value is loaded by two threads, 8 of the statistics): 10 operations a byte, where an H100 has
+20 in float32.
+
 Shapes: B batch, H and W the grid, E channels, T tiles of all maps.
 """
 
+from functools import cache
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from localvit.ops.triton.launch import launch
+from localvit.ops.reference import Shape
+from localvit.ops.triton.launch import Launch
 from localvit.ops.triton.rows import Statistics
 from localvit.ops.triton.tiles import (
     Area,
+    Tiles,
     activate,
-    add_taps,
+    add_row,
     channel_values,
     check_layout,
     columns_of,
     converted,
     load_four,
     tile_of,
-    tiles_of,
     weight_row,
 )
 
@@ -42,17 +50,18 @@ def norm_act_depthwise(
         The convolution's map in the dtype of z, and the statistics of its tiles.
     """
     check_layout(z_BHWE)
-    tiles = tiles_of(area.values, z_BHWE.shape)
-    out_BHWE = z_BHWE.new_empty(z_BHWE.shape)
+    tiles, launch = _launch(z_BHWE.shape, z_BHWE.stride(), z_BHWE.dtype, act, area)
+    out_BHWE = torch.empty_like(z_BHWE, memory_format=torch.contiguous_format)
     statistics = Statistics.empty(tiles.number, tiles.channels, norm_4E)
-    launch(
-        norm_act_depthwise_kernel,
-        tiles.programs,
-        (z_BHWE, norm_4E, weight_E33.contiguous(), out_BHWE, *statistics, *tiles.sizes, *z_BHWE.stride()[:3]),
-        tiles.constants(z_BHWE, act),
-        area.options,
-    )
+    launch(z_BHWE, norm_4E, weight_E33.contiguous(), out_BHWE, *statistics)
     return out_BHWE, statistics
+
+
+@cache
+def _launch(shape: Shape, strides: Shape, dtype: torch.dtype, act: str, area: Area) -> tuple[Tiles, Launch]:
+    tiles = Tiles(area.values, *shape)
+    numbers = (*tiles.sizes, *strides[:3])
+    return tiles, Launch(norm_act_depthwise_kernel, tiles.programs, numbers, tiles.constants(dtype, act), area.options)
 
 
 @triton.jit
@@ -64,6 +73,28 @@ def _activated(a, b, c, d, even, columns, scale, shift, ACCUMULATE: tl.constexpr
     c = tl.where(even + 1 < columns, activate(c * scale + shift, HARDSWISH), 0.0)
     d = tl.where(even + 2 < columns, activate(d * scale + shift, HARDSWISH), 0.0)
     return a, b, c, d
+
+
+@triton.jit
+def _with_value(mean, squares, value, share):
+    """Mean and squared deviations of each column with one value more, which counts for `share` of them.
+
+    This is Welford's algorithm: mean of squares minus squared mean would cancel digits.
+    """
+    difference = value - mean
+    mean += difference * share
+    return mean, squares + difference * (value - mean)
+
+
+@triton.jit
+def _of_all_columns(even_mean, odd_mean, even_squares, odd_squares, even, width, rows, number):
+    """Mean and squared deviations of a tile, of `number` columns of `rows` values, by Chan's formula."""
+    mean = tl.where(even < width, even_mean, 0.0) + tl.where(even + 1 < width, odd_mean, 0.0)
+    mean = tl.sum(mean, 0, keep_dims=True) / number
+    even_squares += rows * (even_mean - mean) * (even_mean - mean)
+    odd_squares += rows * (odd_mean - mean) * (odd_mean - mean)
+    square = tl.where(even < width, even_squares, 0.0) + tl.where(even + 1 < width, odd_squares, 0.0)
+    return mean, tl.sum(square, 0, keep_dims=True)
 
 
 @triton.jit
@@ -102,15 +133,12 @@ def norm_act_depthwise_kernel(
     columns = columns_of(first - 1, height, width)
     a, b, c, d = load_four(z, even, inside, stride_w, columns)
     a, b, c, d = _activated(a, b, c, d, even, columns, s, t, ACCUMULATE, HARDSWISH)
-    even_sum = add_taps(zeros, a, b, c, w00, w01, w02)
-    odd_sum = add_taps(zeros, b, c, d, w00, w01, w02)
+    even_sum, odd_sum = add_row(zeros, zeros, a, b, c, d, w00, w01, w02)
     z += stride_h
     a, b, c, d = load_four(z, even, inside, stride_w, width)
     a, b, c, d = _activated(a, b, c, d, even, width, s, t, ACCUMULATE, HARDSWISH)
-    even_sum = add_taps(even_sum, a, b, c, w10, w11, w12)
-    odd_sum = add_taps(odd_sum, b, c, d, w10, w11, w12)
-    next_even_sum = add_taps(zeros, a, b, c, w00, w01, w02)
-    next_odd_sum = add_taps(zeros, b, c, d, w00, w01, w02)
+    even_sum, odd_sum = add_row(even_sum, odd_sum, a, b, c, d, w10, w11, w12)
+    next_even_sum, next_odd_sum = add_row(zeros, zeros, a, b, c, d, w00, w01, w02)
     even_mean = zeros
     odd_mean = zeros
     even_squares = zeros
@@ -124,31 +152,18 @@ def norm_act_depthwise_kernel(
         z += stride_h
         columns = columns_of(row + 2, height, width)
         ahead_a, ahead_b, ahead_c, ahead_d = load_four(z, even, inside, stride_w, columns)
-        even_out = add_taps(even_sum, a, b, c, w20, w21, w22)
-        odd_out = add_taps(odd_sum, b, c, d, w20, w21, w22)
-        even_sum = add_taps(next_even_sum, a, b, c, w10, w11, w12)
-        odd_sum = add_taps(next_odd_sum, b, c, d, w10, w11, w12)
-        next_even_sum = add_taps(zeros, a, b, c, w00, w01, w02)
-        next_odd_sum = add_taps(zeros, b, c, d, w00, w01, w02)
+        even_out, odd_out = add_row(even_sum, odd_sum, a, b, c, d, w20, w21, w22)
+        even_sum, odd_sum = add_row(next_even_sum, next_odd_sum, a, b, c, d, w10, w11, w12)
+        next_even_sum, next_odd_sum = add_row(zeros, zeros, a, b, c, d, w00, w01, w02)
         tl.store(out, even_out, inside & (even < width))
         tl.store(out + channels, odd_out, inside & (even + 1 < width))
         out += width * channels
-        # Welford's algorithm, column by column: mean of squares minus squared mean would cancel digits.
         share = 1.0 / (row + 1 - first).to(ACCUMULATE)
-        difference = even_out - even_mean
-        even_mean += difference * share
-        even_squares += difference * (even_out - even_mean)
-        difference = odd_out - odd_mean
-        odd_mean += difference * share
-        odd_squares += difference * (odd_out - odd_mean)
-    # Chan's formula for the columns of the tile, which have equally many rows.
+        even_mean, even_squares = _with_value(even_mean, even_squares, even_out, share)
+        odd_mean, odd_squares = _with_value(odd_mean, odd_squares, odd_out, share)
     rows = (last - first).to(ACCUMULATE)
     number = tl.sum((even < width).to(ACCUMULATE) + (even + 1 < width).to(ACCUMULATE), 0, keep_dims=True)
-    mean = tl.where(even < width, even_mean, 0.0) + tl.where(even + 1 < width, odd_mean, 0.0)
-    mean = tl.sum(mean, 0, keep_dims=True) / number
-    even_squares += rows * (even_mean - mean) * (even_mean - mean)
-    odd_squares += rows * (odd_mean - mean) * (odd_mean - mean)
-    square = tl.where(even < width, even_squares, 0.0) + tl.where(even + 1 < width, odd_squares, 0.0)
+    mean, square = _of_all_columns(even_mean, odd_mean, even_squares, odd_squares, even, width, rows, number)
     tl.store(means + tile * channels + e, mean, inside)
-    tl.store(squares + tile * channels + e, tl.sum(square, 0, keep_dims=True), inside)
+    tl.store(squares + tile * channels + e, square, inside)
     tl.store(counts + tile + tl.zeros_like(e), rows * number, e == 0)

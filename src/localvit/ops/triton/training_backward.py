@@ -1,24 +1,32 @@
 """The Triton kernel of the backward pass of `ops.triton.training`, with the tiles of `ops.triton.tiles`.
 
+Roofline for a map of V values of 2 bytes: 8 V bytes (three maps are read, one is written), and 65 V operations (18 for
+the gradient of the input and 18 for that of the weight, twice 4 through the norm, 7 to normalize and activate, 7 for
+the slope, 7 of the sums): 8 operations a byte, where an H100 has 20 in float32.
+
 Shapes: B batch, H and W the grid, E channels, T tiles of all maps.
 """
 
+from functools import cache
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from localvit.ops.triton.launch import launch
+from localvit.ops.reference import Shape
+from localvit.ops.triton.launch import Launch
 from localvit.ops.triton.tiles import (
     Area,
+    Tiles,
     activate,
     activation_slope,
-    add_taps,
+    add_row,
     channel_values,
     check_layout,
     columns_of,
     load_four,
     tile_of,
-    tiles_of,
     two_columns,
     weight_row,
 )
@@ -51,21 +59,24 @@ def norm_act_depthwise_backward(
         `norm_4E`, and (T, 2, E): the sums over each tile of the first, and of it times (z - mean).
     """
     check_layout(grad_BHWE, out_BHWE, z_BHWE)
-    tiles = tiles_of(area.values, z_BHWE.shape)
-    grad_u_BHWE = z_BHWE.new_empty(z_BHWE.shape)
+    tiles, launch = _launch(z_BHWE.shape, z_BHWE.stride(), z_BHWE.dtype, act, area)
+    grad_u_BHWE = torch.empty_like(z_BHWE, memory_format=torch.contiguous_format)
     weight_sums_T9E = norm_4E.new_empty((tiles.number, 9, tiles.channels))
     sums_T2E = norm_4E.new_empty((tiles.number, 2, tiles.channels))
     launch(
-        norm_act_depthwise_backward_kernel,
-        tiles.programs,
-        (
-            *(grad_BHWE, out_BHWE, out_norm_4E, slopes_3E, z_BHWE, norm_4E, weight_E33.contiguous()),
-            *(grad_u_BHWE, weight_sums_T9E, sums_T2E, *tiles.sizes, *z_BHWE.stride()[:3]),
-        ),
-        tiles.constants(z_BHWE, act),
-        area.options,
+        *(grad_BHWE, out_BHWE, out_norm_4E, slopes_3E, z_BHWE, norm_4E, weight_E33.contiguous()),
+        *(grad_u_BHWE, weight_sums_T9E, sums_T2E),
     )
     return grad_u_BHWE, weight_sums_T9E.sum(0).t().reshape(-1, 3, 3), sums_T2E
+
+
+@cache
+def _launch(shape: Shape, strides: Shape, dtype: torch.dtype, act: str, area: Area) -> tuple[Tiles, Launch]:
+    tiles = Tiles(area.values, *shape)
+    numbers = (*tiles.sizes, *strides[:3])
+    return tiles, Launch(
+        norm_act_depthwise_backward_kernel, tiles.programs, numbers, tiles.constants(dtype, act), area.options
+    )
 
 
 @triton.jit
@@ -110,8 +121,34 @@ def _add_products(left_sum, center_sum, right_sum, a, b, c, d, at_even, at_odd):
 
 
 @triton.jit
+def _with_gradients(total, total_z, even_grad, odd_grad, even_deviation, odd_deviation, even, width):
+    """Add a row's gradients, and their products with the deviations from the mean, to the sums of each pair."""
+    even_grad = tl.where(even < width, even_grad, 0.0)
+    odd_grad = tl.where(even + 1 < width, odd_grad, 0.0)
+    total += even_grad
+    total += odd_grad
+    total_z += even_grad * even_deviation
+    total_z += odd_grad * odd_deviation
+    return total, total_z
+
+
+@triton.jit
 def _store_total(pointers, total, inside):
     tl.store(pointers, tl.sum(total, 0, keep_dims=True), inside)
+
+
+@triton.jit
+def _store_weight_row(pointers, left, center, right, channels, inside):
+    """The tile's part of the gradient of three weights."""
+    _store_total(pointers, left, inside)
+    _store_total(pointers + channels, center, inside)
+    _store_total(pointers + 2 * channels, right, inside)
+
+
+@triton.jit
+def _load_both(grad, out, even, inside, channels, columns):
+    """Four columns of the gradient of the normalized map, and of the convolution's map, as stored."""
+    return load_four(grad, even, inside, channels, columns), load_four(out, even, inside, channels, columns)
 
 
 @triton.jit
@@ -162,11 +199,9 @@ def norm_act_depthwise_backward_kernel(
     # For each row of the gradient, the tile's activated rows above, at and below it.
     even_below, odd_below = _two_activated(z, even, inside, stride_w, width, s, t, ACCUMULATE, HARDSWISH)
     columns = columns_of(first - 1, height, width)
-    four_g = load_four(grad, even, inside, channels, columns)
-    four_out = load_four(out, even, inside, channels, columns)
+    four_g, four_out = _load_both(grad, out, even, inside, channels, columns)
     a, b, c, d = _four_gradients(four_g, four_out, even, columns, by_grad, by_out, constant, ACCUMULATE)
-    even_sum = add_taps(zeros, a, b, c, w00, w01, w02)
-    odd_sum = add_taps(zeros, b, c, d, w00, w01, w02)
+    even_sum, odd_sum = add_row(zeros, zeros, a, b, c, d, w00, w01, w02)
     sum20, sum21, sum22 = _add_products(zeros, zeros, zeros, a, b, c, d, even_below, odd_below)
     even_here = even_below
     odd_here = odd_below
@@ -174,13 +209,10 @@ def norm_act_depthwise_backward_kernel(
     even_below, odd_below = _two_activated(z + stride_h, even, inside, stride_w, columns, s, t, ACCUMULATE, HARDSWISH)
     grad += width * channels
     out += width * channels
-    four_g = load_four(grad, even, inside, channels, width)
-    four_out = load_four(out, even, inside, channels, width)
+    four_g, four_out = _load_both(grad, out, even, inside, channels, width)
     a, b, c, d = _four_gradients(four_g, four_out, even, width, by_grad, by_out, constant, ACCUMULATE)
-    even_sum = add_taps(even_sum, a, b, c, w10, w11, w12)
-    odd_sum = add_taps(odd_sum, b, c, d, w10, w11, w12)
-    next_even_sum = add_taps(zeros, a, b, c, w00, w01, w02)
-    next_odd_sum = add_taps(zeros, b, c, d, w00, w01, w02)
+    even_sum, odd_sum = add_row(even_sum, odd_sum, a, b, c, d, w10, w11, w12)
+    next_even_sum, next_odd_sum = add_row(zeros, zeros, a, b, c, d, w00, w01, w02)
     sum10, sum11, sum12 = _add_products(zeros, zeros, zeros, a, b, c, d, even_here, odd_here)
     sum20, sum21, sum22 = _add_products(sum20, sum21, sum22, a, b, c, d, even_below, odd_below)
     sum00 = zeros
@@ -191,8 +223,7 @@ def norm_act_depthwise_backward_kernel(
     grad += width * channels
     out += width * channels
     columns = columns_of(first + 1, height, width)
-    four_g = load_four(grad, even, inside, channels, columns)
-    four_out = load_four(out, even, inside, channels, columns)
+    four_g, four_out = _load_both(grad, out, even, inside, channels, columns)
     for row in range(first, last):
         even_above = even_here
         odd_above = odd_here
@@ -208,14 +239,10 @@ def norm_act_depthwise_backward_kernel(
         grad += width * channels
         out += width * channels
         columns = columns_of(row + 2, height, width)
-        four_g = load_four(grad, even, inside, channels, columns)
-        four_out = load_four(out, even, inside, channels, columns)
-        even_grad = add_taps(even_sum, a, b, c, w20, w21, w22)
-        odd_grad = add_taps(odd_sum, b, c, d, w20, w21, w22)
-        even_sum = add_taps(next_even_sum, a, b, c, w10, w11, w12)
-        odd_sum = add_taps(next_odd_sum, b, c, d, w10, w11, w12)
-        next_even_sum = add_taps(zeros, a, b, c, w00, w01, w02)
-        next_odd_sum = add_taps(zeros, b, c, d, w00, w01, w02)
+        four_g, four_out = _load_both(grad, out, even, inside, channels, columns)
+        even_grad, odd_grad = add_row(even_sum, odd_sum, a, b, c, d, w20, w21, w22)
+        even_sum, odd_sum = add_row(next_even_sum, next_odd_sum, a, b, c, d, w10, w11, w12)
+        next_even_sum, next_odd_sum = add_row(zeros, zeros, a, b, c, d, w00, w01, w02)
         sum00, sum01, sum02 = _add_products(sum00, sum01, sum02, a, b, c, d, even_above, odd_above)
         sum10, sum11, sum12 = _add_products(sum10, sum11, sum12, a, b, c, d, even_here, odd_here)
         sum20, sum21, sum22 = _add_products(sum20, sum21, sum22, a, b, c, d, even_below, odd_below)
@@ -225,24 +252,13 @@ def norm_act_depthwise_backward_kernel(
         odd_grad *= activation_slope(odd_z * s + t, HARDSWISH)
         tl.store(grad_u, even_grad, inside & (even < width))
         tl.store(grad_u + channels, odd_grad, inside & (even + 1 < width))
-        even_grad = tl.where(even < width, even_grad, 0.0)
-        odd_grad = tl.where(even + 1 < width, odd_grad, 0.0)
-        total += even_grad
-        total += odd_grad
-        total_z += even_grad * (even_z - m)
-        total_z += odd_grad * (odd_z - m)
+        total, total_z = _with_gradients(total, total_z, even_grad, odd_grad, even_z - m, odd_z - m, even, width)
         z += stride_h
         grad_u += width * channels
     weight_sums += tile * 9 * channels + e
-    _store_total(weight_sums, sum00, inside)
-    _store_total(weight_sums + channels, sum01, inside)
-    _store_total(weight_sums + 2 * channels, sum02, inside)
-    _store_total(weight_sums + 3 * channels, sum10, inside)
-    _store_total(weight_sums + 4 * channels, sum11, inside)
-    _store_total(weight_sums + 5 * channels, sum12, inside)
-    _store_total(weight_sums + 6 * channels, sum20, inside)
-    _store_total(weight_sums + 7 * channels, sum21, inside)
-    _store_total(weight_sums + 8 * channels, sum22, inside)
+    _store_weight_row(weight_sums, sum00, sum01, sum02, channels, inside)
+    _store_weight_row(weight_sums + 3 * channels, sum10, sum11, sum12, channels, inside)
+    _store_weight_row(weight_sums + 6 * channels, sum20, sum21, sum22, channels, inside)
     sums += tile * 2 * channels + e
     _store_total(sums, total, inside)
     _store_total(sums + channels, total_z, inside)
