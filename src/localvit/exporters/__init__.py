@@ -1,6 +1,7 @@
 """A model as a file that other runtimes execute, with proof that it computes the same: a registry, a file a format."""
 
 from localvit.exporters.export import export
+from localvit.exporters.coreml import CoreML
 from localvit.exporters.executorch import ExecuTorch
 from localvit.exporters.int8 import Int8
 from localvit.exporters.onnx import Onnx
@@ -12,6 +13,7 @@ from localvit.exporters.report import ExportReport
 
 __all__ = [
     "FORMATS",
+    "CoreML",
     "ExecuTorch",
     "ExportReport",
     "Format",

@@ -116,7 +116,7 @@ def trace(graph: ClassifierGraph, settings: Format, size: tuple[int, int], multi
         height, width = height + multiple, width + 2 * multiple
     elif whole:
         height, width = height + 37, width + 61
-    is_float = settings.input_type == "float32" or "preprocessing" not in settings.parts
+    is_uint8 = settings.has_uint8 and settings.input_type == "uint8" and "preprocessing" in settings.parts
     example = torch.zeros(1 if settings.dynamic == "none" else 2, 3, height, width)
     open_dims: dict[int, Any] = {}
     if settings.dynamic != "none":
@@ -127,7 +127,7 @@ def trace(graph: ClassifierGraph, settings: Format, size: tuple[int, int], multi
         with quiet(), ResampleByWeights():
             program = torch.export.export(
                 graph,
-                (example if is_float else example.byte(),),
+                (example.byte() if is_uint8 else example,),
                 dynamic_shapes={"images": open_dims or None},
             )
     except Exception as error:  # torch raises many types for what it cannot trace

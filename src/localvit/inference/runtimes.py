@@ -8,6 +8,7 @@ import importlib.metadata
 import io
 import json
 import logging
+import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,7 +17,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from PIL import Image
 
+from localvit.utils.files import size_of
 from localvit.utils.weight_files import CheckpointError
 
 
@@ -31,6 +34,10 @@ class Runtime(ABC):
     """Batch, channels, height and width that the input takes; None where it takes any."""
     runs_code: ClassVar[bool] = False
     """Whether reading a file can run code in it."""
+    is_folder: ClassVar[bool] = False
+    """Whether its files are folders."""
+    cannot_run: str = ""
+    """Why this machine can read the file and not run it, or nothing."""
 
     @abstractmethod
     def __init__(self, path: Path) -> None: ...
@@ -154,6 +161,52 @@ class ExecuTorchRuntime(Runtime):
         return self._method.execute([torch.from_numpy(images_BCHW)])[0].numpy()
 
 
+class CoreMLRuntime(Runtime):
+    """Core ML's packages (.mlpackage), by Core ML, in float32 on the CPU: read everywhere, run on macOS only."""
+
+    is_folder = True
+
+    def __init__(self, path: Path) -> None:
+        try:
+            with quiet_coremltools():
+                from coremltools.models import MLModel
+        except ImportError as error:
+            raise _missing("coremltools", path, "coreml", error) from error
+        self.cannot_run = "" if sys.platform == "darwin" else "Core ML runs on macOS only"
+        try:
+            with quiet_coremltools():
+                import coremltools
+
+                units = coremltools.ComputeUnit.CPU_ONLY
+                self._model = MLModel(str(path), compute_units=units, skip_model_load=bool(self.cannot_run))
+            description = self._model.get_spec().description
+            self.metadata = dict(description.metadata.userDefined)
+            [given] = description.input
+            self._image = given.type.WhichOneof("Type") == "imageType"
+            size = given.type.imageType
+            shape = (1, 3, size.height, size.width) if self._image else given.type.multiArrayType.shape
+        except Exception as error:  # any type, for a damaged package
+            raise _damaged("a Core ML", path, error) from error
+        self.name = f"Core ML, specification {self._model.get_spec().specificationVersion}"
+        self.input_shape = tuple(shape)
+        self._input, self._probabilities = given.name, description.predictedProbabilitiesName
+        self._output = self._probabilities or description.output[0].name
+
+    def run(self, images_BCHW: np.ndarray) -> np.ndarray:
+        given = Image.fromarray(images_BCHW[0].transpose(1, 2, 0)) if self._image else images_BCHW
+        found = self._model.predict({self._input: given})[self._output]
+        if not self._probabilities:
+            return np.asarray(found)
+        return np.array([[found[name] for name in json.loads(self.metadata["class_names"])]])
+
+
+@contextlib.contextmanager
+def quiet_coremltools() -> Iterator[None]:
+    """Without what coremltools logs about other libraries, and its progress bars. What fails is raised."""
+    with silent(), quiet(), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without the warnings of exporters and runtimes about themselves. What fails is raised."""
@@ -195,6 +248,7 @@ RUNTIMES: dict[str, type[Runtime]] = {
     ".xml": OpenVINORuntime,
     ".pt2": TorchRuntime,
     ".pte": ExecuTorchRuntime,
+    ".mlpackage": CoreMLRuntime,
 }
 """The runtime for each suffix of exported files."""
 
@@ -236,5 +290,5 @@ def _missing(package: str, path: Path, extra: str, error: ImportError) -> Import
 def _damaged(kind: str, path: Path, error: Exception) -> CheckpointError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
     return CheckpointError(
-        f"{path} is not {kind} file or is damaged ({path.stat().st_size:,} bytes: {reason[:160]}); export it again"
+        f"{path} is not {kind} file or is damaged ({size_of(path):,} bytes: {reason[:160]}); export it again"
     )
