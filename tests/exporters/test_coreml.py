@@ -15,8 +15,8 @@ import localvit
 from localvit.exporters import CoreML, ExportReport
 from localvit.inference.export_metadata import ExportMetadata
 from localvit.inference.exported import ExportedModel
+from localvit.inference.quiet import without_messages
 from localvit.inference.runner import load_model
-from localvit.inference.runtimes import quiet_coremltools
 from localvit.utils.weight_files import CheckpointError
 from localvit_cli import main
 
@@ -29,7 +29,7 @@ FILES = {"Manifest.json", "Data/com.apple.CoreML/model.mlmodel", "Data/com.apple
 @pytest.fixture(scope="module")
 def written(checkpoint, tmp_path_factory) -> tuple[Path, ExportReport]:
     """The checkpoint as a package, over an older one."""
-    with quiet_coremltools():
+    with without_messages():
         pytest.importorskip("coremltools")
     path = tmp_path_factory.mktemp("coreml") / "tiny.mlpackage"
     path.mkdir()
@@ -116,7 +116,7 @@ def test_its_metadata_say_classes_preprocessing_and_origin(written):
 
 
 def test_raw_takes_an_array_and_returns_logits(tmp_path):
-    with quiet_coremltools():
+    with without_messages():
         pytest.importorskip("coremltools")
     path = tmp_path / "raw.mlpackage"
     localvit.export(tiny_model(), path, CoreML(include=()), preprocessing=PREPROCESSING, class_names=NAMES)

@@ -4,6 +4,7 @@ from localvit.exporters.export import export
 from localvit.exporters.coreml import CoreML
 from localvit.exporters.executorch import ExecuTorch
 from localvit.exporters.int8 import Int8
+from localvit.exporters.litert import LiteRT
 from localvit.exporters.onnx import Onnx
 from localvit.exporters.openvino import OpenVINO
 from localvit.exporters.proof import ProofError
@@ -18,6 +19,7 @@ __all__ = [
     "ExportReport",
     "Format",
     "Int8",
+    "LiteRT",
     "Onnx",
     "OpenVINO",
     "ProofError",

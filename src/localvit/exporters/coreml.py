@@ -9,7 +9,7 @@ from torch.export import ExportedProgram
 
 from localvit.exporters.registry import Format, register
 from localvit.inference.export_metadata import Dynamic, ExportMetadata
-from localvit.inference.runtimes import quiet_coremltools
+from localvit.inference.quiet import without_messages
 
 
 @register
@@ -35,11 +35,11 @@ class CoreML(Format):
     is_folder: ClassVar[bool] = True
 
     def check_installed(self) -> None:
-        with quiet_coremltools():
+        with without_messages():
             super().check_installed()
 
     def write(self, program: ExportedProgram, path: Path, metadata: ExportMetadata) -> None:
-        with quiet_coremltools():
+        with without_messages():
             import coremltools
 
             model = coremltools.convert(

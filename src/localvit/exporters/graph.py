@@ -14,7 +14,8 @@ from localvit.data.preprocessing import Preprocessing
 from localvit.exporters.registry import Format
 from localvit.exporters.resizing import ResampleByWeights, ResizeAndCrop
 from localvit.inference.fusion import fuse, fuse_last_block
-from localvit.inference.runtimes import AXES, input_shape_of, quiet
+from localvit.inference.quiet import quiet
+from localvit.inference.runtimes import AXES, input_shape_of
 from localvit.models.positions import absolute_grids, img_size_of
 from localvit.utils.wrappers import is_quantized, is_sharded, unwrap
 

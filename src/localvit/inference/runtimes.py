@@ -7,11 +7,10 @@ import contextlib
 import importlib.metadata
 import io
 import json
-import logging
 import sys
-import warnings
+import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from localvit.inference.quiet import quiet, without_messages
 from localvit.utils.files import size_of
 from localvit.utils.weight_files import CheckpointError
 
@@ -168,13 +168,13 @@ class CoreMLRuntime(Runtime):
 
     def __init__(self, path: Path) -> None:
         try:
-            with quiet_coremltools():
+            with without_messages():
                 from coremltools.models import MLModel
         except ImportError as error:
             raise _missing("coremltools", path, "coreml", error) from error
         self.cannot_run = "" if sys.platform == "darwin" else "Core ML runs on macOS only"
         try:
-            with quiet_coremltools():
+            with without_messages():
                 import coremltools
 
                 units = coremltools.ComputeUnit.CPU_ONLY
@@ -200,45 +200,34 @@ class CoreMLRuntime(Runtime):
         return np.array([[found[name] for name in json.loads(self.metadata["class_names"])]])
 
 
-@contextlib.contextmanager
-def quiet_coremltools() -> Iterator[None]:
-    """Without what coremltools logs about other libraries, and its progress bars. What fails is raised."""
-    with silent(), quiet(), contextlib.redirect_stderr(io.StringIO()):
-        yield
+class LiteRTRuntime(Runtime):
+    """LiteRT's programs (.tflite), by its interpreter, with XNNPACK."""
 
+    def __init__(self, path: Path) -> None:
+        try:
+            from ai_edge_litert.interpreter import Interpreter
+        except ImportError as error:
+            raise _missing("ai_edge_litert", path, "litert", error) from error
+        contents = path.read_bytes()
+        self.name = f"LiteRT {importlib.metadata.version('ai-edge-litert')}"
+        try:
+            self._interpreter = Interpreter(model_content=contents, num_threads=torch.get_num_threads())
+            self._interpreter.allocate_tensors()
+            [given], [output] = self._interpreter.get_input_details(), self._interpreter.get_output_details()
+        except (ValueError, RuntimeError) as error:
+            raise _damaged("a LiteRT", path, error) from error
+        self._input, self._output = given["index"], output["index"]
+        self.metadata = _json_texts(path, _member(contents, METADATA_FILE))
+        self.input_shape = tuple(map(int, given["shape"]))
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without the warnings of exporters and runtimes about themselves. What fails is raised."""
-    loggers = [
-        logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export", "torch.utils")
-    ]
-    levels = [each.level for each in loggers]
-    for each in loggers:
-        each.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for each, level in zip(loggers, levels, strict=True):
-            each.setLevel(level)
-
-
-@contextlib.contextmanager
-def silent() -> Iterator[None]:
-    """Without what exporters and quantizers log, with the root logger too, and print. What fails is raised."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logging.disable(disabled)
+    def run(self, images_BCHW: np.ndarray) -> np.ndarray:
+        self._interpreter.set_tensor(self._input, np.ascontiguousarray(images_BCHW))
+        self._interpreter.invoke()
+        return self._interpreter.get_tensor(self._output)
 
 
 METADATA_FILE = "localvit.json"
-"""Name of the extra file with the metadata in a .pt2 archive."""
+"""Name of the file with the metadata in a .pt2 archive, and in the one at the end of a .tflite file."""
 
 METADATA_METHOD = "localvit"
 """Name of the method of a .pte file that returns the metadata."""
@@ -249,6 +238,7 @@ RUNTIMES: dict[str, type[Runtime]] = {
     ".pt2": TorchRuntime,
     ".pte": ExecuTorchRuntime,
     ".mlpackage": CoreMLRuntime,
+    ".tflite": LiteRTRuntime,
 }
 """The runtime for each suffix of exported files."""
 
@@ -273,6 +263,15 @@ def _rt_info(model: Any) -> dict[str, str]:
     if not model.has_rt_info("localvit"):
         return {}
     return {key: str(value) for key, value in model.get_rt_info("localvit").value.items()}
+
+
+def _member(contents: bytes, name: str) -> bytes:
+    """A file of the archive at the end of `contents`; empty if there is none."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(contents)) as archive:
+            return archive.read(name)
+    except (zipfile.BadZipFile, KeyError):
+        return b""
 
 
 def _json_texts(path: Path, text: str | bytes) -> dict[str, str]:
