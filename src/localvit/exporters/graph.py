@@ -107,14 +107,15 @@ def trace(graph: ClassifierGraph, settings: Format, size: tuple[int, int], multi
     """The graph as a program of torch.export, whose input is open where the settings say so.
 
     The example has another size than the model's own where the size is open: while torch traces, a model must not take
-    a shortcut that holds for its own size only.
+    a shortcut that holds for its own size only. It is larger, because torch takes a side of 1, such as the number of
+    windows in a small map, for one that is always 1.
 
     Raises ValueError, with torch's reason, for a model that cannot be traced.
     """
     whole = "resize" in settings.parts
     height, width = size
     if settings.dynamic == "size":
-        height, width = height + multiple, width + 2 * multiple
+        height, width = 2 * height + multiple, 2 * width + 2 * multiple
     elif whole:
         height, width = height + 37, width + 61
     is_uint8 = settings.has_uint8 and settings.input_type == "uint8" and "preprocessing" in settings.parts
