@@ -16,7 +16,7 @@ from localvit.evaluation.evaluate import Evaluation, evaluate
 from localvit.evaluation.predict import Prediction, predict
 from localvit.hub import HubError, from_hub, push, save_hub_folder
 from localvit.explanations import Explanation, explain
-from localvit.exporters import ExecuTorch, ExportReport, Int8, Onnx, OpenVINO, TorchExport, export
+from localvit.exporters import CoreML, ExecuTorch, ExportReport, Int8, LiteRT, Onnx, OpenVINO, TorchExport, export
 from localvit.inference.cost import locality_report
 from localvit.inference.fusion import fuse
 from localvit.inference.runner import InferenceOptions, LoadedModel, load_model
@@ -37,6 +37,7 @@ __all__ = [
     "Adapter",
     "Checkpoint",
     "CheckpointError",
+    "CoreML",
     "Evaluation",
     "ExecuTorch",
     "Explanation",
@@ -44,6 +45,7 @@ __all__ = [
     "HubError",
     "InferenceOptions",
     "Int8",
+    "LiteRT",
     "LoadedModel",
     "LocalityFeedForward",
     "Onnx",

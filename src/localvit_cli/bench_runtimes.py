@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from localvit.bench.prepare import BenchModel, BenchOptions, load, of_exported, prepare, prepare_exported
-from localvit.exporters import ExecuTorch, Format, Onnx, OpenVINO, export
+from localvit.exporters import CoreML, ExecuTorch, Format, LiteRT, Onnx, OpenVINO, export
 from localvit.inference.exported import ExportedModel, is_exported_path
 from localvit.inference.runtimes import OpenVINORuntime
 from localvit_cli import UsageError
@@ -24,10 +24,24 @@ RUNTIMES = (
     "openvino-bfloat16",
     "openvino-int8",
     "executorch",
+    "coreml",
+    "litert",
 )
 """What `--runtime` takes."""
-_SUFFIXES = {".onnx": "onnxruntime", ".xml": "openvino", ".pte": "executorch"}
-_FORMATS: dict[str, type[Format]] = {"onnxruntime": Onnx, "openvino": OpenVINO, "executorch": ExecuTorch}
+_SUFFIXES = {
+    ".onnx": "onnxruntime",
+    ".xml": "openvino",
+    ".pte": "executorch",
+    ".mlpackage": "coreml",
+    ".tflite": "litert",
+}
+_FORMATS: dict[str, type[Format]] = {
+    "onnxruntime": Onnx,
+    "openvino": OpenVINO,
+    "executorch": ExecuTorch,
+    "coreml": CoreML,
+    "litert": LiteRT,
+}
 _CALIBRATION_IMAGES = 8  # of noise: the speed does not depend on the ranges
 
 

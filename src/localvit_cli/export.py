@@ -34,8 +34,9 @@ class Export:
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A checkpoint file, or a model's name (downloads its released weights, unless --checkpoint is given)."""
-    format: Literal["onnx", "openvino", "pt2", "executorch"] = "onnx"
-    """ONNX, OpenVINO's IR (.xml and .bin), a program of torch.export, or one of ExecuTorch (.pte)."""
+    format: Literal["onnx", "openvino", "pt2", "executorch", "litert", "coreml"] = "onnx"
+    """ONNX, OpenVINO's IR (.xml and .bin), a program of torch.export, of ExecuTorch (.pte) or of LiteRT (.tflite), or a
+    package of Core ML (.mlpackage, a folder), which is run beside the model on macOS only."""
     output: Annotated[Path | None, optional("FILE", "the checkpoint's or model's name with the format's suffix")] = None
     """File to write."""
     dynamic: Annotated[Literal["none", "batch", "size"] | None, optional("", _DYNAMIC)] = None

@@ -5,7 +5,7 @@ from typing import Any
 
 from localvit.inference.exported import ExportedModel
 from localvit.inference.runtimes import AXES
-from localvit.utils.files import sha256_of
+from localvit.utils.files import sha256_of, size_of
 from localvit.utils.tables import format_table
 from localvit_cli.streams import printable
 
@@ -17,9 +17,10 @@ def exported_facts(path: Path) -> dict[str, Any]:
     exported = ExportedModel.open(path)
     return {
         "path": str(path),
-        "bytes": path.stat().st_size,
+        "bytes": size_of(path),
         "sha256": sha256_of(path),
         "runtime": exported.runtime.name,
+        "cannot_run": exported.runtime.cannot_run,
         "input_shape": list(exported.runtime.input_shape),
         **exported.metadata.to_values(),
     }
@@ -34,7 +35,7 @@ def exported_text(facts: dict[str, Any]) -> str:
         ("file", facts["path"]),
         ("size", f"{facts['bytes']:,} bytes"),
         ("sha256", facts["sha256"]),
-        ("runs in", facts["runtime"]),
+        ("runs in", facts["runtime"] + (f"; not here: {facts['cannot_run']}" if facts["cannot_run"] else "")),
         ("architecture", facts["architecture"]),
         ("arguments", _lines(facts["arguments"])),
         ("classes", f"{facts['num_classes']:,}: {shown}" if names else f"{facts['num_classes']:,}, without names"),

@@ -83,6 +83,15 @@ def test_swins_mask_is_timms(window, shift):
     assert torch.equal(swin.shifted_window_mask(tokens, window, shift), expected)
 
 
+@pytest.mark.parametrize("shift", [(0, 0), (2, 1)])
+@pytest.mark.parametrize(("height", "width"), [(8, 9), (9, 14), (5, 3)])
+def test_swins_attention_in_exported_programs_is_timms(height, width, shift):
+    torch.manual_seed(0)
+    block = SwinTransformerBlock(6, (24, 30), 2, window_size=(4, 3), shift_size=shift, dynamic_mask=True)
+    map_BHWC = torch.randn(2, height, width, 6)
+    assert torch.equal(swin.window_attention(block, map_BHWC), SwinTransformerBlock._attn(block, map_BHWC))
+
+
 @pytest.mark.parametrize("name", FEW)
 def test_configuration_and_heads_on_the_meta_device(name):
     model = small_model(name, device="meta").eval()

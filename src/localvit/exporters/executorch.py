@@ -1,9 +1,6 @@
 """ExecuTorch programs (.pte), for phones and embedded devices: one file, with the parts that XNNPACK computes."""
 
-import contextlib
 import json
-import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -12,7 +9,8 @@ from torch.export import ExportedProgram
 
 from localvit.exporters.registry import Format, register
 from localvit.inference.export_metadata import Dynamic, ExportMetadata
-from localvit.inference.runtimes import METADATA_METHOD, quiet, silent
+from localvit.inference.quiet import without_messages
+from localvit.inference.runtimes import METADATA_METHOD
 
 
 @register
@@ -33,11 +31,11 @@ class ExecuTorch(Format):
     opens_sides: ClassVar[bool] = False
 
     def check_installed(self) -> None:
-        with _without_messages():
+        with without_messages():
             super().check_installed()
 
     def write(self, program: ExportedProgram, path: Path, metadata: ExportMetadata) -> None:
-        with _without_messages():
+        with without_messages():
             from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
             from executorch.exir import to_edge_transform_and_lower
 
@@ -47,15 +45,3 @@ class ExecuTorch(Format):
                 constant_methods={METADATA_METHOD: json.dumps(metadata.to_strings())},
             )
             path.write_bytes(lowered.to_executorch().buffer)
-
-
-@contextlib.contextmanager
-def _without_messages() -> Iterator[None]:
-    """Without what the package logs and prints, and without the handler that it gives the root logger."""
-    handlers, level = list(logging.root.handlers), logging.root.level
-    try:
-        with silent(), quiet():
-            yield
-    finally:
-        logging.root.handlers[:] = handlers
-        logging.root.setLevel(level)

@@ -23,7 +23,7 @@ from localvit.exporters.source import Source, source_of
 from localvit.inference.export_metadata import ExportMetadata
 from localvit.inference.exported import ExportedModel
 from localvit.inference.runner import LoadedModel
-from localvit.utils.files import atomic_write, check_writable, sha256_of
+from localvit.utils.files import atomic_write, check_writable, put_in_place, sha256_of, size_of
 
 logger = logging.getLogger(__name__)
 
@@ -42,11 +42,13 @@ def export(
 
     The file carries its class names, preprocessing and origin. It is loaded in its runtime and run beside the model;
     only if every error is below the format's tolerance does it get its name. `report_path` beside it keeps the report.
+    On a machine that cannot run the format, the file is kept without proof, and the report says `not_run`.
 
     Args:
         model: a checkpoint file, a model's name (with its released weights), the result of `load_model`, or a module,
             on any device. It stays as it is.
-        path: the file to write. What is there stays if the export fails.
+        path: the file to write, or the folder of a format whose files are folders. What is there stays if the export
+            fails.
         settings: the format and its options, such as `Onnx(dynamic="size")`; by default `Onnx()`.
         class_names: names of the classes, by default those of the checkpoint or the model.
         preprocessing: by default that of the checkpoint or the model.
@@ -66,7 +68,7 @@ def export(
     if path.suffix != settings.suffix:
         raise ValueError(f"{path} would be read as another format: let its name end in {settings.suffix}")
     settings.check_installed()
-    check_writable(path)
+    check_writable(path, folder=settings.is_folder)
     source = source_of(model, class_names, preprocessing, checkpoint)
     reference = Reference(model=plain_copy(source.model), preprocessing=source.preprocessing)
     size = source.preprocessing.input_size
@@ -137,12 +139,13 @@ def _prove(
 ) -> ExportReport:
     """The report on a file that was written and has no name yet. Raises ProofError for one that is wrong."""
     exported = ExportedModel.open(written, trusted=True)
-    cases = list(prove(exported, reference, shapes, images))
+    not_run = exported.runtime.cannot_run
+    cases = [] if not_run else list(prove(exported, reference, shapes, images))
     report = ExportReport(
         path=path,
         format=settings.name,
         runtime=exported.runtime.name,
-        bytes=sum(file.stat().st_size for file in settings.files(written)),
+        bytes=sum(map(size_of, settings.files(written))),
         sha256=sha256_of(written),
         fused=settings.fuse,
         settings=asdict(settings),
@@ -150,9 +153,10 @@ def _prove(
         images=f"{len(images)} given images, others drawn" if len(images) else "drawn images",
         cases=cases,
         notes=_notes(written, settings, exported, reference, shapes),
+        not_run=not_run,
     )
-    worst = max(cases, key=lambda case: case.max_rel)
-    if not worst.max_rel <= settings.tolerance:
+    worst = max(cases, key=lambda case: case.max_rel, default=None)
+    if worst is not None and not worst.max_rel <= settings.tolerance:
         raise ProofError(
             f"{path} was not written: {exported.runtime.name} computes logits that differ from the model's by "
             f"{worst.max_rel:.1e} of the largest one ({worst.batch} images of {worst.height} x {worst.width} pixels; "
@@ -179,9 +183,10 @@ def _notes(
 
 
 def _keep(settings: Format, written: Path, path: Path, report: ExportReport) -> None:
-    """Give the files and the report their names."""
+    """Give the files and the report their names, in a folder that is deleted afterwards."""
     for file in reversed(settings.files(written)):  # the file itself last, so that it never lacks its weights
-        shutil.copymode(written, file)
-        file.replace(path.with_name(file.name))
+        if file != written:
+            shutil.copymode(written, file)
+        put_in_place(file, path.with_name(file.name))
     with atomic_write(report.report_path) as temporary:
         temporary.write_text(report.to_json(), encoding="utf-8")

@@ -14,7 +14,8 @@ from localvit.data.preprocessing import Preprocessing
 from localvit.exporters.registry import Format
 from localvit.exporters.resizing import ResampleByWeights, ResizeAndCrop
 from localvit.inference.fusion import fuse, fuse_last_block
-from localvit.inference.runtimes import AXES, input_shape_of, quiet
+from localvit.inference.quiet import quiet
+from localvit.inference.runtimes import AXES, input_shape_of
 from localvit.models.positions import absolute_grids, img_size_of
 from localvit.utils.wrappers import is_quantized, is_sharded, unwrap
 
@@ -106,17 +107,18 @@ def trace(graph: ClassifierGraph, settings: Format, size: tuple[int, int], multi
     """The graph as a program of torch.export, whose input is open where the settings say so.
 
     The example has another size than the model's own where the size is open: while torch traces, a model must not take
-    a shortcut that holds for its own size only.
+    a shortcut that holds for its own size only. It is larger, because torch takes a side of 1, such as the number of
+    windows in a small map, for one that is always 1.
 
     Raises ValueError, with torch's reason, for a model that cannot be traced.
     """
     whole = "resize" in settings.parts
     height, width = size
     if settings.dynamic == "size":
-        height, width = height + multiple, width + 2 * multiple
+        height, width = 2 * height + multiple, 2 * width + 2 * multiple
     elif whole:
         height, width = height + 37, width + 61
-    is_float = settings.input_type == "float32" or "preprocessing" not in settings.parts
+    is_uint8 = settings.has_uint8 and settings.input_type == "uint8" and "preprocessing" in settings.parts
     example = torch.zeros(1 if settings.dynamic == "none" else 2, 3, height, width)
     open_dims: dict[int, Any] = {}
     if settings.dynamic != "none":
@@ -127,7 +129,7 @@ def trace(graph: ClassifierGraph, settings: Format, size: tuple[int, int], multi
         with quiet(), ResampleByWeights():
             program = torch.export.export(
                 graph,
-                (example if is_float else example.byte(),),
+                (example.byte() if is_uint8 else example,),
                 dynamic_shapes={"images": open_dims or None},
             )
     except Exception as error:  # torch raises many types for what it cannot trace

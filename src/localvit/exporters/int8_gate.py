@@ -7,7 +7,7 @@ import functools
 import math
 import statistics
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +16,13 @@ from torch import Tensor
 
 from localvit.bench.measure import time_rounds, warm_up
 from localvit.bench.prepare import BenchOptions
-from localvit.exporters.int8 import Chosen, Int8, choose_images
+from localvit.exporters.int8 import Chosen, choose_images
 from localvit.exporters.proof import ProofError, comparable
 from localvit.exporters.registry import Format
 from localvit.exporters.report import ExportReport, Int8Comparison, Int8Speed
 from localvit.inference.exported import ExportedModel
 from localvit.inference.runner import InferenceOptions, Runner, load_model
-from localvit.utils.files import sha256_of
+from localvit.utils.files import sha256_of, size_of
 
 LEAST_AGREEMENT = 0.95
 """Least share of images with the same top class, where there are no labels. The images that change are those between
@@ -58,12 +58,20 @@ def quantize_with_proof(float32: Path, file: Path, settings: Format, report: Exp
     runner = Runner.of(loaded, options=InferenceOptions(workers=0, device=torch.device("cpu")))
     calibration, check = choose_images(int8, runner, reference)
     settings.write_int8(float32, file, list(calibration.inputs(runner, reference)), reference.metadata)
-    comparison = _compare(reference, ExportedModel.open(file), runner, check, int8)
-    comparison = replace(
-        comparison,
+    quantized = ExportedModel.open(file)
+    outcome = _run_both(reference, quantized, runner, check)
+    comparison = Int8Comparison(
+        images=check.description,
         calibration=calibration.description,
+        max_drop=int8.max_drop,
+        acc1_float32=_percent(outcome.correct_float32_N),
+        acc1_int8=_percent(outcome.correct_int8_N),
+        drop_standard_error=outcome.drop_standard_error,
+        top1_agreement=outcome.same_N.double().mean().item(),
+        rms_error=outcome.rms_error,
         bytes_float32=report.bytes,
-        bytes_int8=sum(each.stat().st_size for each in settings.files(file)),
+        bytes_int8=sum(map(size_of, settings.files(file))),
+        speeds=list(_speeds(reference, quantized, outcome.image_1CHW)),
     )
     report = replace(report, bytes=comparison.bytes_int8, sha256=sha256_of(file), int8=comparison)
     if reason := _reason_to_refuse(comparison):
@@ -93,43 +101,53 @@ def _reason_to_refuse(comparison: Int8Comparison) -> str:
     return ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Outcome:
+    """What both files returned for the same N images."""
+
+    same_N: Tensor
+    """Whether the top class is the same."""
+    correct_float32_N: Tensor | None
+    """Whether the top class is the true one, if the images have labels."""
+    correct_int8_N: Tensor | None
+    rms_error: float
+    image_1CHW: np.ndarray
+    """One of the inputs."""
+
+    @property
+    def drop_standard_error(self) -> float | None:
+        """Of the drop in points, from what each image lost: 1, 0 or -1."""
+        if self.correct_float32_N is None or self.correct_int8_N is None:
+            return None
+        lost_N = self.correct_float32_N.double() - self.correct_int8_N.double()
+        return 100 * lost_N.std(correction=0).item() / math.sqrt(len(lost_N))
+
+
 @torch.inference_mode()
-def _compare(
-    reference: ExportedModel, quantized: ExportedModel, runner: Runner, check: Chosen, settings: Int8
-) -> Int8Comparison:
-    """Both files on the same images."""
-    same, errors, squares = [], [], []
-    hits: dict[str, list[Tensor]] = {"float32": [], "int8": []}
+def _run_both(reference: ExportedModel, quantized: ExportedModel, runner: Runner, check: Chosen) -> _Outcome:
+    same, correct_float32, correct_int8, errors, squares = [], [], [], [], []
     for positions, images_BCHW in check.batches(runner):
         given = reference.as_input(images_BCHW)
         expected_BM, found_BM = (each.logits(each.run(given)) for each in (reference, quantized))
         same.append(found_BM.argmax(1) == expected_BM.argmax(1))
         if check.labels is not None:
             labels_B = torch.tensor([check.labels[position] for position in positions])
-            hits["float32"].append(expected_BM.argmax(1) == labels_B)
-            hits["int8"].append((found_BM.argmax(1) == labels_B) & found_BM.isfinite().all(1))
+            correct_float32.append(expected_BM.argmax(1) == labels_B)
+            correct_int8.append((found_BM.argmax(1) == labels_B) & found_BM.isfinite().all(1))
         found_BM, expected_BM = comparable(found_BM, expected_BM, reference.metadata)
         errors.append((found_BM - expected_BM).square().sum())
         squares.append(expected_BM.square().sum())
-    labeled = {name: torch.cat(each).double() for name, each in hits.items() if each}
-    return Int8Comparison(
-        images=check.description,
-        calibration="",
-        max_drop=settings.max_drop,
-        acc1_float32=100 * labeled["float32"].mean().item() if labeled else None,
-        acc1_int8=100 * labeled["int8"].mean().item() if labeled else None,
-        drop_standard_error=_standard_error(labeled["float32"] - labeled["int8"]) if labeled else None,
-        top1_agreement=torch.cat(same).double().mean().item(),
+    return _Outcome(
+        same_N=torch.cat(same),
+        correct_float32_N=torch.cat(correct_float32) if correct_float32 else None,
+        correct_int8_N=torch.cat(correct_int8) if correct_int8 else None,
         rms_error=math.sqrt(sum(errors) / max(float(sum(squares)), 1e-300)),
-        bytes_float32=0,
-        bytes_int8=0,
-        speeds=list(_speeds(reference, quantized, given[:1])),
+        image_1CHW=given[:1],
     )
 
 
-def _standard_error(lost_N: Tensor) -> float:
-    """Of the drop in points, from what each image lost: 1, 0 or -1."""
-    return 100 * lost_N.std(correction=0).item() / math.sqrt(len(lost_N))
+def _percent(correct_N: Tensor | None) -> float | None:
+    return None if correct_N is None else 100 * correct_N.double().mean().item()
 
 
 def _speeds(reference: ExportedModel, quantized: ExportedModel, image_1CHW: np.ndarray) -> Iterator[Int8Speed]:

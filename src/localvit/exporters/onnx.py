@@ -14,7 +14,8 @@ from localvit.exporters.onnx_half import store_in_float16
 from localvit.exporters.onnx_int8 import write_onnx_int8
 from localvit.exporters.registry import Format, register
 from localvit.inference.export_metadata import ExportMetadata
-from localvit.inference.runtimes import AXES, quiet
+from localvit.inference.quiet import quiet
+from localvit.inference.runtimes import AXES
 
 OPSETS = range(18, 24)
 """The opsets that torch's exporter writes and ONNX Runtime reads."""

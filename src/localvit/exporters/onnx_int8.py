@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from localvit.inference.export_metadata import ExportMetadata
-from localvit.inference.runtimes import quiet, silent
+from localvit.inference.quiet import quiet, silent
 
 OPERATORS = ("MatMul", "Gemm", "Conv")
 """What is quantized: nearly all of the work. Norms, softmax, activations and sums stay in float32, which loses less."""

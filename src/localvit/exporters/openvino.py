@@ -14,7 +14,8 @@ from torch.export import ExportedProgram
 from localvit.exporters.onnx import write_onnx
 from localvit.exporters.registry import Format, register
 from localvit.inference.export_metadata import ExportMetadata
-from localvit.inference.runtimes import OpenVINORuntime, Runtime, quiet, silent
+from localvit.inference.quiet import quiet, silent
+from localvit.inference.runtimes import OpenVINORuntime, Runtime
 
 _OPSET = 20
 

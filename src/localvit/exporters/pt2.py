@@ -10,7 +10,8 @@ from torch.export import ExportedProgram
 
 from localvit.exporters.registry import Format, register
 from localvit.inference.export_metadata import ExportMetadata
-from localvit.inference.runtimes import METADATA_FILE, quiet
+from localvit.inference.quiet import quiet
+from localvit.inference.runtimes import METADATA_FILE
 
 
 @register

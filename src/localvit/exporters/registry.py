@@ -48,6 +48,10 @@ class Format(ABC):
     """Whether its `write` knows float16."""
     opens_sides: ClassVar[bool] = True
     """Whether its input can leave the batch and the image size open."""
+    has_uint8: ClassVar[bool] = True
+    """Whether its graphs take tensors of uint8; otherwise they are traced with float32 of the same values."""
+    is_folder: ClassVar[bool] = False
+    """Whether its files are folders."""
     quantizes: ClassVar[bool] = False
     """Whether it has `write_int8`."""
 

@@ -85,11 +85,11 @@ class ExportReport:
     path: Path
     format: str
     runtime: str
-    """Name and version of the runtime that ran the file."""
+    """Name and version of the file's runtime."""
     bytes: int
     """Size of all its files."""
     sha256: str
-    """Hash of the file."""
+    """Hash of the file, or of the lines that `sha256sum` prints for the files of a folder."""
     fused: bool
     settings: dict[str, Any]
     """The options of the format."""
@@ -100,6 +100,8 @@ class ExportReport:
     cases: list[ProofCase]
     notes: list[str] = field(default_factory=list)
     """What else is to be known, such as the error at the runtime's default precision."""
+    not_run: str = ""
+    """Why the file was not run beside the model, or nothing. Then there are no `cases`, and nothing is proven."""
     int8: Int8Comparison | None = None
     """How the file compares with the float32 file, whose proof `cases` are."""
 
@@ -109,18 +111,20 @@ class ExportReport:
         return self.path.with_name(f"{self.path.name}.json")
 
     @property
-    def max_abs(self) -> float:
-        """The largest absolute error of a logit."""
-        return max(case.max_abs for case in self.cases)
+    def max_abs(self) -> float | None:
+        """The largest absolute error of a logit; None for a file that was not run."""
+        return max((case.max_abs for case in self.cases), default=None)
 
     @property
-    def max_rel(self) -> float:
-        """The largest relative error of a logit."""
-        return max(case.max_rel for case in self.cases)
+    def max_rel(self) -> float | None:
+        """The largest relative error of a logit; None for a file that was not run."""
+        return max((case.max_rel for case in self.cases), default=None)
 
     @property
-    def top1_agreement(self) -> float:
-        """Share of all images with the same top class, from 0 to 1."""
+    def top1_agreement(self) -> float | None:
+        """Share of all images with the same top class, from 0 to 1; None for a file that was not run."""
+        if not self.cases:
+            return None
         return sum(case.batch * case.top1_agreement for case in self.cases) / sum(case.batch for case in self.cases)
 
     def to_dict(self) -> dict[str, Any]:
@@ -136,6 +140,15 @@ class ExportReport:
         return json.dumps(self.to_dict(), indent=2, default=str) + "\n"
 
     def __str__(self) -> str:
+        written = f"{self.path}: {self.format}, {self.bytes / 1e6:.1f} MB"
+        if self.not_run:
+            return "\n".join(
+                (
+                    f"{written}, converted and NOT run beside the model: {self.not_run}",
+                    f"for {self.runtime}; nothing is proven until it has run there beside the model",
+                    *self.notes,
+                )
+            )
         rows = [
             (
                 f"{case.batch} x {case.height} x {case.width}",
@@ -147,7 +160,7 @@ class ExportReport:
         ]
         headings = ("images", "max abs error", "relative", "same top class")
         lines = [
-            f"{self.path}: {self.format}, {self.bytes / 1e6:.1f} MB, run by {self.runtime} beside the model",
+            f"{written}, run by {self.runtime} beside the model",
             "",
             format_table(rows, headings=headings, right=(1, 2, 3)),
             "",

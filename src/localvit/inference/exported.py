@@ -48,16 +48,19 @@ class ExportedModel(nn.Module):
         Raises FileNotFoundError if there is no such file, CheckpointError if it is damaged, not one of this package or
         not to be trusted, and ImportError if its runtime is not installed.
         """
-        if path.is_dir():
-            raise CheckpointError(f"{path} is a folder: give the path of the exported file")
+        kind = RUNTIMES[path.suffix]
         if not path.exists():
             raise FileNotFoundError(f"no exported file at {path}")
-        if RUNTIMES[path.suffix].runs_code and not trusted:
+        if path.is_dir() and not kind.is_folder:
+            raise CheckpointError(f"{path} is a folder: give the path of the exported file")
+        if kind.is_folder and not path.is_dir():
+            raise CheckpointError(f"{path} is a file, and {path.suffix} is a folder: export it again")
+        if kind.runs_code and not trusted:
             raise CheckpointError(
                 f"{path} is not opened: torch unpickles {path.suffix} files, which can run code. Give the checkpoint "
                 "or the model as .onnx; if you trust the file, call torch.export.load yourself"
             )
-        runtime = RUNTIMES[path.suffix](path)
+        runtime = kind(path)
         return cls(path, runtime, ExportMetadata.from_strings(path, runtime.metadata))
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
@@ -73,7 +76,11 @@ class ExportedModel(nn.Module):
         return images_BCHW.float().div(255).numpy()
 
     def run(self, input_BCHW: np.ndarray) -> np.ndarray:
-        """The file's output, for any number of images: where its batch size is fixed, in several calls."""
+        """The file's output, for any number of images: where its batch size is fixed, in several calls.
+
+        Raises RuntimeError on a machine that cannot run it.
+        """
+        self.check_runs_here()
         size = self.runtime.input_shape[0]
         if size is None or len(input_BCHW) == size:
             return self._checked(self.runtime.run(input_BCHW), len(input_BCHW))
@@ -90,6 +97,11 @@ class ExportedModel(nn.Module):
         if "softmax" not in self.metadata.in_graph:
             return output
         return output.clamp_min(SMALLEST).log() * self.metadata.temperature
+
+    def check_runs_here(self) -> None:
+        """Raise RuntimeError if this machine can read the file and not run it."""
+        if self.runtime.cannot_run:
+            raise RuntimeError(f"{self.path} cannot be run here: {self.runtime.cannot_run}")
 
     def _checked(self, output_BM: np.ndarray, batch: int) -> np.ndarray:
         if output_BM.shape != (batch, self.num_classes):

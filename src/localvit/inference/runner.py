@@ -145,6 +145,7 @@ def load_model(
         CheckpointError: The file is damaged or unsafe, or does not fit the model; see `load_checkpoint`.
         ValueError: The name is unknown, or an exported file cannot have what is asked for.
         ImportError: The runtime of an exported file is not installed.
+        RuntimeError: This machine cannot run an exported file.
         DownloadError: The released weights cannot be downloaded.
         HubError: A model of the hub cannot be downloaded.
     """
@@ -196,6 +197,7 @@ def load_model(
 
 def _load_exported(path: Path, input_size: tuple[int, int] | None) -> LoadedModel:
     model = ExportedModel.open(path)
+    model.check_runs_here()
     metadata = model.metadata
     preprocessing = metadata.preprocessing.to_dict()
     if input_size is not None and input_size != metadata.preprocessing.input_size:

@@ -7,16 +7,19 @@ import contextlib
 import importlib.metadata
 import io
 import json
-import logging
-import warnings
+import sys
+import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from PIL import Image
 
+from localvit.inference.quiet import quiet, without_messages
+from localvit.utils.files import size_of
 from localvit.utils.weight_files import CheckpointError
 
 
@@ -31,6 +34,10 @@ class Runtime(ABC):
     """Batch, channels, height and width that the input takes; None where it takes any."""
     runs_code: ClassVar[bool] = False
     """Whether reading a file can run code in it."""
+    is_folder: ClassVar[bool] = False
+    """Whether its files are folders."""
+    cannot_run: str = ""
+    """Why this machine can read the file and not run it, or nothing."""
 
     @abstractmethod
     def __init__(self, path: Path) -> None: ...
@@ -154,38 +161,73 @@ class ExecuTorchRuntime(Runtime):
         return self._method.execute([torch.from_numpy(images_BCHW)])[0].numpy()
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without the warnings of exporters and runtimes about themselves. What fails is raised."""
-    loggers = [
-        logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export", "torch.utils")
-    ]
-    levels = [each.level for each in loggers]
-    for each in loggers:
-        each.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for each, level in zip(loggers, levels, strict=True):
-            each.setLevel(level)
+class CoreMLRuntime(Runtime):
+    """Core ML's packages (.mlpackage), by Core ML, in float32 on the CPU: read everywhere, run on macOS only."""
+
+    is_folder = True
+
+    def __init__(self, path: Path) -> None:
+        try:
+            with without_messages():
+                from coremltools.models import MLModel
+        except ImportError as error:
+            raise _missing("coremltools", path, "coreml", error) from error
+        self.cannot_run = "" if sys.platform == "darwin" else "Core ML runs on macOS only"
+        try:
+            with without_messages():
+                import coremltools
+
+                units = coremltools.ComputeUnit.CPU_ONLY
+                self._model = MLModel(str(path), compute_units=units, skip_model_load=bool(self.cannot_run))
+            description = self._model.get_spec().description
+            self.metadata = dict(description.metadata.userDefined)
+            [given] = description.input
+            self._image = given.type.WhichOneof("Type") == "imageType"
+            size = given.type.imageType
+            shape = (1, 3, size.height, size.width) if self._image else given.type.multiArrayType.shape
+        except Exception as error:  # any type, for a damaged package
+            raise _damaged("a Core ML", path, error) from error
+        self.name = f"Core ML, specification {self._model.get_spec().specificationVersion}"
+        self.input_shape = tuple(shape)
+        self._input, self._probabilities = given.name, description.predictedProbabilitiesName
+        self._output = self._probabilities or description.output[0].name
+
+    def run(self, images_BCHW: np.ndarray) -> np.ndarray:
+        given = Image.fromarray(images_BCHW[0].transpose(1, 2, 0)) if self._image else images_BCHW
+        found = self._model.predict({self._input: given})[self._output]
+        if not self._probabilities:
+            return np.asarray(found)
+        return np.array([[found[name] for name in json.loads(self.metadata["class_names"])]])
 
 
-@contextlib.contextmanager
-def silent() -> Iterator[None]:
-    """Without what exporters and quantizers log, with the root logger too, and print. What fails is raised."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logging.disable(disabled)
+class LiteRTRuntime(Runtime):
+    """LiteRT's programs (.tflite), by its interpreter, with XNNPACK."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            from ai_edge_litert.interpreter import Interpreter
+        except ImportError as error:
+            raise _missing("ai_edge_litert", path, "litert", error) from error
+        contents = path.read_bytes()
+        self.name = f"LiteRT {importlib.metadata.version('ai-edge-litert')}"
+        try:
+            self._interpreter = Interpreter(model_content=contents, num_threads=torch.get_num_threads())
+            self._interpreter.allocate_tensors()
+            [given], [output] = self._interpreter.get_input_details(), self._interpreter.get_output_details()
+        except (ValueError, RuntimeError) as error:
+            raise _damaged("a LiteRT", path, error) from error
+        self._input, self._output = given["index"], output["index"]
+        self.metadata = _json_texts(path, _member(contents, METADATA_FILE))
+        self.input_shape = tuple(map(int, given["shape"]))
+
+    def run(self, images_BCHW: np.ndarray) -> np.ndarray:
+        self._interpreter.set_tensor(self._input, np.ascontiguousarray(images_BCHW))
+        self._interpreter.invoke()
+        return self._interpreter.get_tensor(self._output)
 
 
 METADATA_FILE = "localvit.json"
-"""Name of the extra file with the metadata in a .pt2 archive."""
+"""Name of the file with the metadata in a .pt2 archive, and in the one at the end of a .tflite file."""
 
 METADATA_METHOD = "localvit"
 """Name of the method of a .pte file that returns the metadata."""
@@ -195,6 +237,8 @@ RUNTIMES: dict[str, type[Runtime]] = {
     ".xml": OpenVINORuntime,
     ".pt2": TorchRuntime,
     ".pte": ExecuTorchRuntime,
+    ".mlpackage": CoreMLRuntime,
+    ".tflite": LiteRTRuntime,
 }
 """The runtime for each suffix of exported files."""
 
@@ -221,6 +265,15 @@ def _rt_info(model: Any) -> dict[str, str]:
     return {key: str(value) for key, value in model.get_rt_info("localvit").value.items()}
 
 
+def _member(contents: bytes, name: str) -> bytes:
+    """A file of the archive at the end of `contents`; empty if there is none."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(contents)) as archive:
+            return archive.read(name)
+    except (zipfile.BadZipFile, KeyError):
+        return b""
+
+
 def _json_texts(path: Path, text: str | bytes) -> dict[str, str]:
     try:
         texts = json.loads(text) if text else {}
@@ -236,5 +289,5 @@ def _missing(package: str, path: Path, extra: str, error: ImportError) -> Import
 def _damaged(kind: str, path: Path, error: Exception) -> CheckpointError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
     return CheckpointError(
-        f"{path} is not {kind} file or is damaged ({path.stat().st_size:,} bytes: {reason[:160]}); export it again"
+        f"{path} is not {kind} file or is damaged ({size_of(path):,} bytes: {reason[:160]}); export it again"
     )

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, window_partition
 from torch import Tensor
 
@@ -41,6 +42,35 @@ def _attention_mask(block: Any, x: Tensor | None = None, **factory: Any) -> Tens
     if x is None or not any(block.shift_size):
         return type(block).get_attn_mask(block, **factory)
     return shifted_window_mask(x, block.window_size, block.shift_size)
+
+
+def window_attention(block: Any, x_BHWC: Tensor) -> Tensor:
+    """The block's attention in shifted windows, as timm computes it, of a map whose size torch.export leaves open.
+
+    timm pads by `(window - H % window) % window` and divides the padded sides again, so that torch.export compares
+    nested remainders for hours. Here the number of windows comes first, and all other sizes are products of it.
+    """
+    B, H, W, C = x_BHWC.shape
+    (height, width), (down, right) = block.window_size, block.shift_size
+    rows, columns = (H + height - 1) // height, (W + width - 1) // width
+    shifted = torch.roll(x_BHWC, (-down, -right), (1, 2)) if down or right else x_BHWC
+    padded = F.pad(shifted, (0, 0, 0, columns * width - W, 0, rows * height - H))
+    windows = padded.view(B, rows, height, columns, width, C).transpose(2, 3)
+    attended = block.attn(windows.reshape(B * rows * columns, height * width, C), mask=block.get_attn_mask(padded))
+    windows = attended.view(B, rows, columns, height, width, C).transpose(2, 3)
+    whole = windows.reshape(B, rows * height, columns * width, C)
+    for dim, (side, shift) in enumerate(((H, down), (W, right)), start=1):
+        # Cropped and shifted back by index: after a slice, torch.export would ask whether the map is contiguous.
+        kept = torch.arange(side, device=whole.device)
+        whole = whole.index_select(dim, kept.roll(shift) if shift else kept)
+    return whole
+
+
+def _attention(block: Any, x: Tensor) -> Tensor:
+    """`SwinTransformerBlock._attn`, which torch.export can trace with the image size open."""
+    if torch.compiler.is_exporting() and block.dynamic_mask:
+        return window_attention(block, x)
+    return type(block)._attn(block, x)
 
 
 class LocalSwin(Family, SwinTransformer):
@@ -90,6 +120,7 @@ class LocalSwin(Family, SwinTransformer):
         for block in self.modules():
             if isinstance(block, SwinTransformerBlock):
                 block.get_attn_mask = partial(_attention_mask, block)  # type: ignore[method-assign]
+                block._attn = partial(_attention, block)  # type: ignore[method-assign]
 
         def locality_of(site: Site) -> Replace:
             return Replace(

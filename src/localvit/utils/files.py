@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and their hashes."""
+"""Files and folders that appear whole or not at all, their sizes and their hashes."""
 
 import errno
 import hashlib
@@ -33,14 +33,32 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def check_writable(path: Path) -> None:
-    """Raise OSError if `atomic_write(path)` would fail, so that a command can stop before hours of work.
+def put_in_place(written: Path, path: Path) -> None:
+    """Rename a written file or folder to `path`, instead of what is there, which stays if that fails.
 
-    A missing folder is created.
+    A folder that was there is moved into the folder of `written`, for the caller to delete.
+    """
+    if not path.is_dir():
+        written.replace(path)
+        return
+    replaced = path.replace(written.with_name(f"replaced.{path.name}"))
+    try:
+        written.replace(path)
+    except OSError:
+        replaced.replace(path)
+        raise
+
+
+def check_writable(path: Path, *, folder: bool = False) -> None:
+    """Raise OSError if `path` cannot be written, so that a command can stop before hours of work.
+
+    It may be a file that is there, or, with `folder`, a folder. A missing folder around it is created.
     """
     try:
-        if path.is_dir():
+        if path.is_dir() and not folder:
             raise IsADirectoryError("it is a folder")
+        if path.is_file() and folder:
+            raise NotADirectoryError("it is a file, and a folder is to be written")
         path.parent.mkdir(parents=True, exist_ok=True)
         probe = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
         probe.touch()
@@ -49,7 +67,23 @@ def check_writable(path: Path) -> None:
         raise OSError(f"{path} cannot be written ({error.strerror or error}): choose another path") from error
 
 
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    return path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in _files_in(path))
+
+
 def sha256_of(path: Path) -> str:
-    """The hash of a file's contents, in hexadecimal."""
+    """The hash of a file's contents, in hexadecimal.
+
+    Of a folder, the hash of the lines that `sha256sum` prints for its files, by their sorted paths in it.
+    """
+    if path.is_dir():
+        lines = [f"{sha256_of(file)}  {file.relative_to(path).as_posix()}\n" for file in _files_in(path)]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _files_in(folder: Path) -> list[Path]:
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return sorted(files, key=lambda file: file.relative_to(folder).as_posix())

@@ -14,7 +14,8 @@ from torch.export import Dim
 from localvit.data.preprocessing import Preprocessing
 from localvit.exporters.proof import drawn_images
 from localvit.exporters.resizing import ResizeAndCrop
-from localvit.inference.runtimes import OnnxRuntime, quiet
+from localvit.inference.quiet import quiet
+from localvit.inference.runtimes import OnnxRuntime
 
 OPSET = 20
 
