@@ -162,7 +162,6 @@ def test_a_missing_nncf_is_one_line_that_says_what_to_install(checkpoint, folder
     [
         ({"data_path": "labeled", "max_drop": 0.01}, r"200 images cannot show a drop of 0\.01 points: give at least"),
         ({"images": "one"}, "too few to check int8: at least 20"),
-        ({"calibrate": "none"}, "no such folder"),
     ],
 )
 def test_too_few_images_are_refused(float32, folders, tmp_path, options, words):
@@ -171,3 +170,12 @@ def test_too_few_images_are_refused(float32, folders, tmp_path, options, words):
     with pytest.raises(DataError, match=words):
         quantized(float32, tmp_path / "int8.onnx", Int8(**{"calibrate": folders / "train", **paths}))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("missing", ["calibrate", "data_path"])
+def test_a_missing_folder_is_an_error_before_the_model_is_traced(folders, tmp_path, missing, monkeypatch):
+    module = sys.modules["localvit.exporters.export"]
+    monkeypatch.setattr(module, "trace", lambda *_: pytest.fail("the model was traced"))
+    int8 = Int8(**{"calibrate": folders / "train", "data_path": folders / "labeled", missing: tmp_path / "none"})
+    with pytest.raises(DataError, match=rf"--{missing.replace('_', '-')} .*none: no such folder"):
+        localvit.export(balanced_model(), tmp_path / "a.onnx", Onnx(int8=int8), preprocessing=PREPROCESSING)

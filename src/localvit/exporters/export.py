@@ -62,6 +62,7 @@ def export(
         ProofError: if the file computes something else, or loses too much in int8. It is deleted.
         ImportError: if the format's packages are missing, with what to install.
         ValueError: if the model cannot be traced, has no preprocessing, or does not take what `settings` ask for.
+        DataError, UnreadableImage: if the images for int8 cannot be used.
         OSError: if the file cannot be written.
     """
     settings, path = settings or Onnx(), Path(path)
@@ -69,6 +70,8 @@ def export(
         raise ValueError(f"{path} would be read as another format: let its name end in {settings.suffix}")
     settings.check_installed()
     check_writable(path, folder=settings.is_folder)
+    if settings.int8 is not None:
+        settings.int8.check_folders()
     source = source_of(model, class_names, preprocessing, checkpoint)
     reference = Reference(model=plain_copy(source.model), preprocessing=source.preprocessing)
     size = source.preprocessing.input_size

@@ -49,6 +49,12 @@ class Int8:
         if not 0 < self.max_drop <= 100:
             raise ValueError(f"max_drop={self.max_drop:g} must be above 0 and at most 100, in points of Acc@1")
 
+    def check_folders(self) -> None:
+        """Raise DataError for a folder that is not there: before the model is traced, which may take minutes."""
+        for option, folder in (("--calibrate", self.calibrate), ("--data-path", self.data_path)):
+            if folder is not None and not Path(folder).is_dir():
+                raise DataError(f"{option} {folder}: no such folder")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
@@ -83,8 +89,6 @@ def choose_images(settings: Int8, runner: Runner, exported: ExportedModel) -> tu
     Raises DataError if there are too few.
     """
     root = Path(settings.calibrate)
-    if not root.is_dir():
-        raise DataError(f"--calibrate {root}: no such folder")
     train = root / "train" if (root / "train").is_dir() else root
     found = PathImages([str(train)])
     order = _shuffled(len(found))
