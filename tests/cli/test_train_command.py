@@ -34,7 +34,7 @@ def test_a_dry_run_describes_the_run_and_writes_nothing(digits, tmp_path, capsys
     assert rows["images per step"].startswith("12 ")
     assert rows["steps"].startswith("21 ")  # 39 images are 3 steps of 12
     assert float(rows["peak learning rate"]) == pytest.approx(0.1 * 12 / 512, rel=1e-2)
-    assert rows["model"].startswith("localvit_nano_patch4_32, 730,")
+    assert rows["model"].startswith("localvit_nano_patch4_32, 251,147 of 251,147 parameters")  # of two blocks
     assert {"time per step", "total time", "peak memory", "device"} <= rows.keys()
     assert [path.name for path in tmp_path.iterdir()] == ["settings.yaml"]
 

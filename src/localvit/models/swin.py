@@ -5,6 +5,8 @@ every block's feed-forward has an effect. The default drop path rate is timm's, 
 """
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, window_partition
-from torch import Tensor
+from torch import Tensor, nn
 
 from localvit.models.family import Family
 from localvit.models.registry import ModelInfo, register_model
@@ -66,11 +68,22 @@ def window_attention(block: Any, x_BHWC: Tensor) -> Tensor:
     return whole
 
 
-def _attention(block: Any, x: Tensor) -> Tensor:
-    """`SwinTransformerBlock._attn`, which torch.export can trace with the image size open."""
-    if torch.compiler.is_exporting() and block.dynamic_mask:
-        return window_attention(block, x)
-    return type(block)._attn(block, x)
+@contextmanager
+def _size_left_open(model: nn.Module) -> Iterator[None]:
+    """Blocks whose attention is `window_attention`, while torch.export traces.
+
+    Only then, because a `partial` holds its own block: replicas of DataParallel would share the first one's weights.
+    """
+    blocks: list[Any] = [
+        block for block in model.modules() if isinstance(block, SwinTransformerBlock) and block.dynamic_mask
+    ]
+    for block in blocks:
+        block._attn = partial(window_attention, block)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block._attn
 
 
 class LocalSwin(Family, SwinTransformer):
@@ -120,7 +133,6 @@ class LocalSwin(Family, SwinTransformer):
         for block in self.modules():
             if isinstance(block, SwinTransformerBlock):
                 block.get_attn_mask = partial(_attention_mask, block)  # type: ignore[method-assign]
-                block._attn = partial(_attention, block)  # type: ignore[method-assign]
 
         def locality_of(site: Site) -> Replace:
             return Replace(
@@ -132,6 +144,11 @@ class LocalSwin(Family, SwinTransformer):
             )
 
         replace_feed_forwards(local_sites(self, local_blocks), locality_of)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The normalized map (B, H, W, C) of the last stage, of images (B, in_chans, H, W)."""
+        with _size_left_open(self) if torch.compiler.is_exporting() else nullcontext():
+            return super().forward_features(x)
 
     def no_weight_decay(self) -> set[str]:
         """No parameter. timm has no weight decay on relative position biases; the published training had."""
