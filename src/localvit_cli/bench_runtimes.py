@@ -10,7 +10,7 @@ import numpy as np
 from localvit.bench.prepare import BenchModel, BenchOptions, load, of_exported, prepare, prepare_exported
 from localvit.exporters import CoreML, ExecuTorch, Format, LiteRT, Onnx, OpenVINO, export
 from localvit.inference.exported import ExportedModel, is_exported_path
-from localvit.inference.runtimes import OpenVINORuntime
+from localvit.inference.runtimes import OpenVINORuntime, openvino_core
 from localvit_cli import UsageError
 
 logger = logging.getLogger(__name__)
@@ -99,9 +99,7 @@ def _check(options: BenchOptions) -> None:
 def _check_bfloat16() -> None:
     """Raise ValueError for a processor without it, where OpenVINO would compute in float32 and not say so."""
     OpenVINO().check_installed()
-    import openvino
-
-    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if "BF16" not in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise ValueError(
             "openvino-bfloat16 cannot be measured, as this processor has no bfloat16: leave it out of --runtime"
         )

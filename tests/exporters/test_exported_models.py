@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from exported_files import NAMES, noise
+from exported_files import NAMES, PREPROCESSING, noise, tiny_model
 from PIL import Image
 
 import localvit
 from localvit.inference.runner import InferenceOptions, load_model
 from localvit.utils.weight_files import CheckpointError
 from localvit_cli import main
+from processes import run_source, start, status_of
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -149,3 +150,25 @@ def test_a_damaged_or_foreign_file_is_one_clear_line(exported, tmp_path, damage,
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no exported file at .*none\.onnx"):
         load_model(tmp_path / "none.onnx")
+
+
+FREED_ON_ANOTHER_THREAD = """
+import gc, os, signal, sys, threading
+from pathlib import Path
+from localvit.inference.exported import ExportedModel
+
+models = [ExportedModel.open(Path(sys.argv[1]))]
+thread = threading.Thread(target=lambda: (models.clear(), gc.collect()))
+thread.start()
+thread.join()
+signal.signal(signal.SIGUSR1, lambda *_: None)
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+def test_a_signal_after_an_openvino_model_was_freed_on_another_thread(tmp_path):
+    """OpenVINO's plugin would free the memory in which the first thread handles signals: a segmentation fault."""
+    pytest.importorskip("openvino")
+    path = tmp_path / "model.xml"
+    localvit.export(tiny_model(), path, localvit.OpenVINO(), preprocessing=PREPROCESSING, class_names=NAMES)
+    assert status_of(start(run_source, FREED_ON_ANOTHER_THREAD, path, err=tmp_path / "err")) == 0

@@ -15,7 +15,7 @@ from localvit.exporters.onnx import write_onnx
 from localvit.exporters.registry import Format, register
 from localvit.inference.export_metadata import ExportMetadata
 from localvit.inference.quiet import quiet, silent
-from localvit.inference.runtimes import OpenVINORuntime, Runtime
+from localvit.inference.runtimes import OpenVINORuntime, Runtime, openvino_core
 
 _OPSET = 20
 
@@ -55,9 +55,7 @@ class OpenVINO(Format):
         _save(model, path, metadata)
 
     def write_int8(self, float32: Path, path: Path, inputs: Sequence[np.ndarray], metadata: ExportMetadata) -> None:
-        import openvino
-
-        model = quantize_openvino(openvino.Core().read_model(float32), inputs)
+        model = quantize_openvino(openvino_core().read_model(float32), inputs)
         _save(model, path, replace(metadata, precision="int8"))
 
 

@@ -4,6 +4,7 @@ Shapes: B batch, H and W height and width in pixels, M classes.
 """
 
 import contextlib
+import functools
 import importlib.metadata
 import io
 import json
@@ -76,6 +77,18 @@ class OnnxRuntime(Runtime):
         return np.asarray(self._session.run(None, {self._input.name: images_BCHW})[0])
 
 
+@functools.cache
+def openvino_core() -> Any:
+    """OpenVINO's `Core`, the only one of the process, and never freed.
+
+    Its CPU plugin gives the thread that loads it a stack for signals, and frees this memory with the last `Core`. If
+    that happens on another thread, the next signal (Ctrl-C, or a child process that ends) crashes the first one.
+    """
+    import openvino
+
+    return openvino.Core()
+
+
 class OpenVINORuntime(Runtime):
     """OpenVINO's IR (.xml, with its weights in a .bin), by OpenVINO, with the precision set to float32.
 
@@ -92,9 +105,9 @@ class OpenVINORuntime(Runtime):
         if precision is not None:
             settings["INFERENCE_PRECISION_HINT"] = precision
         try:
-            model = openvino.Core().read_model(path)
+            model = openvino_core().read_model(path)
             self.metadata = _rt_info(model)
-            self._compiled = openvino.compile_model(model, "CPU", settings)
+            self._compiled = openvino_core().compile_model(model, "CPU", settings)
         except RuntimeError as error:
             raise _damaged("an OpenVINO", path, error) from error
         shape = model.inputs[0].get_partial_shape()
