@@ -28,13 +28,6 @@ RUNTIMES = (
     "litert",
 )
 """What `--runtime` takes."""
-_SUFFIXES = {
-    ".onnx": "onnxruntime",
-    ".xml": "openvino",
-    ".pte": "executorch",
-    ".mlpackage": "coreml",
-    ".tflite": "litert",
-}
 _FORMATS: dict[str, type[Format]] = {
     "onnxruntime": Onnx,
     "openvino": OpenVINO,
@@ -42,6 +35,7 @@ _FORMATS: dict[str, type[Format]] = {
     "coreml": CoreML,
     "litert": LiteRT,
 }
+_SUFFIXES = {kind.suffix: runtime for runtime, kind in _FORMATS.items()}
 _CALIBRATION_IMAGES = 8  # of noise: the speed does not depend on the ranges
 
 
