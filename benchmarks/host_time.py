@@ -1,9 +1,9 @@
-"""How much of the host's time does each operator of `localvit.ops` take, and a locality module's training step?
+"""How much of the host's time does each kernel of a fused locality module take, the module, and its training step?
 
     python benchmarks/host_time.py [--rounds 40] [--profile]
 
-Needs no GPU: the operators run on tensors of the CPU as they run on a GPU's, but for the kernels: each launch ends
-where Triton's compiled launcher would be called. So this is the time of Python and of torch's allocations, without
+Needs no GPU: all runs on tensors of the CPU as it does on a GPU's, but for the kernels: each launch ends where
+Triton's compiled launcher would be called. So this is the time of Python and of torch's allocations, without
 that launcher and the driver (4 to 5 us a launch on a server). It is the least over rounds of the process's own time,
 since other processes slow down the others. Launches of a training step are counted as well. Results are not computed.
 """
@@ -70,23 +70,21 @@ def values(*shape: int) -> Tensor:
 
 
 def inference_calls() -> dict[str, Callable[[], Any]]:
-    """The operators of a fused module, and the module: tokens in and out."""
-    tokens, map_BHWE, gate_BE = (
-        values(BATCH, 1 + GRID[0] * GRID[1], CHANNELS),
-        values(BATCH, *GRID, HIDDEN),
-        values(2, 64),
-    )
+    """The kernels of a fused module, each by itself, and the module: tokens in and out."""
+    from localvit.ops.triton import inference, pointwise, squeeze_excite
+
+    tokens = values(BATCH, 1 + GRID[0] * GRID[1], CHANNELS)
+    map_BHWE = values(BATCH, *GRID, HIDDEN)
     depthwise = values(HIDDEN, 1, 3, 3).to(memory_format=torch.channels_last)
     layers = values(4, HIDDEN), values(4), values(HIDDEN, 4), values(HIDDEN)
-    projection = values(CHANNELS, HIDDEN), values(CHANNELS), None, gate_BE, 0, 1
+    expansion = values(HIDDEN, CHANNELS), values(HIDDEN), "hs", None, 1
+    projection = values(CHANNELS, HIDDEN), values(CHANNELS), None, values(BATCH, HIDDEN), 0, 1
     fused: Any = LocalityFeedForward(CHANNELS, CHANNELS, reduction=CHANNELS).eval().fuse()
     return {
-        "expansion": partial(
-            *(operators.POINTWISE.run, tokens, values(HIDDEN, CHANNELS), values(HIDDEN), "hs", None, 1, 0)
-        ),
-        "depth-wise, gate's sums": partial(operators.DEPTHWISE_ACT_POOL.run, map_BHWE, depthwise, values(HIDDEN), "hs"),
-        "gate": partial(operators.SQUEEZE_EXCITE.run, torch.randn(BATCH, HIDDEN), 4, *layers),
-        "projection": partial(operators.POINTWISE.run, map_BHWE.flatten(1, 2), *projection),
+        "expansion": partial(pointwise.pointwise, tokens, *expansion),
+        "depth-wise, gate's sums": partial(inference.depthwise_act_pool, map_BHWE, depthwise, values(HIDDEN), "hs"),
+        "gate": partial(squeeze_excite.squeeze_excite, torch.randn(BATCH, HIDDEN), 4, *layers),
+        "projection": partial(pointwise.pointwise, map_BHWE.flatten(1, 2), *projection),
         "fused module": partial(fused.conv.to(torch.bfloat16).tokens, tokens, GRID, 1),
     }
 

@@ -7,11 +7,13 @@ Shapes: B batch, P prefix tokens, S rows of an image, H and W the grid, K and N 
 of a map, Q those of a bottleneck, T tiles.
 """
 
+import math
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from launches import activation, close, convolution, launched, normalized, sums_dtype
+from samples import expected_feed_forward
 from torch import nn
 
 # Ranges of batch, height and width. Tiles of a depth-wise convolution have up to 14 rows, 8 or 16 columns.
@@ -162,6 +164,28 @@ def squeeze_excite(draw, dtype, *, bottleneck, large=False):
     close("the factors", gate, F.hardsigmoid(F.linear(squeezed, weight, bias)), dtype)
 
 
+def whole_module(draw, dtype, *, acts, gate, large=False):
+    """The kernels of a fused module, one after another: prefix tokens are not read, and stay zero."""
+    from localvit.ops.triton.feed_forward import feed_forward
+
+    (batch, height, width), (channels, hidden) = image_sizes(draw, "few", large), channel_sizes(draw, large)
+    prefix, bottleneck = draw.number(0, 2), draw.one_of(5, 71)
+    shapes = [(hidden, channels, 1, 1), (hidden,), (hidden, 1, 3, 3), (hidden,), (channels, hidden, 1, 1), (channels,)]
+    if gate == "se":
+        shapes += [(bottleneck, hidden), (bottleneck,), (hidden, bottleneck), (hidden,)]
+    elif gate is not None:
+        shapes.append((1, 1, 3))
+    # As a trained module has them: each step keeps the size of values about as it is.
+    parameters = [draw.values(*shape, dtype=dtype) / max(1, math.prod(shape[1:])) ** 0.5 for shape in shapes]
+    tokens = draw.values(batch, prefix + height * width, channels, dtype=dtype)
+    wanted = expected_feed_forward(tokens, height, width, prefix, parameters, *acts, gate)
+    tokens[:, :prefix] = torch.nan
+    out = launched(feed_forward, tokens, height, width, prefix, parameters, *acts, gate)
+    assert out.dtype == dtype
+    assert not out[:, :prefix].any()
+    close("the tokens", out, wanted, dtype)
+
+
 def norm_vectors(draw, dtype, *, offset, large=False):
     """From tiles of unequal sizes; the running statistics against torch's batch norm."""
     from localvit.ops.batch_norms import Running
@@ -283,6 +307,10 @@ CASES = {
     "projection in training without gate": partial(projection_in_training, gated=False, positions="few"),
     "squeeze_excite, narrow": partial(squeeze_excite, bottleneck=1),
     "squeeze_excite, wide": partial(squeeze_excite, bottleneck=37),
+    "module, se": partial(whole_module, acts=("hs", "hs"), gate="se"),
+    "module, eca": partial(whole_module, acts=("hs", "relu6"), gate="eca"),
+    "module, ecah": partial(whole_module, acts=("relu6", "hs"), gate="ecah"),
+    "module without gate": partial(whole_module, acts=("relu6", "relu6"), gate=None),
     "norm_vectors": partial(norm_vectors, offset=0),
     "norm_vectors, means far from zero": partial(norm_vectors, offset=4000),
     "channel_means, hs": partial(channel_means, act="hs", positions="few"),

@@ -21,10 +21,29 @@ def test_eca_equals_its_layers(hard, channels):
     name, parameters = known_gate(gate)
     assert name == ("ecah" if hard else "eca")
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # which must not round anything
-        torch.testing.assert_close(KNOWN[name].factors(mean_BE, parameters), scale_BE, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(KNOWN[name].factors(5 * mean_BE, 5, parameters), scale_BE, rtol=1e-12, atol=1e-12)
         grad_mean_BE, (grad_weight,) = KNOWN[name].backward(mean_BE, parameters, grad_TBE)
     torch.testing.assert_close(grad_mean_BE, wanted[0], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(grad_weight, wanted[1], rtol=1e-12, atol=1e-12)
+
+
+def test_wide_squeeze_and_excitation_equals_its_layers():
+    """Wider than what a kernel computes."""
+    torch.manual_seed(0)
+    gate = SqueezeExcite(145, 2, dtype=torch.float64)
+    mean_BE = 3 * torch.randn(5, 145, dtype=torch.float64)
+    grad_TBE = torch.randn(2, 5, 145, dtype=torch.float64)
+    mean_BE.requires_grad_()
+    scale_BE = gate.scale(mean_BE)
+    wanted = torch.autograd.grad(scale_BE, [mean_BE, *gate.parameters()], grad_TBE.sum(0))
+    name, parameters = known_gate(gate)
+    assert (name, len(parameters[1])) == ("se", 72)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # which must not round anything
+        factors_BE = KNOWN[name].factors(5 * mean_BE, 5, parameters)
+        torch.testing.assert_close(factors_BE, scale_BE, rtol=1e-12, atol=1e-12)
+        grad_mean_BE, gradients = KNOWN[name].backward(mean_BE, parameters, grad_TBE)
+    for found, each in zip((grad_mean_BE, *gradients), wanted, strict=True):
+        torch.testing.assert_close(found, each, rtol=1e-12, atol=1e-12)
 
 
 class Doubled(EfficientChannelAttention):

@@ -1,25 +1,19 @@
-"""The registered operators: gradients, what torch.compile and torch.export see, and the switch."""
+"""The registered operator of a fused module: gradients, what torch.compile and torch.export see, and the switch."""
 
 import copy
-from functools import partial
 
 import pytest
 import torch
 from launches import Draw
-from samples import SAMPLES, as_tuple, expected, sample
+from samples import OPERATOR_SAMPLES, expected, sample
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from localvit.locality import LocalityFeedForward, SqueezeExcite
+from localvit.locality import ACTS, LocalityFeedForward, SqueezeExcite
 from localvit.ops import dispatch, operators, reference, use_backend
 from processes import run_source, start, status_of
 
-OPERATORS = torch.ops.localvit
-BY_NAME = {
-    "depthwise_act_pool": operators.DEPTHWISE_ACT_POOL,
-    "squeeze_excite": operators.SQUEEZE_EXCITE,
-    "pointwise": operators.POINTWISE,
-}
+FEED_FORWARD = torch.ops.localvit.feed_forward
 
 
 @pytest.fixture
@@ -29,52 +23,47 @@ def triton_backend():
         yield
 
 
-def differentiable(given):
-    """The tensors among arguments, which get gradients, and a function of them that completes the arguments."""
-    tensors = [each.requires_grad_() for each in given if isinstance(each, torch.Tensor)]
-
-    def complete(some):
-        remaining = iter(some)
-        return [next(remaining) if isinstance(each, torch.Tensor) else each for each in given]
-
-    return tensors, complete
+def drawn(name, seed, dtype=torch.float64):
+    """The operator's arguments."""
+    _, given = sample(name, Draw(seed), dtype)
+    return given
 
 
-@pytest.mark.parametrize("name", SAMPLES)
-@pytest.mark.parametrize("way", ["reference", "run", "as on a GPU"])
-def test_gradients(name, way):
-    for seed in range(3):
-        operator, given = sample(name, Draw(seed))
-        form = {
-            "reference": getattr(reference, operator),
-            "run": BY_NAME[operator].run,
-            "as on a GPU": partial(operators._WithGradientOfReference.apply, BY_NAME[operator]),
-        }[way]
-        tensors, complete = differentiable(given)
-        assert torch.autograd.gradcheck(lambda *some: form(*complete(some)), tensors)  # noqa: B023
+def by_run(x_BNC, height, width, prefix, parameters, *names):
+    return operators.run(x_BNC, (height, width), prefix, operators.Module(parameters, *names))
 
 
-@pytest.mark.parametrize("name", SAMPLES)
+def as_on_a_gpu(x_BNC, height, width, prefix, parameters, *names):
+    return operators._WithGradientOfReference.apply((height, width, prefix), names, x_BNC, *parameters)
+
+
+@pytest.mark.parametrize("name", OPERATOR_SAMPLES)
+@pytest.mark.parametrize("form", [reference.feed_forward, by_run, as_on_a_gpu])
+def test_gradients(name, form):
+    x_BNC, height, width, prefix, parameters, *names = drawn(name, 0)
+    given = [each.requires_grad_() for each in (x_BNC, *parameters)]
+    assert torch.autograd.gradcheck(lambda x, *rest: form(x, height, width, prefix, list(rest), *names), given)
+
+
+@pytest.mark.parametrize("name", OPERATOR_SAMPLES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_registration(name, dtype):
     """Schema and fake registrations, and ahead-of-time dispatch, by torch's own check."""
-    for seed in range(3 if name == "depthwise_act_pool hs" else 1):  # each with another layout of the map
-        operator, given = sample(name, Draw(seed), dtype)
-        torch.library.opcheck(getattr(OPERATORS, operator).default, tuple(given))
+    torch.library.opcheck(FEED_FORWARD.default, tuple(drawn(name, 0, dtype)))
 
 
-@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("name", OPERATOR_SAMPLES)
 @pytest.mark.parametrize("grad", [False, True])
 def test_run_equals_the_operator(name, grad):
-    operator, given = sample(name, Draw(1))
+    given = drawn(name, 1)
     with torch.set_grad_enabled(grad):
-        found = as_tuple(BY_NAME[operator].run(*given))
-    for one, wanted in zip(found, expected(operator, given), strict=True):
-        torch.testing.assert_close(one, wanted, rtol=1e-12, atol=1e-12)  # float64 sums in another order
+        found = by_run(*given)
+    (wanted,) = expected("feed_forward", given)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)  # float64 sums in another order
 
 
 def fused(dtype=torch.float64):
-    """A module whose fused form is of all operators, and its tokens: 2 prefix tokens and a grid of 3 x 5."""
+    """A module whose fused form is the operator, and its tokens: 2 prefix tokens and a grid of 3 x 5."""
     torch.manual_seed(0)
     made = LocalityFeedForward(6, 6, reduction=2, expand_ratio=3, dtype=dtype).eval()
     return made.fuse().conv.requires_grad_(False)
@@ -93,8 +82,7 @@ def tokens(batch=2):
     return Draw(3).values(batch, 2 + 3 * 5, 6)
 
 
-NODES = ["localvit.pointwise.default", "localvit.depthwise_act_pool.default", "localvit.squeeze_excite.default"]
-NODES.append(NODES[0])
+NODES = ["localvit.feed_forward.default"]
 
 
 def seen(graph_module):
@@ -139,16 +127,16 @@ def test_exported(triton_backend, dynamic):
     assert seen(program.graph_module) == []
 
 
-@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("name", OPERATOR_SAMPLES)
 def test_meta_device(name):
     """As timm's and our own counts of a model's cost use it."""
-    operator, given = sample(name, Draw(0))
-    there = [each.detach().to("meta") if isinstance(each, torch.Tensor) else each for each in given]
-    found = as_tuple(getattr(OPERATORS, operator)(*there))
-    assert [each.shape for each in found] == [each.shape for each in expected(operator, given)]
+    x_BNC, height, width, prefix, parameters, *names = drawn(name, 0)
+    there = [each.to("meta") for each in parameters]
+    found = FEED_FORWARD(x_BNC.to("meta"), height, width, prefix, there, *names)
+    assert found.shape == expected("feed_forward", drawn(name, 0))[0].shape
 
 
-def test_a_copy_of_a_fused_module_runs_the_operators(triton_backend):
+def test_a_copy_of_a_fused_module_runs_the_operator(triton_backend):
     with torch.no_grad():
         module = Tokens()
         torch.testing.assert_close(copy.deepcopy(module)(tokens()), module(tokens()), rtol=0, atol=0)
@@ -157,7 +145,8 @@ def test_a_copy_of_a_fused_module_runs_the_operators(triton_backend):
 def test_triton_is_imported_only_where_a_kernel_runs(tmp_path):
     program = (
         "import sys, torch; from localvit import ops; "
-        "torch.ops.localvit.depthwise_act_pool(torch.ones(1, 2, 2, 1), torch.ones(1, 3, 3), torch.ones(1), 'hs'); "
+        "one = torch.ones(1); parameters = [torch.ones(1, 1, 1, 1), one, torch.ones(1, 1, 3, 3), one] * 2; "
+        "torch.ops.localvit.feed_forward(torch.ones(1, 4, 1), 2, 2, 0, parameters[:6], 'hs', 'hs', None); "
         "print(ops.backend(), [name for name in sys.modules if 'localvit.ops.triton.' in name])"
     )
     out, err = tmp_path / "out", tmp_path / "err"
@@ -172,8 +161,20 @@ class Halved(SqueezeExcite):
         return super().scale(mean_BE) / 2
 
 
+def operator_calls(monkeypatch):
+    """The calls of the operator from now on."""
+    calls, run = [], operators.run
+
+    def noted(*given):
+        calls.append(given)
+        return run(*given)
+
+    monkeypatch.setattr(operators, "run", noted)
+    return calls
+
+
 @pytest.mark.parametrize("way", ["subclass", "hook", "no bias", "as written"])
-def test_only_the_papers_gate_runs_the_operator(triton_backend, way, monkeypatch):
+def test_only_known_gates_run_by_the_operator(triton_backend, way, monkeypatch):
     torch.manual_seed(0)
     made = LocalityFeedForward(6, 6, reduction=2, expand_ratio=3, dtype=torch.float64).eval()
     if way == "subclass":
@@ -186,17 +187,26 @@ def test_only_the_papers_gate_runs_the_operator(triton_backend, way, monkeypatch
         for of in (made, fused):
             gate = next(part for part in of.modules() if isinstance(part, SqueezeExcite))
             gate.fc[1].register_forward_hook(lambda module, inputs, output: 2 * output)
-    calls = []
-
-    def form(*given):
-        calls.append(given)
-        return reference.squeeze_excite(*given)
-
-    monkeypatch.setattr(operators.SQUEEZE_EXCITE, "form", form)
+    calls = operator_calls(monkeypatch)
     x_BHWC = Draw(3).values(2, 3, 5, 6)
     wanted = made.conv(x_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     torch.testing.assert_close(fused(x_BHWC), wanted, rtol=1e-10, atol=1e-10)  # float64 sums in another order
-    assert bool(calls) == (way == "as written")
+    assert len(calls) == (way == "as written")
+
+
+FORMS = {"as the paper has it": {}, "stride": {"stride": 2}, "larger neighborhood": {"kernel_size": 5}}
+FORMS |= {"depth-wise first": {"dp_first": True}, "no depth-wise convolution": {"wo_dp_conv": True}}
+
+
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("form", FORMS)
+def test_only_the_papers_form_runs_by_the_operator(triton_backend, act, form, monkeypatch):
+    torch.manual_seed(0)
+    made = LocalityFeedForward(6, 6, act=act, reduction=2, dtype=torch.float64, **FORMS[form]).eval()
+    calls = operator_calls(monkeypatch)
+    map_BCHW = Draw(3).values(2, 6, 3, 5)
+    torch.testing.assert_close(made.fuse()(map_BCHW), made(map_BCHW), rtol=1e-10, atol=1e-10)
+    assert len(calls) == (form == "as the paper has it")
 
 
 class Operations(TorchDispatchMode):

@@ -4,12 +4,17 @@ import pytest
 import samples
 import torch
 from launches import Draw, close
-from samples import SAMPLES, as_tuple, expected, sample
+from samples import OPERATOR_SAMPLES, SAMPLES, as_tuple, expected, sample
 
 from localvit.ops import reference
 from localvit.ops.activations import ACTIVATIONS
 
 GRIDS = [(2, 5, 7, 11), (1, 1, 1, 1), (3, 1, 5, 2), (2, 7, 1, 3), (1, 13, 3, 17)]
+
+
+def tensors_of(given):
+    flat = [each for one in given for each in (one if isinstance(one, list) else [one])]
+    return [each for each in flat if isinstance(each, torch.Tensor)]
 
 
 def compare(operator, given, dtype):
@@ -19,7 +24,7 @@ def compare(operator, given, dtype):
     return found
 
 
-@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("name", [*SAMPLES, *OPERATOR_SAMPLES])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_equals_torchs_functions(name, dtype):
     for seed in range(3):
@@ -62,10 +67,10 @@ def test_sums_do_not_overflow_half_precision():
     torch.testing.assert_close(gate, torch.full_like(gate, 1 / 6 + 0.5), rtol=2**-10, atol=0)
 
 
-@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("name", [*SAMPLES, *OPERATOR_SAMPLES])
 def test_arguments_are_left_as_they_are(name):
     operator, given = sample(name, Draw(4), torch.float32)
-    tensors = [each for each in given if isinstance(each, torch.Tensor)]
+    tensors = tensors_of(given)
     before = [each.clone() for each in tensors]
     getattr(reference, operator)(*given)
     assert all(torch.equal(one, other) for one, other in zip(tensors, before, strict=True))
@@ -86,13 +91,37 @@ BAD = [
 
 
 @pytest.mark.parametrize(("name", "spoil", "message"), BAD, ids=lambda each: each if isinstance(each, str) else "")
-@pytest.mark.parametrize("registered", [False, True])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_bad_arguments(name, spoil, message, registered, device):
+def test_bad_arguments(name, spoil, message, device):
     operator, given = sample(name, Draw(0), torch.float32)
     given = [each.to(device) if isinstance(each, torch.Tensor) else each for each in given]
     for position, change in spoil.items():
         given[position] = change(given[position])
-    form = getattr(torch.ops.localvit if registered else reference, operator)
     with pytest.raises(ValueError, match=message):
-        form(*given)
+        getattr(reference, operator)(*given)
+
+
+BAD_MODULES = [
+    ({1: lambda height: 4}, r"tokens of shape \(2, 17, 4\) do not fill the 4 x 5 grid behind 2 prefix tokens: .* 22,"),
+    ({0: lambda x: x[0]}, r"tokens of shape \(17, 4\) do not fill"),
+    ({4: lambda given: [given[0][:, 1:], *given[1:]]}, r"weight has shape \(7, 3, 1, 1\)"),
+    ({4: lambda given: [*given[:2], given[2][1:], *given[3:]]}, "depth-wise weight of a map of 7 channels"),
+    ({4: lambda given: [*given[:5], given[5][1:], *given[6:]]}, r"bias has shape \(5,\); .* must be \(6,\)"),
+    ({5: lambda act: "gelu"}, "act='gelu' is not known; choose one of hs, relu6"),
+    ({6: lambda act: "gelu"}, "act='gelu' is not known; choose one of hs, relu6"),
+    ({7: lambda gate: "cbam"}, "gate='cbam' is not known; choose one of se, eca, ecah, or None"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "message"), BAD_MODULES, ids=lambda each: each if isinstance(each, str) else "")
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_bad_arguments_of_the_operator(spoil, message, device):
+    _, given = sample("hs, hs, se", Draw(0), torch.float32)
+    for position, change in spoil.items():
+        given = [*given[:position], change(given[position]), *given[position + 1 :]]
+    given = [
+        [each.to(device) for each in one] if isinstance(one, list) else one.to(device) if torch.is_tensor(one) else one
+        for one in given
+    ]
+    with pytest.raises(ValueError, match=message):
+        torch.ops.localvit.feed_forward(*given)

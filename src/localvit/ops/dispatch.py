@@ -26,6 +26,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from localvit.ops.batch_norms import leaves_single_values
+from localvit.ops.kernel_gates import known_gate
 from localvit.ops.stages import ChannelGate, Convolution, Norm, Stages, is_plain, is_untouched, stages_of
 
 Backend = Literal["auto", "layers", "torch", "triton"]
@@ -39,8 +40,6 @@ LEAST_CAPABILITY = (8, 0)
 """The first NVIDIA GPUs with matrix products in bfloat16."""
 LEAST_SHARED_MEMORY = 160 * 1024
 """What the largest tiles need, in bytes for a block of threads."""
-WIDEST_BOTTLENECK = 64
-"""Of the gates that a kernel computes image by image; for others, matrix products of the batch are faster."""
 
 _logger = logging.getLogger(__name__)
 
@@ -148,7 +147,7 @@ def fits_kernels(stages: Stages, map_BCHW: Tensor) -> torch.dtype | None:
     if dtype is None or len(stages.stages) != 2:
         return None
     first, second = stages.stages
-    if first.gate is not None or not _suits_kernel(first.conv) or second.conv.groups > 1 or stages.first.groups > 1:
+    if first.gate is not None or not suits_kernel(first.conv) or second.conv.groups > 1 or stages.first.groups > 1:
         return None
     if not torch.is_autocast_enabled(map_BCHW.device.type) and stages.first.weight.dtype != dtype:
         return None
@@ -159,7 +158,7 @@ def _fits_operator(gate: ChannelGate | None, stages: Stages) -> bool:
     """Whether an operator can compute the stages: it calls no layer of a gate, and exchanges nothing with processes."""
     if any(type(stage.norm) is nn.SyncBatchNorm for stage in stages.stages):
         return False
-    return gate is None or squeeze_excite_layers(gate) is not None or gate.convolution_layers() is not None
+    return gate is None or known_gate(gate) is not None
 
 
 def _kernel_dtype(map_BCHW: Tensor) -> torch.dtype | None:
@@ -220,17 +219,9 @@ def runs_triton(x: Tensor) -> bool:
     return _has_kernels(x.device, x.dtype) and x.numel() > 0 and x.stride(-1) == 1
 
 
-def squeeze_excite_layers(gate: ChannelGate) -> tuple[nn.Linear, nn.Linear] | None:
-    """The layers of a gate that the kernels compute image by image; None where the gate itself runs."""
-    layers = gate.linear_layers()
-    return None if layers is None or layers[0].out_features > WIDEST_BOTTLENECK else layers
-
-
-def folded_path(conv: Convolution) -> Literal["operator", "onednn", "torch"]:
-    """How a convolution with its batch norm folded, an activation and maybe a gate runs in a fused model."""
-    weight = conv.weight
-    has_kernel = conv.groups == 1 or _suits_kernel(conv)
-    if has_kernel and not _is_observed() and (_backend == "triton" or _has_kernels(weight.device, weight.dtype)):
+def fused_path(weight: Tensor) -> Literal["operator", "onednn", "torch"]:
+    """How a fused module with this weight runs: by the operator that has kernels, or each convolution by itself."""
+    if (_backend == "triton" or _has_kernels(weight.device, weight.dtype)) and not _is_observed():
         return "operator"
     if (
         _backend != "layers"
@@ -253,7 +244,8 @@ def _is_observed() -> bool:
     return not torch.compiler.is_compiling() and (_sees_operations() or is_in_torch_dispatch_mode())
 
 
-def _suits_kernel(conv: Convolution) -> bool:
+def suits_kernel(conv: Convolution) -> bool:
+    """Whether a convolution is the depth-wise one that the kernels compute."""
     return conv.groups > 1 and (conv.kernel_size, conv.stride, conv.padding) == ((3, 3), (1, 1), (1, 1))
 
 

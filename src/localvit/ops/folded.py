@@ -1,8 +1,8 @@
 """The locality module in a fused model: batch norms folded into the convolutions, and tokens never rearranged.
 
-1x1 convolutions are linear layers over channels that lie last, as tokens have them. The activation and the gate work in
-place, or in the same pass as the convolution before them where an implementation for that exists: oneDNN on the CPU,
-the Triton kernels on NVIDIA GPUs (`localvit.ops.dispatch.folded_path`).
+On NVIDIA GPUs the paper's module is one operator (`localvit.ops.operators`). Elsewhere its convolutions run one by one:
+1x1 convolutions as linear layers over channels that lie last, as tokens have them; activation and gate in place, or in
+the same pass as the convolution before them, by oneDNN on the CPU (`localvit.ops.dispatch.fused_path`).
 
 Shapes: B batch, C channels, E expanded channels, H and W the patch grid.
 """
@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from localvit.ops import operators
 from localvit.ops.activations import activate
-from localvit.ops.dispatch import folded_path, squeeze_excite_layers
-from localvit.ops.operators import DEPTHWISE_ACT_POOL, POINTWISE, SQUEEZE_EXCITE
+from localvit.ops.dispatch import fused_path, suits_kernel
+from localvit.ops.kernel_gates import known_gate
 from localvit.ops.stages import ChannelGate, Stages, channel_means
 
 PART_BYTES = 2**24
@@ -51,8 +52,17 @@ class FusedConvolutions(nn.Sequential):
         folded = [fuse_conv_bn_eval(conv, norm) for conv, norm in zip(convs, norms, strict=True)]
         super().__init__(*map(FusedConvolution, folded, acts, gates))
         self.widest = max(conv.out_channels for conv in folded)
+        self.is_papers_form = (
+            [conv.groups == 1 for conv in folded] == [True, False, True]
+            and suits_kernel(folded[1])
+            and gates[0] is None
+        )
+        """Whether it is an expansion, the paper's depth-wise convolution, a gate or none, and a projection."""
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
+        if (module := self._as_operator()) is not None:
+            _, height, width, _ = x_BHWC.shape
+            return operators.run(x_BHWC.flatten(1, 2), (height, width), 0, module).unflatten(1, (height, width))
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(x_BHWC, torch.fx.Proxy)
         if traced or x_BHWC.device.type != "cpu":
             return self._run(x_BHWC)
@@ -70,16 +80,28 @@ class FusedConvolutions(nn.Sequential):
 
     def tokens(self, x_BNC: Tensor, grid_size: tuple[int, int], num_prefix_tokens: int) -> Tensor:
         """As forward for the map of the tokens after the prefix tokens; as tokens (B, P + H * W, C), zero for these."""
-        first, *others, last = cast("list[FusedConvolution]", list(self))
-        if not (first.runs_rows() and last.runs_rows()):
-            map_BHWC = x_BNC[:, num_prefix_tokens:].unflatten(1, grid_size)
-            return F.pad(self(map_BHWC).flatten(1, 2), (0, 0, num_prefix_tokens, 0))
-        # The operators leave out prefix tokens and put zeros for them where they are, which needs no copies.
-        map_BHWC = first.rows(x_BNC, skipped=num_prefix_tokens).view(x_BNC.shape[0], *grid_size, -1)
-        gate_BC = first.factors(map_BHWC)
-        for conv in others:
-            map_BHWC, gate_BC = conv(map_BHWC, gate_BC)
-        return last.rows(map_BHWC.flatten(1, 2), gate_BC, num_prefix_tokens=num_prefix_tokens)
+        if (module := self._as_operator()) is not None:
+            # It leaves out prefix tokens and puts zeros for them where they are, which needs no copies.
+            return operators.run(x_BNC, grid_size, num_prefix_tokens, module)
+        map_BHWC = x_BNC[:, num_prefix_tokens:].unflatten(1, grid_size)
+        return F.pad(self(map_BHWC).flatten(1, 2), (0, 0, num_prefix_tokens, 0))
+
+    def _as_operator(self) -> operators.Module | None:
+        """The convolutions as the operator takes them; None where they run one by one."""
+        first, *others = cast("list[FusedConvolution]", list(self))
+        if not self.is_papers_form or fused_path(first.weight) != "operator":
+            return None
+        second, third = others
+        parameters = [first.weight, first.bias, second.weight, second.bias, third.weight, third.bias]
+        gate: str | None = None
+        if second.gate is not None:
+            if (known := known_gate(second.gate)) is None:
+                return None
+            gate, gate_parameters = known
+            parameters += gate_parameters
+        assert first.act is not None
+        assert second.act is not None
+        return operators.Module(parameters, first.act, second.act, gate)
 
 
 class FusedConvolution(nn.Module):
@@ -111,39 +133,10 @@ class FusedConvolution(nn.Module):
             x_BHWC: the input map.
             gate_BC: factors of its channels.
         """
-        if self.runs_rows():
-            batch, height, width, _ = x_BHWC.shape
-            y_BHWE = self.rows(x_BHWC.flatten(1, 2), gate_BC).view(batch, height, width, -1)
-            return y_BHWE, self.factors(y_BHWE)
         if gate_BC is not None:
             x_BHWC = x_BHWC.mul_(gate_BC[:, None, None])  # Nothing else reads the map of the convolution before.
-        path = folded_path(self)
-        if path == "operator":
-            y_BHWE, sum_BE = DEPTHWISE_ACT_POOL.run(x_BHWC, self.weight, self.bias, self.act)
-            return y_BHWE, self.factors(y_BHWE, sum_BE)
-        y_BHWE = self._by_onednn(x_BHWC) if path == "onednn" else self._by_torch(x_BHWC)
-        return y_BHWE, self.factors(y_BHWE)
-
-    def runs_rows(self) -> bool:
-        """Whether `rows` computes the convolution."""
-        return self.groups == 1 and folded_path(self) == "operator"
-
-    def rows(
-        self, x_BSC: Tensor, gate_BC: Tensor | None = None, *, skipped: int = 0, num_prefix_tokens: int = 0
-    ) -> Tensor:
-        """A 1x1 convolution of rows, as `localvit.ops.operators.pointwise`."""
-        weight = self.weight.flatten(1)
-        return POINTWISE.run(x_BSC, weight, self.bias, self.act, gate_BC, skipped, num_prefix_tokens)
-
-    def factors(self, y_BHWE: Tensor, sum_BE: Tensor | None = None) -> Tensor | None:
-        """The gate's factors of the convolution's map, from its sums over positions if they are known; or None."""
-        if self.gate is None or sum_BE is None:
-            return None if self.gate is None else self.gate.scale(channel_means(y_BHWE))
-        positions = y_BHWE.shape[1] * y_BHWE.shape[2]
-        if (layers := squeeze_excite_layers(self.gate)) is None:
-            return self.gate.scale((sum_BE / positions).to(y_BHWE.dtype))
-        narrow, wide = layers
-        return SQUEEZE_EXCITE.run(sum_BE, positions, narrow.weight, narrow.bias, wide.weight, wide.bias)
+        y_BHWE = self._by_onednn(x_BHWC) if fused_path(self.weight) == "onednn" else self._by_torch(x_BHWC)
+        return y_BHWE, None if self.gate is None else self.gate.scale(channel_means(y_BHWE))
 
     def _by_torch(self, x_BHWC: Tensor) -> Tensor:
         if self.groups == 1:

@@ -1,4 +1,4 @@
-"""Channel gates in the training step by the Triton kernels: a gate's factors, and its gradients.
+"""Channel gates beside the Triton kernels: a gate's factors, and its gradients in the training step.
 
 Gates whose computation is known have a name, by which an operator that torch.compile sees can call them; others run by
 their own layers. All work in the dtype of their parameters, without autocast: casting them would take longer than they
@@ -14,18 +14,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from localvit.ops.dispatch import squeeze_excite_layers
+from localvit.ops import reference
 from localvit.ops.gates import scale_with
 from localvit.ops.stages import ChannelGate
 
 aten = torch.ops.aten
 
+WIDEST_BOTTLENECK = 64
+"""Of the squeeze-and-excitation gates that a kernel computes, image by image; of wider ones, matrix products of the
+batch are faster."""
+
 
 class Gate(Protocol):
     """A channel gate, whose parameters are given, since they may have changed between the passes."""
 
-    def factors(self, mean_BE: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-        """The factor of each channel, from the means over positions in float32."""
+    def factors(self, sum_BE: Tensor, positions: int, parameters: Sequence[Tensor]) -> Tensor:
+        """The factor of each channel, from the sums over so many positions in float32; of means, over one."""
 
     def backward(
         self, mean_BE: Tensor, parameters: Sequence[Tensor], grad_gate_TBE: Tensor
@@ -34,20 +38,38 @@ class Gate(Protocol):
 
 
 class SqueezeExciteGate:
-    """Squeeze-and-excitation by its kernels. Its parameters: weight and bias of the two linear layers."""
+    """Squeeze-and-excitation. Its parameters: weight and bias of the two linear layers."""
 
-    def factors(self, mean_BE: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    def factors(self, sum_BE: Tensor, positions: int, parameters: Sequence[Tensor]) -> Tensor:
+        if parameters[1].shape[0] > WIDEST_BOTTLENECK:
+            return reference.squeeze_excite(sum_BE, positions, *parameters)
         from localvit.ops.triton.squeeze_excite import squeeze_excite
 
-        return squeeze_excite(mean_BE, 1, *parameters)
+        return squeeze_excite(sum_BE, positions, *parameters)
 
     def backward(
         self, mean_BE: Tensor, parameters: Sequence[Tensor], grad_gate_TBE: Tensor
     ) -> tuple[Tensor, Sequence[Tensor | None]]:
+        if parameters[1].shape[0] > WIDEST_BOTTLENECK:
+            return _squeeze_excite_backward(mean_BE, grad_gate_TBE.sum(0), *parameters)
         from localvit.ops.triton.squeeze_excite import squeeze_excite_backward
 
         grad_mean_BE, *gradients = squeeze_excite_backward(grad_gate_TBE, mean_BE, *parameters)
         return grad_mean_BE, gradients
+
+
+def _squeeze_excite_backward(
+    mean_BE: Tensor, grad_gate_BE: Tensor, weight_QE: Tensor, bias_Q: Tensor, weight_EQ: Tensor, bias_E: Tensor
+) -> tuple[Tensor, Sequence[Tensor]]:
+    with torch.autocast(mean_BE.device.type, enabled=False):
+        mean_BE = mean_BE.to(weight_QE.dtype)
+        squeezed_BQ = F.relu(F.linear(mean_BE, weight_QE, bias_Q))
+        u_BE = F.linear(squeezed_BQ, weight_EQ, bias_E)
+        grad_BE = aten.hardsigmoid_backward(grad_gate_BE.to(u_BE.dtype), u_BE)
+        grad_BQ = aten.threshold_backward(grad_BE @ weight_EQ, squeezed_BQ, 0)
+        narrow = grad_BQ.t() @ mean_BE, grad_BQ.sum(0)
+        wide = grad_BE.t() @ squeezed_BQ, grad_BE.sum(0)
+        return grad_BQ @ weight_QE, [*narrow, *wide]
 
 
 class ConvolutionGate(NamedTuple):
@@ -59,9 +81,9 @@ class ConvolutionGate(NamedTuple):
     hard: bool
     """Whether the sigmoid after it is a hard one."""
 
-    def factors(self, mean_BE: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-        u_BE = self._convolved(mean_BE, *parameters)
-        return F.hardsigmoid(u_BE) if self.hard else u_BE.sigmoid()
+    def factors(self, sum_BE: Tensor, positions: int, parameters: Sequence[Tensor]) -> Tensor:
+        with torch.autocast(sum_BE.device.type, enabled=False):
+            return reference.channel_attention(sum_BE, positions, *parameters, hard=self.hard)
 
     def backward(
         self, mean_BE: Tensor, parameters: Sequence[Tensor], grad_gate_TBE: Tensor
@@ -88,21 +110,18 @@ class LayersGate(NamedTuple):
 
     module: ChannelGate
 
-    def factors(self, mean_BE: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-        with torch.autocast(mean_BE.device.type, enabled=False):
-            return self.module.scale(_converted(mean_BE, parameters))
+    def factors(self, sum_BE: Tensor, positions: int, parameters: Sequence[Tensor]) -> Tensor:
+        with torch.autocast(sum_BE.device.type, enabled=False):
+            dtype = parameters[0].dtype if parameters else sum_BE.dtype
+            return self.module.scale(reference.means(sum_BE, positions, dtype))
 
     def backward(
         self, mean_BE: Tensor, parameters: Sequence[Tensor], grad_gate_TBE: Tensor
     ) -> tuple[Tensor, Sequence[Tensor | None]]:
         with torch.autocast(mean_BE.device.type, enabled=False):
-            scale = scale_with(self.module, list(parameters), _converted(mean_BE, parameters))
+            dtype = parameters[0].dtype if parameters else mean_BE.dtype
+            scale = scale_with(self.module, list(parameters), mean_BE.to(dtype))
             return scale.backward(grad_gate_TBE.sum(0))
-
-
-def _converted(mean_BE: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """The means in the dtype of the gate's parameters, if it has any."""
-    return mean_BE.to(parameters[0].dtype) if parameters else mean_BE
 
 
 KNOWN: dict[str, Gate] = {
@@ -110,12 +129,12 @@ KNOWN: dict[str, Gate] = {
     "eca": ConvolutionGate(hard=False),
     "ecah": ConvolutionGate(hard=True),
 }
-"""Gates by their names, as in `localvit.locality.ACTS`."""
+"""Gates by their names, those of `reference.GATES`."""
 
 
 def known_gate(gate: ChannelGate) -> tuple[str, tuple[Tensor, ...]] | None:
     """The name in `KNOWN` of what a gate computes, and its parameters; None for others."""
-    if (layers := squeeze_excite_layers(gate)) is not None:
+    if (layers := gate.linear_layers()) is not None:
         narrow, wide = layers
         return "se", (narrow.weight, narrow.bias, wide.weight, wide.bias)
     if (found := gate.convolution_layers()) is not None:

@@ -118,7 +118,7 @@ def forward(
     mean_BE = gate_BE = None
     if gate is not None:
         mean_BE = batch_norm.channel_means(z2_BHWE, norm2_4E, acts[1])
-        gate_BE = gate.factors(mean_BE, gate_parameters)
+        gate_BE = gate.factors(mean_BE, 1, gate_parameters)
     out_BSC = pointwise.normalized_pointwise(z2_BHWE.flatten(1, 2), projection_CE, norm2_4E, acts[1], gate_BE)
     kept = Kept(z1_BHWE, z2_BHWE, norm1_4E, norm2_4E, mean_BE, gate_BE, count1, count2)
     return out_BSC.unflatten(1, x_BHWC.shape[1:3]), kept

@@ -1,15 +1,15 @@
-"""The steps of a fused locality module that have Triton kernels, as operators: `torch.ops.localvit`.
+"""A fused locality module as one operator, `torch.ops.localvit.feed_forward`, which has Triton kernels.
 
-`torch.compile` and `torch.export` see each as one node. It runs its kernel where `localvit.ops.dispatch.runs_triton`
-allows, else the reference, plain torch of the same result (`localvit.ops.reference`). The operators have no gradients:
-`Operator.run` takes care of these. They are registered by hand, since `torch.library.custom_op` adds steps to each call
-that take longer than the kernels.
+`torch.compile` and `torch.export` see one node for a module. It runs its kernels where
+`localvit.ops.dispatch.runs_triton` allows, else its reference, plain torch of the same result
+(`localvit.ops.reference`). It has no gradients: `run` takes care of these. It is registered by hand, since
+`torch.library.custom_op` adds steps to each call that take longer than the kernels.
 
-Shapes: B batch, H and W the grid, E channels, Q channels of a gate's bottleneck, S rows of an image, K and N channels.
+Shapes: B batch, N tokens (prefix tokens first), C channels outside, H and W the grid.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,163 +30,98 @@ def register(function: Callable[..., Any], fake: Callable[..., Any]) -> Callable
     return getattr(torch.ops.localvit, name).default
 
 
-class Operator:
-    """An operator, called as a function. `run` also gives gradients, and costs less where no tracer looks.
+def feed_forward(
+    x_BNC: Tensor,
+    height: int,
+    width: int,
+    num_prefix_tokens: int,
+    parameters: list[Tensor],
+    act1: str,
+    act2: str,
+    gate: str | None,
+) -> Tensor:
+    """What a locality module adds to its tokens: zero for prefix tokens, its convolutions for the others.
 
     Args:
-        function: computes it, by its kernel or by its reference; its name and annotations are the operator's.
-        form: its reference.
-        fake: returns empty tensors of its results' shapes and dtypes.
+        x_BNC: (B, num_prefix_tokens + height * width, C) in any floating dtype.
+        parameters: those of `reference.Folded`, and those of the gate.
+        act1, act2: `hs` (h-swish) or `relu6`, after the expansion and after the depth-wise convolution.
+        gate: the channel gate after them: `se`, `eca` or `ecah` (`localvit.locality.ACTS`), or None.
+
+    Returns:
+        Tokens (B, N, C) in the dtype of the projection. Equal inputs give bit-identical results.
+
+    Raises:
+        ValueError: for an unknown activation or gate, or shapes that do not fit.
     """
+    given = x_BNC, height, width, num_prefix_tokens, parameters, act1, act2, gate
+    if runs_triton(x_BNC):
+        from localvit.ops.triton import feed_forward as kernels
 
-    def __init__(self, function: Callable[..., Any], form: Callable[..., Any], fake: Callable[..., Any]) -> None:
-        self.__doc__ = function.__doc__
-        self.function, self.form = function, form
-        self._registered = register(function, fake)
+        return kernels.feed_forward(*given)
+    return reference.feed_forward(*given)
 
-    def __call__(self, *arguments: Any) -> Any:
-        return self._registered(*arguments)
 
-    def run(self, *arguments: Any) -> Any:
-        """The operator's result; where a gradient is wanted, with that of the reference."""
-        direct = runs_directly(arguments[0])
-        if torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in arguments):
-            return _WithGradientOfReference.apply(self, *arguments) if direct else self.form(*arguments)
-        return self.function(*arguments) if direct else self(*arguments)
+def _empty(
+    x_BNC: Tensor,
+    height: int,
+    width: int,
+    num_prefix_tokens: int,
+    parameters: list[Tensor],
+    act1: str,
+    act2: str,
+    gate: str | None,
+) -> Tensor:
+    folded, _ = reference.split(parameters)
+    reference.check_feed_forward(x_BNC.shape, height, width, num_prefix_tokens, folded, (act1, act2), gate)
+    return folded.projection.new_empty(*x_BNC.shape[:2], len(folded.projection))
+
+
+_registered = register(feed_forward, _empty)
+
+
+class Module(NamedTuple):
+    """What `feed_forward` has to know of a fused module."""
+
+    parameters: list[Tensor]
+    act1: str
+    act2: str
+    gate: str | None
+
+
+def run(x_BNC: Tensor, grid_size: tuple[int, int], num_prefix_tokens: int, module: Module) -> Tensor:
+    """The operator's result; where a gradient is wanted, with that of the reference. Costs less where no tracer looks.
+
+    Args:
+        x_BNC, num_prefix_tokens: as in `feed_forward`.
+        grid_size: height and width.
+        module: what else `feed_forward` takes.
+    """
+    direct = runs_directly(x_BNC)
+    sizes: tuple[int, int, int] = *grid_size, num_prefix_tokens
+    if torch.is_grad_enabled() and (x_BNC.requires_grad or any(each.requires_grad for each in module.parameters)):
+        if direct:
+            names = module.act1, module.act2, module.gate
+            return _WithGradientOfReference.apply(sizes, names, x_BNC, *module.parameters)
+        return reference.feed_forward(x_BNC, *sizes, *module)  # type: ignore[arg-type]
+    return (feed_forward if direct else _registered)(x_BNC, *sizes, *module)  # type: ignore[arg-type]
 
 
 class _WithGradientOfReference(torch.autograd.Function):
-    """An operator whose backward pass computes its reference again."""
+    """The operator, whose backward pass computes its reference again."""
 
     @staticmethod
-    def forward(ctx: Any, operator: Operator, *arguments: Any) -> Any:
-        ctx.operator = operator
-        ctx.others = [None if isinstance(each, Tensor) else each for each in arguments]
-        ctx.is_tensor = [isinstance(each, Tensor) for each in arguments]
-        ctx.save_for_backward(*(each for each in arguments if isinstance(each, Tensor)))
-        return operator.function(*arguments)
+    def forward(ctx: Any, sizes: tuple[int, int, int], names: tuple[str, str, str | None], *tensors: Tensor) -> Any:
+        ctx.sizes, ctx.names = sizes, names
+        ctx.save_for_backward(*tensors)
+        x_BNC, *parameters = tensors
+        return feed_forward(x_BNC, *sizes, parameters, *names)  # type: ignore[call-arg]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_BNC: Tensor) -> tuple[Any, ...]:
         tensors = [each.detach().requires_grad_() for each in ctx.saved_tensors]
-        remaining = iter(tensors)
-        pairs = zip(ctx.others, ctx.is_tensor, strict=True)
-        arguments = [next(remaining) if is_tensor else other for other, is_tensor in pairs]
+        x_BNC, *parameters = tensors
         with torch.enable_grad():
-            results = ctx.operator.form(*arguments)
-        found = iter(torch.autograd.grad(results, tensors, gradients))
-        return None, *(next(found) if is_tensor else None for is_tensor in ctx.is_tensor)
-
-
-def _depthwise_act_pool(x_BHWE: Tensor, weight_E33: Tensor, bias_E: Tensor, act: str) -> tuple[Tensor, Tensor]:
-    x_shape = x_BHWE.shape
-    reference.check(x_shape, weight_E33.shape, bias_E.shape, act)
-    sums_BE = x_BHWE.new_empty((x_shape[0], x_shape[3]), dtype=reference.accumulate_dtype(x_BHWE))
-    return x_BHWE.new_empty(x_shape), sums_BE
-
-
-def depthwise_act_pool(x_BHWE: Tensor, weight_E33: Tensor, bias_E: Tensor, act: str) -> tuple[Tensor, Tensor]:
-    """Depth-wise 3x3 convolution, bias, activation, and the sums that a channel gate pools.
-
-    Stride 1, zeros around the map. A batch norm is folded into the weight and the bias.
-
-    Args:
-        x_BHWE: a map in any floating dtype, possibly a view, such as the tokens after the prefix tokens.
-        weight_E33: (E, 3, 3) or (E, 1, 3, 3).
-        bias_E: one value per channel.
-        act: `hs` (h-swish) or `relu6`.
-
-    Returns:
-        The activated map in the dtype of `x_BHWE`, and its sums over positions (B, E), in float32 (float64 for
-        float64). Equal inputs give bit-identical results.
-
-    Raises:
-        ValueError: for an unknown `act`, or shapes that do not fit.
-    """
-    if runs_triton(x_BHWE):
-        from localvit.ops.triton import inference
-
-        return inference.depthwise_act_pool(x_BHWE, weight_E33, bias_E, act)
-    y_BHWE, sum_BE = reference.depthwise_act_pool(x_BHWE, weight_E33, bias_E, act)
-    return y_BHWE.contiguous(), sum_BE
-
-
-def _squeeze_excite(
-    sum_BE: Tensor, positions: int, weight_QE: Tensor, bias_Q: Tensor, weight_EQ: Tensor, bias_E: Tensor
-) -> Tensor:
-    return weight_EQ.new_empty(sum_BE.shape)
-
-
-def squeeze_excite(
-    sum_BE: Tensor, positions: int, weight_QE: Tensor, bias_Q: Tensor, weight_EQ: Tensor, bias_E: Tensor
-) -> Tensor:
-    """The factors of a squeeze-and-excitation gate with a hard sigmoid, from a map's sums.
-
-    Args:
-        sum_BE: as `depthwise_act_pool` returns them.
-        positions: H * W, how many values were summed.
-        weight_QE, bias_Q, weight_EQ, bias_E: of the two linear layers, to Q channels and back.
-
-    Returns:
-        The factors (B, E) in the dtype of the weights.
-    """
-    if runs_triton(weight_QE):
-        from localvit.ops.triton import squeeze_excite as kernel
-
-        return kernel.squeeze_excite(sum_BE, positions, weight_QE, bias_Q, weight_EQ, bias_E)
-    return reference.squeeze_excite(sum_BE, positions, weight_QE, bias_Q, weight_EQ, bias_E)
-
-
-def _pointwise(
-    x_BSK: Tensor,
-    weight_NK: Tensor,
-    bias_N: Tensor | None,
-    act: str | None,
-    gate_BK: Tensor | None,
-    skipped: int,
-    num_prefix_tokens: int,
-) -> Tensor:
-    shape_of = reference.shape_of
-    reference.check_pointwise(x_BSK.shape, weight_NK.shape, shape_of(bias_N), act, shape_of(gate_BK))
-    batch, rows, _ = x_BSK.shape
-    return weight_NK.new_empty(batch, rows - skipped + num_prefix_tokens, weight_NK.shape[0])
-
-
-def pointwise(
-    x_BSK: Tensor,
-    weight_NK: Tensor,
-    bias_N: Tensor | None,
-    act: str | None,
-    gate_BK: Tensor | None,
-    skipped: int,
-    num_prefix_tokens: int,
-) -> Tensor:
-    """1x1 convolution of a map, a gate's factors before it, bias and activation after it.
-
-    Args:
-        x_BSK: the map's positions as rows, in any floating dtype.
-        weight_NK: from K to N channels.
-        bias_N: one value per output channel, or None.
-        act: `hs` (h-swish), `relu6`, or None.
-        gate_BK: a factor of each input channel of each image, or None.
-        skipped: how many rows of each image, the first, are not of the map.
-        num_prefix_tokens: how many rows of zeros to put in front.
-
-    Returns:
-        Rows (B, num_prefix_tokens + S - skipped, N) in the dtype of the weight. Equal inputs give bit-identical
-        results.
-
-    Raises:
-        ValueError: for an unknown `act`, or shapes that do not fit.
-    """
-    if runs_triton(x_BSK):
-        from localvit.ops.triton import pointwise as kernel
-
-        return kernel.pointwise(x_BSK, weight_NK, bias_N, act, gate_BK, skipped, num_prefix_tokens)
-    return reference.pointwise(x_BSK, weight_NK, bias_N, act, gate_BK, skipped, num_prefix_tokens)
-
-
-DEPTHWISE_ACT_POOL = Operator(depthwise_act_pool, reference.depthwise_act_pool, _depthwise_act_pool)
-SQUEEZE_EXCITE = Operator(squeeze_excite, reference.squeeze_excite, _squeeze_excite)
-POINTWISE = Operator(pointwise, reference.pointwise, _pointwise)
+            out_BNC = reference.feed_forward(x_BNC, *ctx.sizes, parameters, *ctx.names)  # type: ignore[call-arg]
+        return None, None, *torch.autograd.grad(out_BNC, tensors, grad_BNC)

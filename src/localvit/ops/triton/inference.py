@@ -1,4 +1,4 @@
-"""The Triton kernel of `localvit.ops.operators.depthwise_act_pool`; the tiles are those of `localvit.ops.triton.tiles`.
+"""The Triton kernel of `localvit.ops.reference.depthwise_act_pool`; the tiles are those of `localvit.ops.triton.tiles`.
 
 Roofline for a map of V values of 2 bytes: 4 V bytes, and 25 V operations (9 multiply-adds, bias, 5 for the activation,
 one for the sum): 6 operations a byte, below the 20 where an H100's float32 units, and not its memory, would be the
@@ -39,7 +39,7 @@ AREA = Area(512, registers=96)
 def depthwise_act_pool(
     x_BHWE: Tensor, weight_E33: Tensor, bias_E: Tensor, act: str, area: Area = AREA
 ) -> tuple[Tensor, Tensor]:
-    """As `localvit.ops.operators.depthwise_act_pool`, for a non-empty map with channels last."""
+    """As `localvit.ops.reference.depthwise_act_pool`, for a non-empty map with channels last."""
     check_layout(x_BHWE)
     tiles, launch = _launch(x_BHWE.shape, x_BHWE.stride(), x_BHWE.dtype, weight_E33.shape, bias_E.shape, act, area)
     y_BHWE = torch.empty_like(x_BHWE, memory_format=torch.contiguous_format)

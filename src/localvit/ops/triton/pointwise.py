@@ -37,7 +37,7 @@ def pointwise(
     num_prefix_tokens: int = 0,
     blocks: Blocks | None = None,
 ) -> Tensor:
-    """As `localvit.ops.operators.pointwise`, for rows in bfloat16 or float16 with contiguous channels."""
+    """As `localvit.ops.reference.pointwise`, for rows in bfloat16 or float16 with contiguous channels."""
     batch, rows, inner = x_BSK.shape
     columns = weight_NK.shape[0]
     launch = _launch(

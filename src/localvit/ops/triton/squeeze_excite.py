@@ -24,7 +24,7 @@ BLOCK = 4096
 def squeeze_excite(
     sum_BE: Tensor, positions: int, weight_QE: Tensor, bias_Q: Tensor, weight_EQ: Tensor, bias_E: Tensor
 ) -> Tensor:
-    """As `localvit.ops.operators.squeeze_excite`."""
+    """As `localvit.ops.reference.squeeze_excite`."""
     batch, channels = sum_BE.shape
     bottleneck = weight_QE.shape[0]
     gate_BE = weight_EQ.new_empty(batch, channels)
