@@ -114,6 +114,27 @@ def test_compiled_for_nvidia(launches, name, capability, tmp_path, monkeypatch):
     assert compiled.metadata.shared <= SHARED_BYTES[capability]
 
 
+@pytest.mark.parametrize("name", ["pointwise 1", "pointwise 3", "expansion_gradients"])
+@pytest.mark.parametrize("waits", [False, True])
+def test_waits_for_products_of_computed_operands(launches, name, waits, tmp_path, monkeypatch):
+    """On compute capability 9 they read their left operand from registers, which the next one may overwrite."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel, arguments, constants, options = launches[name]
+    constants = list(constants)
+    position = kernel.arg_names.index("WAIT") - len(arguments)
+    assert constants[position] is False  # There is no GPU here.
+    constants[position] = waits
+    source = source_of(kernel, arguments, constants)
+    text = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options._asdict()).asm["ttgir"]
+    assert re.search("warp_group_dot .*: tensor<.*#ttg.dot_op", text)
+    in_the_loop = text[text.index("scf.for") : text.index("scf.yield")]
+    pending = {int(number) for number in re.findall(r"warp_group_dot_wait .*pendings = (\d+)", in_the_loop)}
+    assert (pending == {0}) == waits
+
+
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", int: "i32", float: "fp32"}
 
 

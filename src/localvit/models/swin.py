@@ -21,6 +21,7 @@ from localvit.models.registry import ModelInfo, register_model
 from localvit.surgery.blocks import BlockSelection
 from localvit.surgery.replace import Replace, replace_feed_forwards
 from localvit.surgery.sites import Site, local_sites
+from localvit.utils.exporting import is_exporting
 
 
 @torch.fx.wrap  # It assigns to parts of a map, which a graph tracer cannot follow.
@@ -147,7 +148,7 @@ class LocalSwin(Family, SwinTransformer):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The normalized map (B, H, W, C) of the last stage, of images (B, in_chans, H, W)."""
-        with _size_left_open(self) if torch.compiler.is_exporting() else nullcontext():
+        with _size_left_open(self) if is_exporting() else nullcontext():
             return super().forward_features(x)
 
     def no_weight_decay(self) -> set[str]:

@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from localvit.ops.batch_norms import leaves_single_values
 from localvit.ops.kernel_gates import known_gate
 from localvit.ops.stages import ChannelGate, Convolution, Norm, Stages, is_plain, is_untouched, stages_of
+from localvit.utils.exporting import is_exporting
 
 Backend = Literal["auto", "layers", "torch", "triton"]
 ENVIRONMENT_VARIABLE = "LOCALVIT_BACKEND"
@@ -215,8 +216,8 @@ def runs_directly(x: Tensor) -> bool:
 
 
 def runs_triton(x: Tensor) -> bool:
-    """Whether an operator runs its Triton kernel on a map, rather than the reference."""
-    return _has_kernels(x.device, x.dtype) and x.numel() > 0 and x.stride(-1) == 1
+    """Whether an operator runs its Triton kernels on a map, rather than the reference."""
+    return _has_kernels(x.device, x.dtype) and x.numel() > 0
 
 
 def fused_path(weight: Tensor) -> Literal["operator", "onednn", "torch"]:
@@ -230,7 +231,7 @@ def fused_path(weight: Tensor) -> Literal["operator", "onednn", "torch"]:
         and torch.backends.mkldnn.enabled
         # oneDNN's fused convolution has no gradient, does not follow autocast, and torch.jit cannot record its scalars.
         and not (torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch.is_autocast_enabled("cpu"))
-        and not (torch.compiler.is_exporting() or torch.jit.is_tracing())
+        and not (is_exporting() or torch.jit.is_tracing())
     ):
         return "onednn"
     return "torch"

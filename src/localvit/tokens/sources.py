@@ -116,7 +116,7 @@ def disconnect(model: nn.Module) -> None:
 
 def is_grid_hook(hook: Any) -> bool:
     """Whether this file registered a hook, which records a grid and leaves the tokens as they are."""
-    return isinstance(hook, partial) and bool(hook.args) and isinstance(hook.args[0], Grid)
+    return isinstance(hook, partial) and len(hook.args) > 0 and isinstance(hook.args[0], Grid)
 
 
 def stop_recognizing_inputs(model: nn.Module) -> None:

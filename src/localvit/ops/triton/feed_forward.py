@@ -23,7 +23,9 @@ def feed_forward(
     act2: str,
     gate: str | None,
 ) -> Tensor:
-    """As `localvit.ops.operators.feed_forward`, for tokens in bfloat16 or float16 with contiguous channels."""
+    """As `localvit.ops.operators.feed_forward`, for tokens in bfloat16 or float16."""
+    if x_BNC.stride(2) != 1:
+        x_BNC = x_BNC.contiguous()
     check_tokens(x_BNC.shape, height, width, num_prefix_tokens)
     (expansion, bias1_E, depthwise, bias2_E, projection, bias3_C), gate_parameters = split(parameters)
     x_BSE = pointwise(x_BNC, expansion, bias1_E, act1, skipped=num_prefix_tokens)

@@ -20,7 +20,15 @@ from torch import Tensor
 
 from localvit.ops.reference import Shape, check_pointwise, shape_of
 from localvit.ops.triton.launch import Launch, ceil_div
-from localvit.ops.triton.rows import Blocks, Statistics, dot_block, factors_of_rows, normalized_and_activated
+from localvit.ops.triton.rows import (
+    Blocks,
+    Statistics,
+    dot_block,
+    factors_of_rows,
+    finished,
+    normalized_and_activated,
+    overwrites_operands,
+)
 from localvit.ops.triton.tiles import activate
 
 WIDENING = Blocks(rows=128, columns=128, inner=32, num_warps=4, num_stages=4)
@@ -42,7 +50,7 @@ def pointwise(
     columns = weight_NK.shape[0]
     launch = _launch(
         *(x_BSK.shape, x_BSK.stride(), weight_NK.shape, shape_of(bias_N), shape_of(gate_BK), skipped),
-        *(num_prefix_tokens, None, act, blocks or (WIDENING if columns > inner else NARROWING)),
+        *(num_prefix_tokens, None, act, blocks or (WIDENING if columns > inner else NARROWING), x_BSK.get_device()),
     )
     gate_BK = None if gate_BK is None else gate_BK.contiguous()
     out_BRN = weight_NK.new_empty((batch, rows - skipped + num_prefix_tokens, columns))
@@ -54,7 +62,9 @@ def pointwise_with_statistics(x_BSK: Tensor, weight_NK: Tensor, blocks: Blocks =
     """The product with the weight (B, S, N), in its dtype, and the statistics of the product's tiles."""
     batch, rows, _ = x_BSK.shape
     columns = weight_NK.shape[0]
-    launch = _launch(x_BSK.shape, x_BSK.stride(), weight_NK.shape, None, None, 0, 0, None, None, blocks)
+    launch = _launch(
+        x_BSK.shape, x_BSK.stride(), weight_NK.shape, None, None, 0, 0, None, None, blocks, x_BSK.get_device()
+    )
     out_BSN = weight_NK.new_empty((batch, rows, columns))
     tiles = ceil_div(batch * rows, blocks.rows)
     statistics = Statistics.empty(tiles, columns, weight_NK.new_empty(0, dtype=torch.float32))
@@ -71,7 +81,10 @@ def normalized_pointwise(
     blocks: Blocks = NARROWING,
 ) -> Tensor:
     """`gate * act(norm(z))` times the weight (B, S, N), where `norm_4K` are vectors of `ops.triton.batch_norm`."""
-    launch = _launch(z_BSK.shape, z_BSK.stride(), weight_NK.shape, None, shape_of(gate_BK), 0, 0, act, None, blocks)
+    launch = _launch(
+        *(z_BSK.shape, z_BSK.stride(), weight_NK.shape, None, shape_of(gate_BK), 0, 0, act, None, blocks),
+        z_BSK.get_device(),
+    )
     out_BSN = weight_NK.new_empty((*z_BSK.shape[:2], weight_NK.shape[0]))
     launch(z_BSK, weight_NK, norm_4K, gate_BK, None, out_BSN, None, None, None)
     return out_BSN
@@ -89,6 +102,7 @@ def _launch(
     norm_act: str | None,
     act: str | None,
     blocks: Blocks,
+    device: int,
 ) -> Launch:
     check_pointwise(shape, weight, bias, act, gate)
     batch, rows, inner = shape
@@ -98,7 +112,10 @@ def _launch(
         pointwise_kernel,
         ceil_div(batch * tokens, blocks.rows) * ceil_div(columns, block_n),
         (batch * tokens, tokens, num_prefix_tokens, skipped, *strides[:2]),
-        (inner, columns, norm_act == "hs", act, tokens >= blocks.rows, blocks.rows, block_n, block_k),
+        (
+            *(inner, columns, norm_act == "hs", act, tokens >= blocks.rows, overwrites_operands(device)),
+            *(blocks.rows, block_n, block_k),
+        ),
         blocks.options,
     )
 
@@ -125,6 +142,7 @@ def pointwise_kernel(
     NORM_HARDSWISH: tl.constexpr,
     ACT: tl.constexpr,
     TWO_IMAGES: tl.constexpr,
+    WAIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -141,6 +159,8 @@ def pointwise_kernel(
     x += (image.to(tl.int64) * stride_b + (position + skipped) * stride_s)[:, None]
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, K, BLOCK_K):
+        if norm is not None or gate is not None:
+            total = finished(total, WAIT)
         k = start + tl.arange(0, BLOCK_K)
         a = tl.load(x + k[None, :], inside[:, None] & (k < K)[None, :], 0.0)
         b = tl.load(weight + n[None, :] * K + k[:, None], (n < N)[None, :] & (k < K)[:, None], 0.0)

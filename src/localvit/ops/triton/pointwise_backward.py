@@ -24,7 +24,15 @@ import triton.language as tl
 from torch import Tensor
 
 from localvit.ops.triton.launch import Launch, ceil_div
-from localvit.ops.triton.rows import Blocks, channel_row, dot_block, factors_of_rows, normalized
+from localvit.ops.triton.rows import (
+    Blocks,
+    channel_row,
+    dot_block,
+    factors_of_rows,
+    finished,
+    normalized,
+    overwrites_operands,
+)
 from localvit.ops.triton.tiles import activate, activation_slope
 
 PROJECTION_BLOCKS = Blocks(rows=64, columns=64, inner=32, num_warps=4, num_stages=3)
@@ -226,16 +234,16 @@ def expansion_gradients(
     hidden, channels = weight_EC.shape
     grad_x_BHWC = z_BHWE.new_empty((*z_BHWE.shape[:3], channels), dtype=dtype)
     grad_z_BHWE = z_BHWE.new_empty(z_BHWE.shape)
-    launch = _expansion_launch(z_BHWE.numel() // hidden, channels, hidden, blocks)
+    launch = _expansion_launch(z_BHWE.numel() // hidden, channels, hidden, blocks, z_BHWE.get_device())
     launch(grad_BHWE, z_BHWE, norm_4E, slopes_3E, weight_EC, grad_x_BHWC, grad_z_BHWE)
     return grad_x_BHWC, grad_z_BHWE
 
 
 @cache
-def _expansion_launch(rows: int, channels: int, hidden: int, blocks: Blocks) -> Launch:
+def _expansion_launch(rows: int, channels: int, hidden: int, blocks: Blocks, device: int) -> Launch:
     block_c, block_e = dot_block(channels, blocks.columns), dot_block(hidden, blocks.inner)
     programs = ceil_div(rows, blocks.rows) * ceil_div(channels, block_c)
-    constants = channels, hidden, blocks.rows, block_c, block_e
+    constants = channels, hidden, overwrites_operands(device), blocks.rows, block_c, block_e
     return Launch(expansion_gradients_kernel, programs, (rows,), constants, blocks.options)
 
 
@@ -251,6 +259,7 @@ def expansion_gradients_kernel(
     rows,
     C: tl.constexpr,
     E: tl.constexpr,
+    WAIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -262,6 +271,7 @@ def expansion_gradients_kernel(
     at_row = row.to(tl.int64)[:, None]
     total = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for start in range(0, E, BLOCK_E):
+        total = finished(total, WAIT)
         e = start + tl.arange(0, BLOCK_E)
         mask = (row < rows)[:, None] & (e < E)[None, :]
         g = tl.load(grad + at_row * E + e[None, :], mask, 0.0)

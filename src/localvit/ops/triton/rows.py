@@ -5,8 +5,10 @@ A tile is `BLOCK_M` consecutive rows of the batch, a row the channels of one tok
 Shapes: B batch, N output channels, T tiles.
 """
 
+from functools import cache
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -47,6 +49,28 @@ class Statistics(NamedTuple):
 def dot_block(size: int, largest: int) -> int:
     """A power of two that fits `size` channels, within what tensor cores multiply at once and `largest`."""
     return min(max(power_of_2(size), 16), largest)
+
+
+@cache
+def overwrites_operands(device: int) -> bool:
+    """Whether a GPU (-1: none) may overwrite what a product still reads, unless a loop waits for it (`finished`).
+
+    On GPUs of compute capability 9, a product whose left operand was computed, and not just loaded, reads it from
+    registers while the next operand is computed: Triton before 3.8 lets both use the same registers (Triton's issue
+    9433). Seen as wrong values, now and then, on an H200 with Triton 3.6.
+    """
+    if device < 0 or tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8):
+        return False
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
+@triton.jit
+def finished(total, WAIT: tl.constexpr):
+    """The sum of products, with `WAIT` once all that were added to it are computed."""
+    if WAIT:
+        # No instruction, but it reads the sum: so the compiler waits for the products here.
+        total = tl.inline_asm_elementwise("", "=f,0", [total], dtype=tl.float32, is_pure=False, pack=1)
+    return total
 
 
 @triton.jit
