@@ -63,7 +63,7 @@ def test_maps_of_one_shape_share_a_launch():
     from localvit.ops.triton.pointwise import WIDENING, _launch
 
     def found(batch, act):
-        return _launch((batch, 5, 7), (35, 7, 1), (11, 7), None, None, 0, 0, None, act, WIDENING)
+        return _launch((batch, 5, 7), (35, 7, 1), (11, 7), None, None, 0, 0, None, act, WIDENING, -1)
 
     assert found(3, "hs") is found(3, "hs")
     assert found(3, "hs") is not found(4, "hs")
