@@ -216,7 +216,8 @@ def test_captured_in_a_cuda_graph(mode):
 @pytest.mark.parametrize(("act", "operators"), [("hs+se", 1), ("relu6", 1), ("hs+eca", 1), ("hs+ecah", 1)])
 @pytest.mark.parametrize("mode", MODES)
 def test_compiled_on_a_gpu(act, operators, mode):
-    module, map_BCHW, weights_BCHW, context, exact = on_a_gpu(7, act, mode, (4, 7, 7, 32))
+    # A seed whose values keep off the kinks of the activations.
+    module, map_BCHW, weights_BCHW, context, exact = on_a_gpu(10, act, mode, (4, 7, 7, 32))
     plain = layer_by_layer(module)
     found = step(module, map_BCHW, weights_BCHW, context, run=training_steps.compiled(module, operators))
     as_near_as_the_layers(found, step(plain, map_BCHW, weights_BCHW, context), exact, MODES[mode][1] or MODES[mode][0])

@@ -149,8 +149,10 @@ def as_near_as_the_layers(found, by_layers, wanted, dtype):
     """The error against float64 is that of the layers in the same dtype, but for the luck of rounding."""
     assert {name: value.dtype for name, value in found.items()} == {n: value.dtype for n, value in by_layers.items()}
     errors, allowed = off_by(found, wanted), off_by(by_layers, wanted)
-    # Twice the layers' error, and the rounding of one operand where they happen to be nearer than that.
-    limits = {name: 2 * error + _room(name, dtype) for name, error in allowed.items()}
+    # Three times the layers' error, and the rounding of one operand where they happen to be nearer than that: rounding
+    # decides on which side of h-swish's kinks a value lies, where the slope jumps by a half, and a few values in 10,000
+    # lie so near.
+    limits = {name: 3 * error + _room(name, dtype) for name, error in allowed.items()}
     far = {name: (error, limits[name]) for name, error in errors.items() if error > limits[name]}
     assert not far, far
 
