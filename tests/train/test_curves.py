@@ -9,7 +9,7 @@ import sys
 import pytest
 from PIL import Image
 
-from localvit.train.curves import draw_comparison, draw_curves
+from localvit.train.curves import draw_comparison, draw_curves, draw_study
 from run_folders import log_row
 
 
@@ -105,3 +105,11 @@ def test_without_matplotlib_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r'pip install "localvit\[plot\]"'):
         importlib.import_module("localvit.train.curves")
+
+
+@pytest.mark.parametrize(("lengths", "panels"), [((3,), 1), ((2, 3), 2)])
+def test_the_ends_of_schedules_have_a_panel_where_there_are_several(tmp_path, lengths, panels):
+    by_epoch = {"local": [[50.0, 60.0, 70.0]], "plain": [[40.0, 45.0, 47.0]]}
+    at_end = {arm: [(length, runs[0][length - 1]) for length in lengths] for arm, runs in by_epoch.items()}
+    svg = draw_study(by_epoch, at_end, tmp_path / "study.svg").read_text()
+    assert svg.count('<g id="axes_') == panels

@@ -120,6 +120,8 @@ def draw_study(
 ) -> Path:
     """Plot the arms of a study, and return the path of the image.
 
+    The ends of schedules have a panel of their own, unless there is only one.
+
     Args:
         by_epoch: by arm, for each seed the accuracy after each epoch of the longest schedule, in percent.
         at_end: by arm, length of the schedule in epochs and accuracy at its end, for each run.
@@ -129,23 +131,28 @@ def draw_study(
         ValueError: if there are more arms than line styles.
     """
     check_number_of_lines(len(by_epoch))
-    figure = Figure(figsize=(10, 4 + 0.22 * math.ceil(len(by_epoch) / 4)), dpi=150)
-    left, right = figure.subplots(1, 2, sharey=True)
+    has_ends = len({length for runs in at_end.values() for length, _ in runs}) > 1
+    size = (10 if has_ends else 6.5, 4 + 0.22 * math.ceil(len(by_epoch) / 4))
+    figure = Figure(figsize=size, dpi=150)
+    left, *ends = figure.subplots(1, 2 if has_ends else 1, sharey=True, squeeze=False)[0]
     for (arm, curves), (color, line) in zip(by_epoch.items(), _STYLES, strict=False):
         for number, values in enumerate(curves):
             epochs = range(1, len(values) + 1)
             label = literal_text(arm) if number == 0 else None
             left.plot(epochs, values, line, color=color, lw=1.3, marker="o", ms=4, markevery=[-1], label=label)
-        lengths = sorted({length for length, _ in at_end[arm]})
-        ends = [[acc1 for length, acc1 in at_end[arm] if length == each] for each in lengths]
-        right.plot(lengths, [sum(values) / len(values) for values in ends], line, color=color, lw=1.3)
-        right.plot([each[0] for each in at_end[arm]], [each[1] for each in at_end[arm]], "o", color=color, ms=4)
-    left.set_title("longest schedule, a line for each seed", fontsize=10)
-    right.set_title("end of each schedule, a dot for each seed", fontsize=10)
+        for right in ends:
+            lengths = sorted({length for length, _ in at_end[arm]})
+            accuracies = [[acc1 for length, acc1 in at_end[arm] if length == each] for each in lengths]
+            right.plot(lengths, [sum(each) / len(each) for each in accuracies], line, color=color, lw=1.3)
+            right.plot([each[0] for each in at_end[arm]], [each[1] for each in at_end[arm]], "o", color=color, ms=4)
+    left.set_title("longest schedule, a line for each seed" if has_ends else "a line for each seed", fontsize=10)
     left.set_ylabel("validation Acc@1 (%)")
-    for axes, label in ((left, "epoch"), (right, "epochs of the schedule")):
-        _style(axes)
-        axes.set_xlabel(label)
+    left.set_xlabel("epoch")
+    _style(left)
+    for right in ends:
+        right.set_title("end of each schedule, a dot for each seed", fontsize=10)
+        right.set_xlabel("epochs of the schedule")
+        _style(right)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9, handlelength=3)
     return _save(figure, image)
 
