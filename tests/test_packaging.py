@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-DATA = (".yaml", ".jinja", ".css", ".js", ".json", ".typed", ".safetensors")
+DATA = (".cpp", ".yaml", ".jinja", ".css", ".js", ".json", ".typed", ".safetensors")
 
 
 @pytest.fixture(scope="module")

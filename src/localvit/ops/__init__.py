@@ -1,8 +1,9 @@
 """How the locality module's layers run: one result, several speeds.
 
 `stages` reads a module's layers, `dispatch` decides how they run, and the rest computes: `recompute` for training,
-`kernel_step` for training by kernels, `folded` for inference, `operators` with `reference` and `triton` for the steps
-that have a kernel. `batch_norms` holds what all of them agree on: when running statistics change.
+`cpu_training` and `kernel_step` for training by kernels on the CPU and on GPUs, `folded` for inference, `operators`
+with `reference` and `triton` for the steps that have a kernel. `batch_norms` holds what all agree on: when running
+statistics change.
 """
 
 from localvit.ops.batch_norms import run_layers

@@ -6,8 +6,9 @@ Three backends, each including the ones before it:
 - "torch": the recomputing path in training, fused convolutions in models made by `localvit.fuse`;
 - "triton": the Triton kernels as well, on NVIDIA GPUs in half precision; elsewhere the operators run their references.
 
-"auto", the default, is "triton" for tensors that have kernels and "torch" for all others. Where a GPU cannot run them,
-the log says so once.
+"auto", the default, is "triton" for tensors that have kernels and "torch" for all others; in training on the CPU in
+float32, it runs kernels in C++ where they can be compiled. Where a GPU cannot run its kernels, or the CPU's cannot be
+compiled, the log says so once.
 
 An implementation is chosen only where it computes the same as the layers; everywhere else the layers run.
 """
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from localvit.ops import cpu_kernels
 from localvit.ops.batch_norms import leaves_single_values
 from localvit.ops.kernel_gates import known_gate
 from localvit.ops.stages import ChannelGate, Convolution, Norm, Stages, is_plain, is_untouched, stages_of
@@ -41,6 +43,10 @@ LEAST_CAPABILITY = (8, 0)
 """The first NVIDIA GPUs with matrix products in bfloat16."""
 LEAST_SHARED_MEMORY = 160 * 1024
 """What the largest tiles need, in bytes for a block of threads."""
+
+LEAST_CPU_VALUES = 1 << 20
+"""Values of a hidden map from which on the CPU's kernels train: for less, compiling them would take longer than it
+saves."""
 
 _logger = logging.getLogger(__name__)
 
@@ -153,6 +159,31 @@ def fits_kernels(stages: Stages, map_BCHW: Tensor) -> torch.dtype | None:
     if not torch.is_autocast_enabled(map_BCHW.device.type) and stages.first.weight.dtype != dtype:
         return None
     return None if torch.compiler.is_compiling() and not _fits_operator(second.gate, stages) else dtype
+
+
+def fits_cpu_kernels(stages: Stages, map_BCHW: Tensor) -> bool:
+    """Whether a module with these stages that `training_path` found trains by the CPU's kernels, not by recomputing.
+
+    The kernels are compiled by the first question about a map that is large enough.
+    """
+    if _backend != "auto" or map_BCHW.device.type != "cpu" or len(stages.stages) != 2:
+        return False
+    if torch.is_autocast_enabled("cpu") or is_in_torch_dispatch_mode():
+        return False
+    first, second = stages.stages
+    if first.act != second.act or first.gate is not None or not suits_kernel(first.conv):
+        return False
+    if second.conv.groups > 1 or stages.first.groups > 1:
+        return False
+    modules = (stages.first, first.norm, first.conv, second.norm, second.conv, *filter(None, [second.gate]))
+    tensors = (map_BCHW, *(entry for module in modules for entry in (*module.parameters(), *module.buffers())))
+    if any(each.is_floating_point() and each.dtype != torch.float32 for each in tensors):
+        return False
+    hidden = stages.first.weight.shape[0]
+    if map_BCHW.numel() // map_BCHW.shape[1] * hidden < LEAST_CPU_VALUES:
+        return False
+    lanes = cpu_kernels.lanes()
+    return lanes is not None and hidden % lanes == 0
 
 
 def _fits_operator(gate: ChannelGate | None, stages: Stages) -> bool:

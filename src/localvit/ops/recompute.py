@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from localvit.ops import compiled_training, kernel_training
+from localvit.ops import compiled_training, cpu_training, kernel_training
 from localvit.ops.activations import activate, activation_backward
 from localvit.ops.batch_norms import is_recomputation, run_layers
-from localvit.ops.dispatch import training_path
+from localvit.ops.dispatch import fits_cpu_kernels, training_path
 from localvit.ops.gates import scale_with
 from localvit.ops.stages import Stage, Stages, channel_means
 
@@ -25,7 +25,7 @@ aten = torch.ops.aten
 
 
 def feed_forward(layers: nn.Sequential, map_BCHW: Tensor) -> Tensor:
-    """Run a locality module's layers on a map (B, C, H, W): recomputing where that gives the same, else one by one."""
+    """Run a locality module's layers on a map (B, C, H, W): by kernels or recomputing where that gives the same."""
     path = training_path(layers, map_BCHW)
     if path is None:
         return run_layers(layers, map_BCHW)
@@ -33,6 +33,8 @@ def feed_forward(layers: nn.Sequential, map_BCHW: Tensor) -> Tensor:
     if dtype is not None:
         training = compiled_training if torch.compiler.is_compiling() else kernel_training
         out_BCHW = training.feed_forward(stages, map_BCHW, dtype)
+    elif fits_cpu_kernels(stages, map_BCHW):
+        out_BCHW = cpu_training.feed_forward(stages, map_BCHW)
     else:
         out_BCHW = _recompute(stages, map_BCHW)
     return run_layers(stages.last_norm, out_BCHW)
