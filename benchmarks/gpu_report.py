@@ -255,13 +255,18 @@ def sections(report: Report, batch_size: int) -> Iterator[tuple[str, str, float,
     yield "operators", "operators", 30.0, partial(measure_operators, report, batch_size)
     yield "models", "T, training step, compiled", 90.0, models("T", "training step", "compiled")
     yield "models", "T, training step, compiled graph", 20.0, models("T", "training step", "compiled graph")
-    for family in ("S", "PVT", "Swin", "TNT", "T2T"):
-        yield "models", f"{family}, inference, eager", 15.0, models(family, "inference", "eager")
-    for family in ("S", "PVT", "Swin", "TNT", "T2T"):
-        yield "models", f"{family}, training step, eager", 20.0, models(family, "training step", "eager")
+    others = [family for family in FAMILIES if family != "T"]
+    for family in others:
+        yield "models", f"{family}, inference, graph", 20.0, models(family, "inference", "graph")
+    for family in others:
+        yield "models", f"{family}, training step, graph", 25.0, models(family, "training step", "graph")
     yield "loop", "training loop", 20.0, partial(training_loop, report, batch_size)
-    for family in ("S", "PVT", "Swin", "TNT", "T2T"):
-        yield "models", f"{family}, inference, compiled", 60.0, models(family, "inference", "compiled")
+    for family in others:
+        yield "models", f"{family}, inference, compiled graph", 60.0, models(family, "inference", "compiled graph")
+    for family in others:
+        yield "models", f"{family}, inference, eager", 15.0, models(family, "inference", "eager")
+    for family in others:
+        yield "models", f"{family}, training step, eager", 20.0, models(family, "training step", "eager")
 
 
 @contextmanager
