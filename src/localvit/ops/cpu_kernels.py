@@ -23,7 +23,11 @@ _logger = logging.getLogger(__name__)
 def library() -> CDLL | None:
     """The compiled functions; None where they cannot be compiled, which is logged once."""
     _logger.info("loading the CPU's training kernels, which are compiled on first use")
+    toolchain = logging.getLogger("torch.utils.cpp_extension")
+    before = toolchain.level
     try:
+        # When it is imported, it warns of a CUDA compiler without a GPU, which is not needed here.
+        toolchain.setLevel(logging.ERROR)
         # Not at the top: this takes seconds, and needs parts of torch that only torch.compile needs.
         from torch._inductor.codecache import CppCodeCache
         from torch._inductor.cpu_vec_isa import pick_vec_isa
@@ -37,6 +41,8 @@ def library() -> CDLL | None:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         _logger.info("the CPU's training kernels are not used: %s", reason)
         return None
+    finally:
+        toolchain.setLevel(before)
     return compiled
 
 
