@@ -22,11 +22,13 @@ MACHINE = ("data_path", "output_dir", "device", "workers", "wandb", "tensorboard
 
 
 def release(source: Path, target: Path, texts: dict[str, str]) -> None:
-    """Write the raw weights of `source` to `target`, with `texts` in its header."""
+    """Write the raw weights of `source` to `target`; `texts` replace or join what its header says of the run."""
     checkpoint = read_checkpoint(source)
     # The accuracy is measured on the new file and stated in the registry, once.
     about: dict[str, Any] = {
-        key: value for key, value in checkpoint.about.items() if key not in ("held_out", "metrics", "images_per_step")
+        key: value
+        for key, value in checkpoint.about.items()
+        if key not in ("held_out", "metrics", "test_images", "images_per_step")
     }
     about["config"] = {key: value for key, value in about["config"].items() if key not in MACHINE}
     header = {
@@ -36,7 +38,7 @@ def release(source: Path, target: Path, texts: dict[str, str]) -> None:
         "img_size": checkpoint.img_size,
         "class_names": checkpoint.class_names,
         "preprocessing": checkpoint.preprocessing,
-        "about": texts | about,
+        "about": about | texts,
     }
     tensors = {
         RAW + key: value.to(torch.bfloat16) if value.is_floating_point() and value.ndim > 1 else value

@@ -110,7 +110,7 @@ def test_the_file_is_small_and_describes_itself_without_a_machine(stored):
     assert Preprocessing.from_pretrained_cfg(timm.get_pretrained_cfg(NAME).to_dict()) == published
     texts = list(strings(header))
     assert not [text for text in texts if text.startswith(("/", "~")) or "/dev/" in text or "held_out" in text]
-    assert "localvit train --recipe cifar10 --cuda-graph --epochs 34" in header["about"]["command"]
+    assert "localvit train --recipe cifar10 --cuda-graph --epochs 80" in header["about"]["command"]
     assert PACKAGED.source in header["about"]["data"]
     for key, value in stored.items():
         if value.is_floating_point():
@@ -199,7 +199,7 @@ def test_commands_take_the_name(tmp_path, capsys):
 
 def test_a_name_is_as_good_as_a_checkpoint():
     ready = load_model(NAME)
-    assert ready.about["config"]["epochs"] == 34
+    assert ready.about["config"]["epochs"] == 80
     assert str(ready).startswith(f"{NAME}.cifar10, raw weights in this package; 32 x 32")
     with pytest.raises(CheckpointError, match="no averaged weights"):
         load_model(NAME, weights="ema")
@@ -213,17 +213,20 @@ def test_the_script_leaves_the_paths_of_a_run_out(tmp_path):
         "held_out": {"folder": "/home/a/images/train"},
         "epoch": 2,
         "metrics": {"test_acc1": 1.0},
+        "test_images": 100,
     }
     model = localvit.create_model(NAME, depth=1)
     averaged = {key: value + 1 for key, value in model.state_dict().items()}
     run = tmp_path / "last.safetensors"
     localvit.save_checkpoint(model, run, class_names=CLASSES, ema=averaged, about=about)
     release = runpy.run_path(str(ROOT / "benchmarks" / "release_weights.py"))["release"]
-    release(run, tmp_path / "small.safetensors", {"data": "of mine"})
+    release(run, tmp_path / "small.safetensors", {"data": "of mine", "localvit": "0.9"})
     assert b"/home" not in (tmp_path / "small.safetensors").read_bytes()
     rebuilt, checkpoint = localvit.model_from_checkpoint(tmp_path / "small.safetensors")
     assert (checkpoint.ema, checkpoint.class_names) == (None, CLASSES)
     assert (checkpoint.about["config"], checkpoint.about["data"]) == ({"epochs": 3}, "of mine")
+    assert checkpoint.about["localvit"] == "0.9"
+    assert not {"held_out", "metrics", "test_images"} & checkpoint.about.keys()
     assert torch.equal(rebuilt.head.weight, model.head.weight.bfloat16().float())
     assert torch.equal(rebuilt.head.bias, model.head.bias)
 
