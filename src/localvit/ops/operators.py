@@ -97,31 +97,35 @@ def run(x_BNC: Tensor, grid_size: tuple[int, int], num_prefix_tokens: int, modul
         grid_size: height and width.
         module: what else `feed_forward` takes.
     """
+    height, width = grid_size
     direct = runs_directly(x_BNC)
-    sizes: tuple[int, int, int] = *grid_size, num_prefix_tokens
     if torch.is_grad_enabled() and (x_BNC.requires_grad or any(each.requires_grad for each in module.parameters)):
         if direct:
-            names = module.act1, module.act2, module.gate
-            return _WithGradientOfReference.apply(sizes, names, x_BNC, *module.parameters)
-        return reference.feed_forward(x_BNC, *sizes, *module)  # type: ignore[arg-type]
-    return (feed_forward if direct else _registered)(x_BNC, *sizes, *module)  # type: ignore[arg-type]
+            return _WithGradientOfReference.apply((height, width, num_prefix_tokens), module[1:], x_BNC, *module[0])
+        return reference.feed_forward(x_BNC, height, width, num_prefix_tokens, *module)
+    form = feed_forward if direct else _registered
+    return form(x_BNC, height, width, num_prefix_tokens, *module)
 
 
 class _WithGradientOfReference(torch.autograd.Function):
     """The operator, whose backward pass computes its reference again."""
 
     @staticmethod
-    def forward(ctx: Any, sizes: tuple[int, int, int], names: tuple[str, str, str | None], *tensors: Tensor) -> Any:
+    def forward(
+        ctx: Any, sizes: tuple[int, int, int], names: tuple[str, str, str | None], x_BNC: Tensor, *parameters: Tensor
+    ) -> Any:
         ctx.sizes, ctx.names = sizes, names
-        ctx.save_for_backward(*tensors)
-        x_BNC, *parameters = tensors
-        return feed_forward(x_BNC, *sizes, parameters, *names)  # type: ignore[call-arg]
+        ctx.save_for_backward(x_BNC, *parameters)
+        height, width, num_prefix_tokens = sizes
+        return feed_forward(x_BNC, height, width, num_prefix_tokens, list(parameters), *names)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BNC: Tensor) -> tuple[Any, ...]:
         tensors = [each.detach().requires_grad_() for each in ctx.saved_tensors]
         x_BNC, *parameters = tensors
+        act1, act2, gate = ctx.names
+        height, width, num_prefix_tokens = ctx.sizes
         with torch.enable_grad():
-            out_BNC = reference.feed_forward(x_BNC, *ctx.sizes, parameters, *ctx.names)  # type: ignore[call-arg]
+            out_BNC = reference.feed_forward(x_BNC, height, width, num_prefix_tokens, parameters, act1, act2, gate)
         return None, None, *torch.autograd.grad(out_BNC, tensors, grad_BNC)
