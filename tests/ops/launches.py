@@ -133,6 +133,17 @@ def close(what, found, wanted, dtype):
     assert not wrong.any(), f"{what}: {int(wrong.sum())} of {wrong.numel()} values, off by up to {float(error.max())}"
 
 
+def autograd_steps(out):
+    """The names of all steps that autograd recorded for a result."""
+    seen, nodes = set(), [out.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [parent for parent, _ in node.next_functions]
+    return [type(each).__name__ for each in seen]
+
+
 def begin():
     """The first thing that a process of its own does: see that Triton interprets there, and can."""
     import triton

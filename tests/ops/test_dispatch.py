@@ -7,6 +7,7 @@ from typing import get_args
 
 import pytest
 import torch
+from launches import autograd_steps
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
@@ -39,19 +40,8 @@ def image(batch=3):
     return 2 * torch.randn(batch, 6, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 
 
-def names(node):
-    """The names of all steps that autograd recorded."""
-    seen, nodes = set(), [node]
-    while nodes:
-        node = nodes.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            nodes += [parent for parent, _ in node.next_functions]
-    return {type(each).__name__ for each in seen}
-
-
 def recomputes(out):
-    return "_NormActConvBackward" in names(out.grad_fn)
+    return "_NormActConvBackward" in autograd_steps(out)
 
 
 class FakeQuantized(nn.Conv2d):

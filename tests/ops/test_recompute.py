@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from launches import autograd_steps
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -55,19 +56,8 @@ def results(made, map_BCHW, times=1, context=contextlib.nullcontext):
     return [out.detach(), map_BCHW.grad, *(each.grad for each in made.parameters()), *made.buffers()]
 
 
-def names(node):
-    seen = set()
-    nodes = [node]
-    while nodes:
-        node = nodes.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            nodes += [parent for parent, _ in node.next_functions]
-    return {type(node).__name__ for node in seen}
-
-
 def is_lean(out):
-    return "_NormActConvBackward" in names(out.grad_fn)
+    return "_NormActConvBackward" in autograd_steps(out)
 
 
 @pytest.mark.parametrize("act", ACTS)

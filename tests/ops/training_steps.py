@@ -11,7 +11,7 @@ from functools import partial
 
 import pytest
 import torch
-from launches import Draw
+from launches import Draw, autograd_steps
 from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch.utils.checkpoint import checkpoint
@@ -71,13 +71,7 @@ def step(module, map_BCHW, weights_BCHW, context=contextlib.nullcontext, run=Non
 
 def steps_by_the_kernels(out):
     """How many times the kernels' training step is in an output's graph."""
-    seen, nodes = set(), [out.grad_fn]
-    while nodes:
-        node = nodes.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            nodes += [parent for parent, _ in node.next_functions]
-    return sum(type(node).__name__ == "_FeedForwardBackward" for node in seen)
+    return autograd_steps(out).count("_FeedForwardBackward")
 
 
 def off_by(found, wanted):

@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from localvit.ops import cpu_kernels
 from localvit.ops.batch_norms import leaves_single_values
 from localvit.ops.kernel_gates import known_gate
-from localvit.ops.stages import ChannelGate, Convolution, Norm, Stages, is_plain, is_untouched, stages_of
+from localvit.ops.stages import ChannelGate, Norm, Stages, is_plain, is_untouched, stages_of
 from localvit.utils.exporting import is_exporting
 
 Backend = Literal["auto", "layers", "torch", "triton"]
@@ -151,14 +151,11 @@ def _sees_operations() -> bool:
 def fits_kernels(stages: Stages, map_BCHW: Tensor) -> torch.dtype | None:
     """The dtype in which the Triton kernels train a module with these stages; None where they do not."""
     dtype = _kernel_dtype(map_BCHW)
-    if dtype is None or len(stages.stages) != 2:
-        return None
-    first, second = stages.stages
-    if first.gate is not None or not suits_kernel(first.conv) or second.conv.groups > 1 or stages.first.groups > 1:
+    if dtype is None or not has_papers_form(stages):
         return None
     if not torch.is_autocast_enabled(map_BCHW.device.type) and stages.first.weight.dtype != dtype:
         return None
-    return None if torch.compiler.is_compiling() and not _fits_operator(second.gate, stages) else dtype
+    return None if torch.compiler.is_compiling() and not _fits_operator(stages.stages[1].gate, stages) else dtype
 
 
 def fits_cpu_kernels(stages: Stages, map_BCHW: Tensor) -> bool:
@@ -166,14 +163,12 @@ def fits_cpu_kernels(stages: Stages, map_BCHW: Tensor) -> bool:
 
     The kernels are compiled by the first question about a map that is large enough.
     """
-    if _backend != "auto" or map_BCHW.device.type != "cpu" or len(stages.stages) != 2:
+    if _backend != "auto" or map_BCHW.device.type != "cpu" or not has_papers_form(stages):
         return False
     if torch.is_autocast_enabled("cpu") or is_in_torch_dispatch_mode():
         return False
     first, second = stages.stages
-    if first.act != second.act or first.gate is not None or not suits_kernel(first.conv):
-        return False
-    if second.conv.groups > 1 or stages.first.groups > 1:
+    if first.act != second.act:
         return False
     modules = (stages.first, first.norm, first.conv, second.norm, second.conv, *filter(None, [second.gate]))
     tensors = (map_BCHW, *(entry for module in modules for entry in (*module.parameters(), *module.buffers())))
@@ -276,9 +271,15 @@ def _is_observed() -> bool:
     return not torch.compiler.is_compiling() and (_sees_operations() or is_in_torch_dispatch_mode())
 
 
-def suits_kernel(conv: Convolution) -> bool:
-    """Whether a convolution is the depth-wise one that the kernels compute."""
-    return conv.groups > 1 and (conv.kernel_size, conv.stride, conv.padding) == ((3, 3), (1, 1), (1, 1))
+def has_papers_form(stages: Stages) -> bool:
+    """Whether the kernels compute a module: expansion, depth-wise 3x3 convolution, a gate or none, projection."""
+    if len(stages.stages) != 2:
+        return False
+    first, second = stages.stages
+    depthwise = first.conv
+    is_depthwise = depthwise.groups > 1 and first.gate is None
+    geometry = depthwise.kernel_size, depthwise.stride, depthwise.padding
+    return is_depthwise and geometry == ((3, 3), (1, 1), (1, 1)) and stages.first.groups == second.conv.groups == 1
 
 
 def _onednn_dtypes() -> frozenset[torch.dtype]:

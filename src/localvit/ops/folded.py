@@ -16,7 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from localvit.ops import operators
 from localvit.ops.activations import activate
-from localvit.ops.dispatch import fused_path, suits_kernel
+from localvit.ops.dispatch import fused_path, has_papers_form
 from localvit.ops.kernel_gates import known_gate
 from localvit.ops.stages import ChannelGate, Stages, channel_means
 
@@ -52,12 +52,7 @@ class FusedConvolutions(nn.Sequential):
         folded = [fuse_conv_bn_eval(conv, norm) for conv, norm in zip(convs, norms, strict=True)]
         super().__init__(*map(FusedConvolution, folded, acts, gates))
         self.widest = max(conv.out_channels for conv in folded)
-        self.is_papers_form = (
-            [conv.groups == 1 for conv in folded] == [True, False, True]
-            and suits_kernel(folded[1])
-            and gates[0] is None
-        )
-        """Whether it is an expansion, the paper's depth-wise convolution, a gate or none, and a projection."""
+        self.has_papers_form = has_papers_form(stages)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
         if (module := self._as_operator()) is not None:
@@ -89,7 +84,7 @@ class FusedConvolutions(nn.Sequential):
     def _as_operator(self) -> operators.Module | None:
         """The convolutions as the operator takes them; None where they run one by one."""
         first, *others = cast("list[FusedConvolution]", list(self))
-        if not self.is_papers_form or fused_path(first.weight) != "operator":
+        if not self.has_papers_form or fused_path(first.weight) != "operator":
             return None
         second, third = others
         parameters = [first.weight, first.bias, second.weight, second.bias, third.weight, third.bias]

@@ -5,7 +5,7 @@ Shapes: B batch, E channels, H and W the patch grid.
 
 from collections.abc import Iterator
 from types import NoneType
-from typing import NamedTuple, Protocol, TypeGuard
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -42,21 +42,6 @@ def channel_means(map_BHWE: Tensor) -> Tensor:
         return map_BHWE.mean((1, 2))
     # torch's bfloat16 mean takes six times as long as its sum on the CPU, and no sum leaves this dtype's range.
     return map_BHWE.flatten(1, 2).sum(1) / (map_BHWE.shape[1] * map_BHWE.shape[2])
-
-
-class Convolution(Protocol):
-    """What the dispatch rules read of a convolution."""
-
-    @property
-    def weight(self) -> Tensor: ...
-    @property
-    def kernel_size(self) -> tuple[int, ...]: ...
-    @property
-    def stride(self) -> tuple[int, ...]: ...
-    @property
-    def padding(self) -> tuple[int, ...] | str: ...
-    @property
-    def groups(self) -> int: ...
 
 
 Norm = nn.BatchNorm2d | nn.SyncBatchNorm
