@@ -207,6 +207,7 @@ def training_loop(report: Report, batch_size: int) -> None:
     """Steps of `localvit train` on drawn images in memory."""
     from localvit.train.builder import build
     from localvit.train.config import TrainConfig
+    from localvit.train.device_batches import DeviceBatches
     from localvit.train.step import train_step
 
     data_path = report.folder / "images"
@@ -230,7 +231,7 @@ def training_loop(report: Report, batch_size: int) -> None:
             while True:
                 yield images, labels_B
 
-        source = batches()
+        source = DeviceBatches(batches(), run.options)
         timing = in_turn({"loop": partial(train_step, run, source, stop=False)}, rounds=3, calls_per_round=2)["loop"]
         report.line(
             f"Training loop of LocalViT-T{', captured' if extra else ''}: {timing.milliseconds:.1f} ms a step of "

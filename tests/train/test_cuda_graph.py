@@ -121,7 +121,7 @@ def test_another_batch_size_runs_without_the_graphs(monkeypatch):
 def after_steps(training, count):
     """The losses of the next steps, and the state dict after them."""
     state, losses = training.state, []
-    batches = training.batches.epoch(state.epoch, state.step * training.config.grad_accum)
+    batches = training.device_batches(state.epoch, state.step * training.config.grad_accum)
     for _ in range(count):
         losses.append(train_step(training, batches, stop=False).loss)
         state.step += 1

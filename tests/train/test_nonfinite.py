@@ -11,6 +11,7 @@ from PIL import Image
 from tiny import STILL, same, tiny_config
 
 from localvit.train.builder import build
+from localvit.train.device_batches import DeviceBatches
 from localvit.train.loop import MAX_SKIPPED_IN_ROW, fit
 from localvit.train.nonfinite import explain
 from localvit.train.run_folder import STATE, read_state
@@ -99,7 +100,7 @@ def test_a_step_that_raises_changes_nothing(tiny_digits, tmp_path):
 
     training.state.model.norm.register_forward_pre_hook(fail)
     with pytest.raises(MemoryError, match="stop"):
-        train_step(training, training.batches.epoch(0), stop=False)
+        train_step(training, training.device_batches(0), stop=False)
     assert same(everything(training), before)
 
 
@@ -151,10 +152,11 @@ def after_one_step(data, folder, **changes):
     changes = small | STILL | changes
     training = build(tiny_config(data, folder, **changes))
     training.state.begin_epoch()
-    batches = training.batches.epoch(0)
+    batches = training.device_batches(0)
     train_step(training, batches, stop=False)
     training.state.step = 1
-    return training, itertools.cycle(itertools.islice(batches, training.config.grad_accum))
+    again = itertools.cycle(itertools.islice(batches, training.config.grad_accum))
+    return training, DeviceBatches(again, training.options)
 
 
 @pytest.mark.parametrize("grad_accum", [1, 2])
@@ -225,7 +227,7 @@ def one_step_then_a_nan(config):
     with process_group(torch.device("cpu")):
         training = build(config)
         training.state.begin_epoch()
-        batches = training.batches.epoch(0)
+        batches = training.device_batches(0)
         train_step(training, batches, stop=False)
         training.state.step = 1
         before = everything(training)

@@ -131,7 +131,7 @@ def steps(training, count):
     state = training.state
     if state.step == 0:
         state.begin_epoch()
-    batches = training.batches.epoch(state.epoch, state.step * training.config.grad_accum)
+    batches = training.device_batches(state.epoch, state.step * training.config.grad_accum)
     for _ in range(count):
         if training.config.sched_on_updates:
             state.scheduler.step_update(state.epoch * training.steps_per_epoch + state.step)

@@ -56,7 +56,7 @@ class Counting(TorchDispatchMode):
 def after_one_step(tiny_digits, folder, **changes):
     """The loss of the first step, and the weights after it in float64."""
     training = build(tiny_config(tiny_digits, folder, **DETERMINISTIC | changes))
-    result = train_step(training, training.batches.epoch(0), stop=False)
+    result = train_step(training, training.device_batches(0), stop=False)
     return result.loss, {name: value.double() for name, value in training.state.model.named_parameters()}, training
 
 
@@ -92,7 +92,7 @@ def test_accumulated_gradients_are_those_of_one_batch(tiny_digits, tmp_path):
             if isinstance(module, nn.BatchNorm2d):
                 module.train = lambda mode=True, module=module: module
                 module.training = False
-        result = train_step(training, training.batches.epoch(0), stop=False)
+        result = train_step(training, training.device_batches(0), stop=False)
         weights = torch.cat([each.detach().double().flatten() for each in training.state.model.parameters()])
         found.append((result.loss, weights, training.steps_per_epoch, training.images_per_step))
     (loss, weights, steps, images), (loss_in_parts, weights_in_parts, steps_in_parts, images_in_parts) = found
@@ -179,7 +179,7 @@ def test_operations_outside_the_passes_do_not_grow_with_the_model(tiny_digits, t
         training = build(config)
         counted = Counting()
         monkeypatch.setattr(step_module, "_forward_backward", counted.pausing_in(step_module._forward_backward))
-        batches = training.batches.epoch(0)
+        batches = training.device_batches(0)
         train_step(training, batches, stop=False)  # the optimizer allocates its state
         counted.calls.clear()
         with counted:

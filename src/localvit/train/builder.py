@@ -24,6 +24,7 @@ from localvit.train.buffers import SavedBuffers
 from localvit.train.config import TrainConfig
 from localvit.train.cuda_graph import check_graph_support
 from localvit.train.derived import derive_settings, images_per_step
+from localvit.train.device_batches import DeviceBatches
 from localvit.train.losses import Criterion, DistillationLoss, Loss, cross_entropy, without_distillation
 from localvit.train.model import build_average, build_model, wrap_model
 from localvit.train.optimization import build_optimizer, build_scheduler
@@ -93,6 +94,10 @@ class Training:
         """Images in the remaining steps of the run, over all processes."""
         steps = (self.config.epochs - self.state.epoch) * self.steps_per_epoch - self.state.step
         return steps * self.images_per_step
+
+    def device_batches(self, epoch: int, first: int = 0) -> DeviceBatches:
+        """The batches of an epoch on the device, starting at batch `first`."""
+        return DeviceBatches(self.batches.epoch(epoch, first), self.options)
 
     def describe(self) -> dict[str, Any]:
         """The description that checkpoints hold: the model, its classes and preprocessing, and the settings."""

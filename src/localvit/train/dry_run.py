@@ -8,6 +8,7 @@ from itertools import chain
 from localvit.evaluation.evaluate import evaluate
 from localvit.train.builder import Training
 from localvit.train.derived import scaled_learning_rate
+from localvit.train.device_batches import DeviceBatches
 from localvit.train.loop import peak_memory_mb
 from localvit.train.run_folder import check_folder
 from localvit.train.step import train_step
@@ -55,7 +56,8 @@ def measure(training: Training) -> Timing:
         check_folder(config.output_dir, state.to_entries(training.describe()), config.keep)
     state.begin_epoch()
     # A small data set makes a single step in an epoch.
-    batches = chain(training.batches.epoch(state.epoch), training.batches.epoch(state.epoch + 1))
+    epochs = chain(training.batches.epoch(state.epoch), training.batches.epoch(state.epoch + 1))
+    batches = DeviceBatches(epochs, training.options)
     for _ in range(NUM_STEPS):
         started = time.monotonic()
         result = train_step(training, batches, stop=False)

@@ -171,7 +171,7 @@ class _Loop:
         training, state, config = self.training, self.state, self.config
         if state.step == 0:
             state.begin_epoch()
-        batches = training.batches.epoch(state.epoch, state.step * config.grad_accum)
+        batches = training.device_batches(state.epoch, state.step * config.grad_accum)
         while state.step < training.steps_per_epoch:
             started = time.monotonic()
             if config.sched_on_updates:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from localvit.train.buffers import SavedBuffers
 from localvit.train.builder import Training
+from localvit.train.device_batches import to_device
 from localvit.train.step import StepResult, prepare_batch
 from localvit.utils.distributed import all_gather
 
@@ -40,7 +41,8 @@ def explain(training: Training, result: StepResult) -> str:
     findings = []
     for number in range(state.step * config.grad_accum, (state.step + 1) * config.grad_accum):
         images_BCHW, labels_B, names = training.batches.batch(state.epoch, number)
-        module, rows = _first_nonfinite(training, *prepare_batch(training, images_BCHW, labels_B, number))
+        batch = to_device((images_BCHW, labels_B), training.options)
+        module, rows = _first_nonfinite(training, *prepare_batch(training, *batch, number))
         if module:
             affected = [names[row] for row in rows] or names
             more = f" and {len(affected) - _MAX_NAMES} more" if len(affected) > _MAX_NAMES else ""

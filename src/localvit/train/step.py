@@ -7,7 +7,6 @@ Shapes: B images of a batch, C channels, H and W pixels, M classes.
 
 import contextlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +18,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from localvit.data.training_batches import RandomPurpose, seed_random
 from localvit.train.builder import Training
 from localvit.train.cuda_graph import GraphedModel
+from localvit.train.device_batches import DeviceBatches
 from localvit.utils.distributed import rank, world_size
 
 
@@ -34,7 +34,7 @@ class StepResult:
     """What was not finite, so that the step changed nothing: the loss, or the gradient of a parameter."""
 
 
-def train_step(training: Training, batches: Iterator[tuple[Tensor, Tensor]], *, stop: bool) -> StepResult:
+def train_step(training: Training, batches: DeviceBatches, *, stop: bool) -> StepResult:
     """Take the next step of the current epoch. If it raises, or the loss or a gradient is not finite, nothing changes.
 
     In float16, gradients may overflow because of the scaled loss. Such a step changes nothing but the scale, and is not
@@ -75,9 +75,7 @@ def train_step(training: Training, batches: Iterator[tuple[Tensor, Tensor]], *, 
     return StepResult(loss=loss, stop=stops > 0, nonfinite=nonfinite)
 
 
-def _forward_backward(
-    training: Training, batches: Iterator[tuple[Tensor, Tensor]], *, stop: bool
-) -> tuple[float, float]:
+def _forward_backward(training: Training, batches: DeviceBatches, *, stop: bool) -> tuple[float, float]:
     """Accumulate the gradients of a step. Returns its loss, and the number of processes that were asked to stop."""
     config, state, device = training.config, training.state, training.options.device
     state.model.train()
@@ -93,6 +91,7 @@ def _forward_backward(
             if is_last:
                 sums = _AsyncSum(torch.stack((total, torch.full_like(total, float(stop)))))
             state.scaler.scale(loss).backward()
+        batches.fetch()
         if number == 0 and not is_last and isinstance(training.wrapped_model, GraphedModel):
             training.wrapped_model.keep_gradients()
     loss_sum, stops = sums.read()
@@ -107,15 +106,11 @@ def _describe_gradient(model: nn.Module, norm: Tensor) -> str:
 
 
 def prepare_batch(training: Training, images_BCHW: Tensor, labels_B: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """Move batch `number` of the current epoch to the device, and mix it.
+    """Mix batch `number` of the current epoch, which is on the device.
 
     With mixing, labels (B) become probabilities (B, M). Also seeds the random numbers of the forward pass.
     """
     seed_random(training.config.seed, RandomPurpose.STEP, training.state.epoch, number, rank())
-    options = training.options
-    layout = torch.channels_last if options.channels_last else torch.contiguous_format
-    images_BCHW = images_BCHW.to(options.device, non_blocking=True, memory_format=layout)
-    labels_B = labels_B.to(options.device, non_blocking=True)
     return training.mixup(images_BCHW, labels_B) if training.mixup else (images_BCHW, labels_B)
 
 
