@@ -32,7 +32,6 @@ CALLS = 100
 class Nothing:
     """A compiled kernel that does nothing."""
 
-    function = packed_metadata = None
     launches = 0
 
     def run(self, *arguments: Any) -> None:
@@ -44,7 +43,7 @@ def without_kernels() -> Iterator[None]:
     """Operators run on the CPU's tensors as on a GPU's, and launch nothing."""
 
     def compiled(launch: Any, key: Any, tensors: Any) -> None:
-        launch._compiled[key] = Nothing()
+        launch._compiled[key] = Nothing().run, (None, None, None, None, None)
 
     def no_stream(device: int) -> int:
         return 0
@@ -79,12 +78,15 @@ def inference_calls() -> dict[str, Callable[[], Any]]:
     layers = values(4, HIDDEN), values(4), values(HIDDEN, 4), values(HIDDEN)
     expansion = values(HIDDEN, CHANNELS), values(HIDDEN), "hs", None, 1
     projection = values(CHANNELS, HIDDEN), values(CHANNELS), None, values(BATCH, HIDDEN), 0, 1
+    folded = values(HIDDEN, CHANNELS), values(HIDDEN), depthwise, values(HIDDEN), values(CHANNELS, HIDDEN)
+    module = operators.Module([*folded, values(CHANNELS), *layers], "hs", "hs", "se")
     fused: Any = LocalityFeedForward(CHANNELS, CHANNELS, reduction=CHANNELS).eval().fuse()
     return {
         "expansion": partial(pointwise.pointwise, tokens, *expansion),
         "depth-wise, gate's sums": partial(inference.depthwise_act_pool, map_BHWE, depthwise, values(HIDDEN), "hs"),
         "gate": partial(squeeze_excite.squeeze_excite, torch.randn(BATCH, HIDDEN), 4, *layers),
         "projection": partial(pointwise.pointwise, map_BHWE.flatten(1, 2), *projection),
+        "the operator of all four": partial(operators.run, tokens, GRID, 1, module),
         "fused module": partial(fused.conv.to(torch.bfloat16).tokens, tokens, GRID, 1),
     }
 

@@ -75,7 +75,7 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}")
     print("| kernel | sizes | waits | wrong draws | wrong values | ms |\n|---|---|---|---|---|---|")
     for waits in (False, True):
-        pointwise._launch.cache_clear()
+        pointwise.launch_for.cache_clear()
         pointwise_backward._expansion_launch.cache_clear()
         with (
             mock.patch.object(pointwise, "overwrites_operands", lambda device, waits=waits: waits),

@@ -54,13 +54,14 @@ class SqueezeExcite(ops.ChannelGate):
         return self.fc(mean_BE)
 
     def linear_layers(self) -> tuple[nn.Linear, nn.Linear] | None:
-        layers: list[Any] = list(self.fc)
+        fc = self.fc
+        layers: list[Any] = list(fc)
         known = [nn.Linear, nn.ReLU, nn.Linear, nn.Hardsigmoid]
         # A subclass may compute something else of the same layers.
         if type(self) is not SqueezeExcite or [type(layer) for layer in layers] != known:
             return None
         narrow, _, wide, _ = layers
-        untouched = all(map(ops.is_untouched, (self, self.fc, *layers)))
+        untouched = all(map(ops.is_untouched, (self, fc, *layers)))
         return (narrow, wide) if untouched and narrow.bias is not None and wide.bias is not None else None
 
 

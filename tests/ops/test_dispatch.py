@@ -345,6 +345,15 @@ def test_only_the_papers_form_trains_by_the_kernels(act, form, way, monkeypatch)
         assert dispatch.fits_kernels(stages_of(made.conv), map_BCHW) is None
 
 
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+def test_statistics_between_other_values_are_not_written_by_the_kernels(name, monkeypatch):
+    """Such as each second value of a vector: kernels write values that lie one behind the other."""
+    monkeypatch.setattr(dispatch, "_has_kernels", lambda device, dtype: dtype in dispatch.KERNEL_DTYPES)
+    made = module().to(torch.bfloat16)
+    setattr(made.conv[4], name, torch.ones(2 * made.conv[4].num_features)[::2])
+    assert dispatch.fits_kernels(stages_of(made.conv), image().bfloat16()) is None
+
+
 def test_norms_over_several_processes_train_by_the_kernels_or_layer_by_layer(monkeypatch):
     made = nn.SyncBatchNorm.convert_sync_batchnorm(module().to(torch.bfloat16))
     map_BCHW = image().bfloat16()

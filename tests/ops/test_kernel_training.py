@@ -23,7 +23,7 @@ import localvit
 from localvit.locality import ACTS, LocalityFeedForward
 from localvit.ops import use_backend
 
-WAYS = ["as it is", "checkpointed", "frozen gate", "frozen layers", "backward twice"]
+WAYS = ["as it is", "checkpointed", "frozen gate", "frozen layers", "backward twice", "parts of tensors"]
 
 
 @needs_triton
@@ -277,7 +277,7 @@ def compare_model(model, images, dtype, *, compiles=False):
 def test_a_second_launch_finds_its_compiled_kernel(dtype, monkeypatch):
     """Of the same shapes and dtypes, whatever the values; another dtype or batch has its own."""
     from localvit.ops.triton.launch import Launch
-    from localvit.ops.triton.pointwise import _launch, pointwise
+    from localvit.ops.triton.pointwise import launch_for, pointwise
 
     compiled, compile_and_run = [], Launch._compile_and_run
     monkeypatch.setattr(Launch, "_compile_and_run", lambda *arguments: compiled.append(compile_and_run(*arguments)))
@@ -289,6 +289,6 @@ def test_a_second_launch_finds_its_compiled_kernel(dtype, monkeypatch):
         torch.testing.assert_close(out.double(), rows.double() @ weight.double().t(), rtol=0.02, atol=0.2)
         return len(compiled) - before
 
-    _launch.cache_clear()
+    launch_for.cache_clear()
     assert [run(3, dtype), run(3, dtype), run(5, dtype), run(5, dtype)] == [1, 0, 1, 0]
     assert run(3, HALF[1 - HALF.index(dtype)]) == 1

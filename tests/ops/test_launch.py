@@ -60,10 +60,10 @@ def test_what_triton_compiles_for_is_compiled_again(kernel):
 
 
 def test_maps_of_one_shape_share_a_launch():
-    from localvit.ops.triton.pointwise import WIDENING, _launch
+    from localvit.ops.triton.pointwise import WIDENING, launch_for
 
     def found(batch, act):
-        return _launch((batch, 5, 7), (35, 7, 1), (11, 7), None, None, 0, 0, None, act, WIDENING, -1)
+        return launch_for((batch, 5, 7), (35, 7, 1), (11, 7), None, None, 0, 0, None, act, WIDENING, -1)
 
     assert found(3, "hs") is found(3, "hs")
     assert found(3, "hs") is not found(4, "hs")

@@ -51,7 +51,7 @@ def training_forward(
         parameters: of `kernel_step.Parameters`, and those of the gate, if there is one.
         gate: its name, of `kernel_gates.KNOWN`.
     """
-    own, gate_parameters = split(parameters)
+    own, gate_parameters = split(parameters, x_BHWC.get_device())
     batch_22E = x_BHWC.new_zeros(2, 2, len(own.bias1_E), dtype=torch.float32)
     counts_2 = torch.zeros(2, dtype=torch.int64, device=x_BHWC.device)
     # With a momentum of 1, a batch norm's running statistics are those of the batch.
@@ -71,7 +71,7 @@ def _empty_forward(
     x_BHWC: Tensor, parameters: list[Tensor], act1: str, act2: str, gate: str | None, eps1: float, eps2: float
 ) -> list[Tensor]:
     batch, height, width, _ = x_BHWC.shape
-    own, gate_parameters = split(parameters)
+    own, gate_parameters = split(parameters, x_BHWC.get_device())
     hidden, channels = len(own.bias1_E), len(own.projection)
     vectors = x_BHWC.new_empty(2, 4, hidden, dtype=torch.float32)
     results = [
@@ -94,7 +94,7 @@ def training_backward(
     gate: str | None,
 ) -> list[Tensor]:
     """`kernel_step.backward`: the gradients of the input and of the parameters."""
-    own, gate_parameters = split(parameters)
+    own, gate_parameters = split(parameters, x_BHWC.get_device())
     grad_x_BHWC, gradients = kernel_step.backward(
         grad_out_BHWC,
         x_BHWC,

@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from localvit.ops import cpu_kernels
 from localvit.ops.batch_norms import leaves_single_values
 from localvit.ops.kernel_gates import known_gate
-from localvit.ops.stages import ChannelGate, Norm, Stages, is_plain, is_untouched, stages_of
+from localvit.ops.stages import ChannelGate, Norm, Stage, Stages, is_plain, is_untouched, stages_of
 from localvit.utils.exporting import is_exporting
 
 Backend = Literal["auto", "layers", "torch", "triton"]
@@ -151,11 +151,16 @@ def _sees_operations() -> bool:
 def fits_kernels(stages: Stages, map_BCHW: Tensor) -> torch.dtype | None:
     """The dtype in which the Triton kernels train a module with these stages; None where they do not."""
     dtype = _kernel_dtype(map_BCHW)
-    if dtype is None or not has_papers_form(stages):
+    if dtype is None or not has_papers_form(stages) or not all(map(_writes_in_place, stages.stages)):
         return None
     if not torch.is_autocast_enabled(map_BCHW.device.type) and stages.first.weight.dtype != dtype:
         return None
     return None if torch.compiler.is_compiling() and not _fits_operator(stages.stages[1].gate, stages) else dtype
+
+
+def _writes_in_place(stage: Stage) -> bool:
+    """Whether kernels can write a norm's running statistics: they may be parts of other tensors."""
+    return all(each is None or each.is_contiguous() for each in stage.norm._buffers.values())
 
 
 def fits_cpu_kernels(stages: Stages, map_BCHW: Tensor) -> bool:

@@ -18,7 +18,7 @@ from localvit.ops import operators
 from localvit.ops.activations import activate
 from localvit.ops.dispatch import fused_path, has_papers_form
 from localvit.ops.kernel_gates import known_gate
-from localvit.ops.stages import ChannelGate, Stages, channel_means
+from localvit.ops.stages import ChannelGate, Stages, channel_means, parameters_of
 
 PART_BYTES = 2**24
 """The largest map that is computed at once on the CPU, where memory beyond the caches, and new memory, is slow."""
@@ -83,14 +83,15 @@ class FusedConvolutions(nn.Sequential):
 
     def _as_operator(self) -> operators.Module | None:
         """The convolutions as the operator takes them; None where they run one by one."""
-        first, *others = cast("list[FusedConvolution]", list(self))
-        if not self.has_papers_form or fused_path(first.weight) != "operator":
+        if not self.has_papers_form:
             return None
-        second, third = others
-        parameters = [first.weight, first.bias, second.weight, second.bias, third.weight, third.bias]
+        first, second, third = cast("list[FusedConvolution]", list(self))
+        parameters = [*parameters_of(first), *parameters_of(second), *parameters_of(third)]
+        if fused_path(parameters[0]) != "operator":
+            return None
         gate: str | None = None
-        if second.gate is not None:
-            if (known := known_gate(second.gate)) is None:
+        if (layers := second.gate) is not None:
+            if (known := known_gate(layers)) is None:
                 return None
             gate, gate_parameters = known
             parameters += gate_parameters

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from localvit.ops import reference
 from localvit.ops.gates import scale_with
-from localvit.ops.stages import ChannelGate
+from localvit.ops.stages import ChannelGate, parameters_of
 
 aten = torch.ops.aten
 
@@ -43,18 +43,18 @@ class SqueezeExciteGate:
     def factors(self, sum_BE: Tensor, positions: int, parameters: Sequence[Tensor]) -> Tensor:
         if parameters[1].shape[0] > WIDEST_BOTTLENECK:
             return reference.squeeze_excite(sum_BE, positions, *parameters)
-        from localvit.ops.triton.squeeze_excite import squeeze_excite
+        from localvit.ops.triton import squeeze_excite as kernels
 
-        return squeeze_excite(sum_BE, positions, *parameters)
+        return kernels.squeeze_excite(sum_BE, positions, *parameters)
 
     def backward(
         self, mean_BE: Tensor, parameters: Sequence[Tensor], grad_gate_TBE: Tensor
     ) -> tuple[Tensor, Sequence[Tensor | None]]:
         if parameters[1].shape[0] > WIDEST_BOTTLENECK:
             return _squeeze_excite_backward(mean_BE, grad_gate_TBE.sum(0), *parameters)
-        from localvit.ops.triton.squeeze_excite import squeeze_excite_backward
+        from localvit.ops.triton import squeeze_excite as kernels
 
-        grad_mean_BE, *gradients = squeeze_excite_backward(grad_gate_TBE, mean_BE, *parameters)
+        grad_mean_BE, *gradients = kernels.squeeze_excite_backward(grad_gate_TBE, mean_BE, *parameters)
         return grad_mean_BE, gradients
 
 
@@ -136,7 +136,7 @@ def known_gate(gate: ChannelGate) -> tuple[str, tuple[Tensor, ...]] | None:
     """The name in `KNOWN` of what a gate computes, and its parameters; None for others."""
     if (layers := gate.linear_layers()) is not None:
         narrow, wide = layers
-        return "se", (narrow.weight, narrow.bias, wide.weight, wide.bias)
+        return "se", (*parameters_of(narrow), *parameters_of(wide))
     if (found := gate.convolution_layers()) is not None:
         conv, sigmoid = found
         return "eca" if type(sigmoid) is nn.Sigmoid else "ecah", (conv.weight,)

@@ -21,6 +21,7 @@ from torch.distributed import ProcessGroup
 
 from localvit.ops.batch_norms import Running
 from localvit.ops.kernel_gates import Gate
+from localvit.ops.operands import operands
 from localvit.ops.stages import Stages
 from localvit.ops.synchronized import gather_statistics, reduce_slopes
 
@@ -59,9 +60,10 @@ class Parameters(NamedTuple):
         return Convolutions(self.expansion.flatten(1).to(dtype), self.depthwise, self.projection.flatten(1).to(dtype))
 
 
-def split(parameters: Sequence[Tensor]) -> tuple[Parameters, Sequence[Tensor]]:
-    """Parameters that lie one behind the other, and those of the gate behind them."""
+def split(parameters: Sequence[Tensor], device: int) -> tuple[Parameters, Sequence[Tensor]]:
+    """Parameters that lie one behind the other, and those of the gate behind them, as `operands` of a map's device."""
     number = len(Parameters._fields)
+    parameters = operands(parameters, device)
     return Parameters(*parameters[:number]), parameters[number:]
 
 

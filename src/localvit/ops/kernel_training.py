@@ -44,7 +44,7 @@ class _FeedForward(torch.autograd.Function):
         *parameters: Tensor,
     ) -> Tensor:
         (norm1, act1, _, _), (norm2, act2, _, _) = stages.stages
-        own, gate_parameters = split(parameters)
+        own, gate_parameters = split(parameters, x_BHWC.get_device())
         ctx.gate, ctx.acts, ctx.dtype = gate, (act1, act2), x_BHWC.dtype
         ctx.forms = [(each.shape, each.dtype) for each in parameters]
         convolutions = own.convolutions(dtype)

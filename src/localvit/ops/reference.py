@@ -36,9 +36,9 @@ def check(map_BHWE: Shape, weight_E33: Shape, bias_E: Shape, act: str) -> None:
         raise ValueError(f"bias has shape {tuple(bias_E)}; with {channels} channels it must be ({channels},)")
 
 
-def accumulate_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a map is summed: float32, or float64 for a float64 map."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a map of a dtype is summed: float32, or float64 for a float64 map."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def depthwise_act_pool(x_BHWE: Tensor, weight_E33: Tensor, bias_E: Tensor, act: str) -> tuple[Tensor, Tensor]:
@@ -61,7 +61,7 @@ def depthwise_act_pool(x_BHWE: Tensor, weight_E33: Tensor, bias_E: Tensor, act: 
     """
     check(x_BHWE.shape, weight_E33.shape, bias_E.shape, act)
     y_BHWE = activate(_depthwise(x_BHWE, weight_E33, bias_E), act, inplace=True)
-    return y_BHWE, y_BHWE.sum((1, 2), dtype=accumulate_dtype(x_BHWE))
+    return y_BHWE, y_BHWE.sum((1, 2), dtype=accumulate_dtype(x_BHWE.dtype))
 
 
 def check_pointwise(

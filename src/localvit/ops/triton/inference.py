@@ -41,17 +41,18 @@ def depthwise_act_pool(
 ) -> tuple[Tensor, Tensor]:
     """As `localvit.ops.reference.depthwise_act_pool`, for a non-empty map with channels last."""
     check_layout(x_BHWE)
-    tiles, launch = _launch(x_BHWE.shape, x_BHWE.stride(), x_BHWE.dtype, weight_E33.shape, bias_E.shape, act, area)
+    tiles, launch = launch_for(x_BHWE.shape, x_BHWE.stride(), x_BHWE.dtype, weight_E33.shape, bias_E.shape, act, area)
     y_BHWE = torch.empty_like(x_BHWE, memory_format=torch.contiguous_format)
-    sums_BTE = x_BHWE.new_empty((tiles.batch, tiles.per_image, tiles.channels), dtype=accumulate_dtype(x_BHWE))
+    sums_BTE = x_BHWE.new_empty((tiles.batch, tiles.per_image, tiles.channels), dtype=accumulate_dtype(x_BHWE.dtype))
     launch(x_BHWE, weight_E33.contiguous(), bias_E, y_BHWE, sums_BTE)
     return y_BHWE, sums_BTE.sum(1) if tiles.per_image > 1 else sums_BTE.squeeze(1)
 
 
 @cache
-def _launch(
-    shape: Shape, strides: Shape, dtype: torch.dtype, weight: Shape, bias: Shape, act: str, area: Area
+def launch_for(
+    shape: Shape, strides: Shape, dtype: torch.dtype, weight: Shape, bias: Shape, act: str, area: Area = AREA
 ) -> tuple[Tiles, Launch]:
+    """Tiles and launch for a map and parameters of some shapes. Raises ValueError as `depthwise_act_pool`."""
     check(shape, weight, bias, act)
     tiles = Tiles(area.values, *shape)
     numbers = (*tiles.sizes, *strides[:3])

@@ -6,6 +6,7 @@ with all that does not change from call to call, and finds it again by the shape
 compiled kernel and calls its launcher with addresses in place of tensors, which it would ask the driver about.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -50,7 +51,7 @@ class Launch:
         self.numbers = numbers
         self.constants = constants
         self.options = options
-        self._compiled: dict[tuple[Any, ...], Any] = {}
+        self._compiled: dict[tuple[Any, ...], tuple[Callable[..., None], tuple[Any, ...]]] = {}
 
     def __call__(self, *tensors: Tensor | None) -> None:
         first: Any = tensors[0]
@@ -59,21 +60,29 @@ class Launch:
             with torch.cuda.device(device):
                 return self(*tensors)
         addresses = [None if each is None else each.data_ptr() for each in tensors]
-        # Triton compiles for dtypes, and for addresses that are multiples of 16.
         dtypes = [None if each is None else each.dtype for each in tensors]
-        key = (device, *dtypes, *[None if each is None else each % 16 for each in addresses])
+        # Triton compiles for dtypes, for arguments that are None, and for addresses that are multiples of 16.
+        key = (device, *dtypes, *[address and address % 16 for address in addresses])
         if (compiled := self._compiled.get(key)) is None:
             return self._compile_and_run(key, tensors)
-        stream = torch._C._cuda_getCurrentRawStream(device)
-        given = (compiled.function, compiled.packed_metadata, None, None, None)
-        compiled.run(self.programs, 1, 1, stream, *given, *addresses, *self.numbers, *self.constants)
+        run, given = compiled
+        run(
+            self.programs,
+            1,
+            1,
+            torch._C._cuda_getCurrentRawStream(device),
+            *given,
+            *addresses,
+            *self.numbers,
+            *self.constants,
+        )
         return None
 
     def _compile_and_run(self, key: tuple[Any, ...], tensors: tuple[Tensor | None, ...]) -> None:
         given = {name: value for name, value in self.options._asdict().items() if value is not None}
         compiled = self.kernel[(self.programs,)](*tensors, *self.numbers, *self.constants, **given)
         if isinstance(self.kernel, JITFunction):  # and not interpreted
-            self._compiled[key] = compiled
+            self._compiled[key] = compiled.run, (compiled.function, compiled.packed_metadata, None, None, None)
 
 
 def ceil_div(value: int, divisor: int) -> int:

@@ -46,14 +46,13 @@ def pointwise(
     blocks: Blocks | None = None,
 ) -> Tensor:
     """As `localvit.ops.reference.pointwise`, for rows in bfloat16 or float16 with contiguous channels."""
-    batch, rows, inner = x_BSK.shape
-    columns = weight_NK.shape[0]
-    launch = _launch(
+    batch, rows, _ = x_BSK.shape
+    launch = launch_for(
         *(x_BSK.shape, x_BSK.stride(), weight_NK.shape, shape_of(bias_N), shape_of(gate_BK), skipped),
-        *(num_prefix_tokens, None, act, blocks or (WIDENING if columns > inner else NARROWING), x_BSK.get_device()),
+        *(num_prefix_tokens, None, act, blocks, x_BSK.get_device()),
     )
     gate_BK = None if gate_BK is None else gate_BK.contiguous()
-    out_BRN = weight_NK.new_empty((batch, rows - skipped + num_prefix_tokens, columns))
+    out_BRN = weight_NK.new_empty((batch, rows - skipped + num_prefix_tokens, weight_NK.shape[0]))
     launch(x_BSK, weight_NK.contiguous(), None, gate_BK, bias_N, out_BRN, None, None, None)
     return out_BRN
 
@@ -62,7 +61,7 @@ def pointwise_with_statistics(x_BSK: Tensor, weight_NK: Tensor, blocks: Blocks =
     """The product with the weight (B, S, N), in its dtype, and the statistics of the product's tiles."""
     batch, rows, _ = x_BSK.shape
     columns = weight_NK.shape[0]
-    launch = _launch(
+    launch = launch_for(
         x_BSK.shape, x_BSK.stride(), weight_NK.shape, None, None, 0, 0, None, None, blocks, x_BSK.get_device()
     )
     out_BSN = weight_NK.new_empty((batch, rows, columns))
@@ -81,7 +80,7 @@ def normalized_pointwise(
     blocks: Blocks = NARROWING,
 ) -> Tensor:
     """`gate * act(norm(z))` times the weight (B, S, N), where `norm_4K` are vectors of `ops.triton.batch_norm`."""
-    launch = _launch(
+    launch = launch_for(
         *(z_BSK.shape, z_BSK.stride(), weight_NK.shape, None, shape_of(gate_BK), 0, 0, act, None, blocks),
         z_BSK.get_device(),
     )
@@ -91,7 +90,7 @@ def normalized_pointwise(
 
 
 @cache
-def _launch(
+def launch_for(
     shape: Shape,
     strides: Shape,
     weight: Shape,
@@ -101,12 +100,17 @@ def _launch(
     num_prefix_tokens: int,
     norm_act: str | None,
     act: str | None,
-    blocks: Blocks,
+    blocks: Blocks | None,
     device: int,
 ) -> Launch:
+    """The launch for operands of some shapes: rows (B, S, K), a batch norm before the product if it has `norm_act`.
+
+    Raises ValueError as `localvit.ops.reference.pointwise`.
+    """
     check_pointwise(shape, weight, bias, act, gate)
     batch, rows, inner = shape
     tokens, columns = rows - skipped + num_prefix_tokens, weight[0]
+    blocks = blocks or (WIDENING if columns > inner else NARROWING)
     block_n, block_k = dot_block(columns, blocks.columns), dot_block(inner, blocks.inner)
     return Launch(
         pointwise_kernel,
