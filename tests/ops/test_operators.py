@@ -161,6 +161,17 @@ class Halved(SqueezeExcite):
         return super().scale(mean_BE) / 2
 
 
+class Doubled(torch.Tensor):
+    """A weight that counts twice, as those of quantization and adapters compute something else than they hold."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if "mkldnn" in str(function):
+            raise NotImplementedError("of torch's public functions only")
+        args = [2 * each.as_subclass(torch.Tensor) if type(each) is cls else each for each in args]
+        return function(*args, **(kwargs or {}))
+
+
 def operator_calls(monkeypatch):
     """The calls of the operator from now on."""
     calls, run = [], operators.run
@@ -173,7 +184,22 @@ def operator_calls(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("way", ["subclass", "hook", "no bias", "as written"])
+@pytest.mark.parametrize("number", [0, 1, 2])
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_weights_that_compute_something_else(backend, number):
+    """Of each folded convolution, in place of the operator and of oneDNN's."""
+    torch.manual_seed(0)
+    fused = LocalityFeedForward(6, 6, reduction=2).eval().fuse().conv
+    changed = copy.deepcopy(fused)
+    changed[number]._parameters["weight"] = fused[number].weight.detach().as_subclass(Doubled)
+    x_BHWC = Draw(3).values(2, 3, 5, 6, dtype=torch.float32)
+    with torch.no_grad(), dispatch.use_backend(backend):
+        found = changed(x_BHWC)
+        fused[number].weight *= 2
+        torch.testing.assert_close(found, fused(x_BHWC), rtol=1e-5, atol=1e-5)  # float32 sums in another order
+
+
+@pytest.mark.parametrize("way", ["subclass", "hook", "no bias", "weight of a subclass", "as written"])
 def test_only_known_gates_run_by_the_operator(triton_backend, way, monkeypatch):
     torch.manual_seed(0)
     made = LocalityFeedForward(6, 6, reduction=2, expand_ratio=3, dtype=torch.float64).eval()
@@ -183,10 +209,12 @@ def test_only_known_gates_run_by_the_operator(triton_backend, way, monkeypatch):
     if way == "no bias":
         layers[0].bias = None
     fused = made.fuse().conv
-    if way == "hook":
-        for of in (made, fused):
-            gate = next(part for part in of.modules() if isinstance(part, SqueezeExcite))
-            gate.fc[1].register_forward_hook(lambda module, inputs, output: 2 * output)
+    for of in (made, fused):
+        fc = next(part for part in of.modules() if isinstance(part, SqueezeExcite)).fc
+        if way == "hook":
+            fc[1].register_forward_hook(lambda module, inputs, output: 2 * output)
+        if way == "weight of a subclass":
+            fc[0]._parameters["weight"] = fc[0].weight.detach().as_subclass(Doubled)
     calls = operator_calls(monkeypatch)
     x_BHWC = Draw(3).values(2, 3, 5, 6)
     wanted = made.conv(x_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

@@ -258,6 +258,7 @@ def fused_path(weight: Tensor) -> Literal["operator", "onednn", "torch"]:
     if (
         _backend != "layers"
         and weight.device.type == "cpu"
+        and is_plain(weight)
         and weight.dtype in ONEDNN_DTYPES
         and torch.backends.mkldnn.enabled
         # oneDNN's fused convolution has no gradient, does not follow autocast, and torch.jit cannot record its scalars.

@@ -18,7 +18,8 @@ from localvit.ops import operators
 from localvit.ops.activations import activate
 from localvit.ops.dispatch import fused_path, has_papers_form
 from localvit.ops.kernel_gates import known_gate
-from localvit.ops.stages import ChannelGate, Stages, channel_means, parameters_of
+from localvit.ops.stages import ChannelGate, Stages, channel_means, is_plain, parameters_of
+from localvit.utils.exporting import is_exporting
 
 PART_BYTES = 2**24
 """The largest map that is computed at once on the CPU, where memory beyond the caches, and new memory, is slow."""
@@ -95,6 +96,9 @@ class FusedConvolutions(nn.Sequential):
                 return None
             gate, gate_parameters = known
             parameters += gate_parameters
+        # An export traces tensors of a class of its own.
+        if not (is_exporting() or all(map(is_plain, parameters))):
+            return None
         assert first.act is not None
         assert second.act is not None
         return operators.Module(parameters, first.act, second.act, gate)
