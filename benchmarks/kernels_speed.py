@@ -45,7 +45,8 @@ TILES = [
     *((128, 32, 32, 8, 3, 128), (128, 64, 32, 4, 3, None), (128, 64, 64, 8, 3, None), (128, 64, 32, 8, 4, 128)),
     *((rows, 128, inner, 8, 3, registers) for rows in (64, 128) for inner in (32, 64) for registers in (None, 128)),
     *((128, 128, 32, 4, 4, None), (64, 256, 32, 4, 4, None), (64, 256, 32, 8, 4, None), (64, 256, 64, 8, 3, None)),
-    *((128, 256, 64, 8, 3, None), (128, 256, 32, 8, 4, None), (256, 64, 32, 8, 3, None), (256, 128, 32, 8, 3, None)),
+    *((128, 256, 64, 8, 3, None), (128, 256, 32, 8, 3, None), (128, 256, 32, 8, 4, None)),
+    *((256, 64, 32, 8, 3, None), (256, 128, 32, 8, 3, None)),
 ]
 """Rows, columns and inner size of a tile, warps, stages and registers: what `--tiles` tries for matrix products."""
 AREAS = [

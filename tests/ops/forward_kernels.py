@@ -38,6 +38,13 @@ def blocks_for(draw, large):
     return None if large else draw.one_of(None, small_blocks())
 
 
+def blocks_for_little_memory(draw, large):
+    """Those of GPUs with little shared memory."""
+    from localvit.ops.triton.pointwise import SMALL_NARROWING
+
+    return SMALL_NARROWING
+
+
 def image_sizes(draw, positions, large):
     """Batch, height and width: images larger than a tile of rows, or smaller."""
     if positions == "few":
@@ -80,7 +87,7 @@ def expansion(draw, dtype, *, act, positions, large=False):
     close("the map", out, wanted, dtype)
 
 
-def projection(draw, dtype, *, gated, positions, large=False):
+def projection(draw, dtype, *, gated, positions, large=False, tiles=blocks_for):
     """A map to tokens: a gate's factors before, rows of zeros for prefix tokens."""
     from localvit.ops.triton.pointwise import pointwise
 
@@ -90,7 +97,7 @@ def projection(draw, dtype, *, gated, positions, large=False):
     weight = drawn_weight(draw, columns, inner, dtype)
     bias = draw.one_of(None, draw.values(columns, dtype=dtype))
     gate = draw.values(batch, inner, dtype=draw.one_of(dtype, torch.float32)) if gated else None
-    out = launched(pointwise, rows, weight, bias, None, gate, num_prefix_tokens=prefix, blocks=blocks_for(draw, large))
+    out = launched(pointwise, rows, weight, bias, None, gate, num_prefix_tokens=prefix, blocks=tiles(draw, large))
     factors = 1 if gate is None else gate.double()[:, None]
     wanted = F.linear(rows.double() * factors, weight.double(), None if bias is None else bias.double())
     assert not out[:, :prefix].any()
@@ -118,17 +125,16 @@ def expansion_in_training(draw, dtype, *, positions, large=False):
     close("the squared deviations", statistics.squares_TN, squares, torch.float32)
 
 
-def projection_in_training(draw, dtype, *, gated, positions, large=False):
+def projection_in_training(draw, dtype, *, gated, positions, large=False, tiles=blocks_for):
     """Of a batch norm, an activation and a gate of the map."""
-    from localvit.ops.triton.pointwise import NARROWING, normalized_pointwise
+    from localvit.ops.triton.pointwise import normalized_pointwise
 
     (batch, height, width), (columns, inner) = image_sizes(draw, positions, large), channel_sizes(draw, large)
     rows = draw.values(batch, height * width, inner, dtype=dtype)
     weight = draw.values(columns, inner, dtype=dtype)
     norm, act = draw.norm(inner, dtype), draw.one_of("hs", "relu6")
     gate = draw.values(batch, inner, dtype=draw.one_of(dtype, torch.float32)) if gated else None
-    blocks = blocks_for(draw, large) or NARROWING
-    out = launched(normalized_pointwise, rows, weight, norm, act, gate, blocks=blocks)
+    out = launched(normalized_pointwise, rows, weight, norm, act, gate, blocks=tiles(draw, large))
     assert out.dtype == dtype
     factors = 1 if gate is None else gate.double()[:, None]
     wanted = F.linear(activation(normalized(rows, norm), act) * factors, weight.double())
@@ -307,6 +313,10 @@ CASES = {
     "projection in training, few positions": partial(projection_in_training, gated=True, positions="few"),
     "projection in training, many positions": partial(projection_in_training, gated=True, positions="many"),
     "projection in training without gate": partial(projection_in_training, gated=False, positions="few"),
+    "projection in little memory": partial(projection, gated=True, positions="few", tiles=blocks_for_little_memory),
+    "projection in training in little memory": partial(
+        projection_in_training, gated=True, positions="few", tiles=blocks_for_little_memory
+    ),
     "squeeze_excite, narrow": partial(squeeze_excite, bottleneck=1),
     "squeeze_excite, wide": partial(squeeze_excite, bottleneck=37),
     "module, se": partial(whole_module, acts=("hs", "hs"), gate="se"),

@@ -3,6 +3,7 @@
 Shapes: B batch, P prefix tokens, H and W the grid, E channels.
 """
 
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 import pytest
@@ -131,6 +132,23 @@ def close(what, found, wanted, dtype):
     error = (found.double() - wanted).abs()
     wrong = ~(error <= room * (wanted.abs() + wanted.abs().amax()))
     assert not wrong.any(), f"{what}: {int(wrong.sum())} of {wrong.numel()} values, off by up to {float(error.max())}"
+
+
+@contextmanager
+def little_shared_memory():
+    """The kernels' launches are those of a GPU with less shared memory than the largest tiles need."""
+    from localvit.ops.triton import feed_forward, pointwise
+
+    caches = pointwise.launch_for, feed_forward._steps
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pointwise, "has_large_shared_memory", lambda device: False)
+        for each in caches:
+            each.cache_clear()
+        try:
+            yield
+        finally:
+            for each in caches:
+                each.cache_clear()
 
 
 def autograd_steps(out):

@@ -11,19 +11,26 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from launches import little_shared_memory
 
 from localvit.locality import LocalityFeedForward
+from localvit.ops.dispatch import LEAST_SHARED_MEMORY
 
 pytestmark = pytest.mark.skipif(
     find_spec("triton") is None or sys.platform != "linux", reason="Triton is not installed"
 )
 
 BATCH, GRID, CHANNELS, HIDDEN = 2, (14, 14), 192, 768
-SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+LITTLE = (86, 89, 120)
+"""Compute capabilities of GPUs that take the tiles for little shared memory."""
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024} | dict.fromkeys(LITTLE, 99 * 1024)
 """Shared memory of a block, from NVIDIA's table of compute capabilities."""
 REGISTERS = 65536
 """Of a multiprocessor, for all threads of a block."""
-SPILLED_BYTES = {("normalized_gradient", 90): 192, ("pointwise 3", 100): 128}
+SPILLED_BYTES = {
+    **{("normalized_gradient", 90): 192, ("normalized_gradient", 120): 64},
+    **{("pointwise 3", 100): 128, ("pointwise 4", 80): 384},
+}
 """Of a thread: what the compiler may keep in local memory, where that is more than `FEW_BYTES`."""
 FEW_BYTES = 32
 
@@ -54,8 +61,27 @@ def inference():
     pointwise.pointwise(rows, weight, bias, None, gate, 0, 1)
 
 
+def projection_of_few_positions():
+    """In training: tiles have rows of three images, so that a factor of the gate is read for each value."""
+    from localvit.ops.triton.pointwise import normalized_pointwise
+
+    rows, weight = (torch.zeros(shape, dtype=torch.bfloat16) for shape in ((5, 49, HIDDEN), (CHANNELS, HIDDEN)))
+    normalized_pointwise(rows, weight, torch.zeros(4, HIDDEN), "hs", torch.zeros(5, HIDDEN))
+
+
 @pytest.fixture(scope="module")
 def launches():
+    """Those of a GPU with enough shared memory for all tiles."""
+    return recorded_launches()
+
+
+@pytest.fixture(scope="module")
+def launches_in_little_memory():
+    with little_shared_memory():
+        return recorded_launches()
+
+
+def recorded_launches():
     """The kernel, arguments, constants and options of each launch, by a name of its own."""
     from localvit.ops.triton.launch import Launch
 
@@ -71,6 +97,7 @@ def launches():
         patch.setattr(Launch, "__call__", record)
         inference()
         training()
+        projection_of_few_positions()
     return recorded
 
 
@@ -79,8 +106,11 @@ IN_ORDER = [
     *("pointwise 2", "norm_vectors", "norm_act_depthwise", "norm_vectors 1", "channel_means", "squeeze_excite 1"),
     *("pointwise 3", "projection_gradients", "squeeze_excite_backward", "normalized_gradient", "norm_gradients"),
     *("norm_act_depthwise_backward", "norm_gradients 1", "expansion_gradients"),
+    "pointwise 4",
 ]
-"""In inference: expansion, depth-wise convolution, gate, projection. In training: forward pass, backward pass."""
+"""In inference: expansion, depth-wise convolution, gate, projection. In training: forward pass, backward pass; and the
+projection of few positions.
+"""
 
 
 def test_launches(launches):
@@ -96,15 +126,19 @@ AGAIN = {"norm_vectors 1", "norm_gradients 1"}
     [
         *((name, 90) for name in IN_ORDER if name not in AGAIN),
         *((name, capability) for name in ("pointwise 3", "norm_act_depthwise_backward") for capability in (80, 100)),
+        *((name, capability) for name in ("pointwise 4", "expansion_gradients") for capability in LITTLE),
+        *(("pointwise 4", 80), ("pointwise 3", 120), ("normalized_gradient", 120)),
     ],
 )
-def test_compiled_for_nvidia(launches, name, capability, tmp_path, monkeypatch):
+def test_compiled_for_nvidia(launches, launches_in_little_memory, name, capability, tmp_path, monkeypatch):
     """The compiler accepts less than the interpreter."""
     import triton
     from triton.backends.compiler import GPUTarget
 
+    from localvit.ops.triton.rows import LARGE_SHARED_MEMORY
+
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel, arguments, constants, options = launches[name]
+    kernel, arguments, constants, options = (launches_in_little_memory if capability in LITTLE else launches)[name]
     given = {option: value for option, value in options._asdict().items() if value is not None}
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(source_of(kernel, arguments, constants), target=target, options=given)
@@ -112,6 +146,11 @@ def test_compiled_for_nvidia(launches, name, capability, tmp_path, monkeypatch):
     assert used["STACK"] + used["LOCAL"] <= SPILLED_BYTES.get((name, capability), FEW_BYTES), used
     assert used["REG"] * 32 * options.num_warps <= REGISTERS, used
     assert compiled.metadata.shared <= SHARED_BYTES[capability]
+    # What the package asks of a GPU is enough for every kernel, and no more than the largest needs.
+    if capability == 80 or capability in LITTLE:
+        asked = LARGE_SHARED_MEMORY if capability == 80 else LEAST_SHARED_MEMORY
+        assert compiled.metadata.shared <= asked
+        assert name != "pointwise 4" or compiled.metadata.shared > asked - 1024
 
 
 @pytest.mark.parametrize("name", ["pointwise 1", "pointwise 3", "expansion_gradients"])

@@ -375,11 +375,17 @@ MISSING = {
         {},
         "V100 has compute capability 7.0 and 227 KB of shared memory for a block",
     ),
-    "small": (
-        {"name": "RTX 4090", "major": 8, "minor": 9, "shared_memory_per_block_optin": 99 * 1024},
+    "older": (
+        {"name": "T4", "major": 7, "minor": 5, "shared_memory_per_block_optin": 64 * 1024},
         {},
-        "8.9 and 99 KB",
+        "T4 has compute capability 7.5 and 64 KB of shared memory for a block; they need 8.0 and 81 KB",
     ),
+    "small": (
+        {"major": 8, "minor": 6, "shared_memory_per_block_optin": 64 * 1024},
+        {},
+        "8.6 and 64 KB",
+    ),
+    "99 KB": ({"name": "RTX 4090", "major": 8, "minor": 9, "shared_memory_per_block_optin": 99 * 1024}, {}, None),
     "nothing": ({}, {}, None),
 }
 

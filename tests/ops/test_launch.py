@@ -1,5 +1,7 @@
 """A kernel's launches, with a compiled kernel that notes what it is given in place of Triton's."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -68,3 +70,33 @@ def test_maps_of_one_shape_share_a_launch():
     assert found(3, "hs") is found(3, "hs")
     assert found(3, "hs") is not found(4, "hs")
     assert found(3, "hs") is not found(3, "relu6")
+
+
+def test_each_gpu_has_its_own_tiles(monkeypatch):
+    """Of two in one process, the one with less shared memory (RTX 4090) takes smaller ones."""
+    from localvit.ops.triton import pointwise, rows
+
+    def properties(index):
+        kilobytes, major, minor = [(227, 9, 0), (99, 8, 9), (163, 8, 0)][index]
+        return SimpleNamespace(shared_memory_per_block_optin=kilobytes * 1024, major=major, minor=minor)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    cached = rows.has_large_shared_memory, rows.overwrites_operands, pointwise.launch_for
+    for each in cached:
+        each.cache_clear()
+
+    def block(device, act, columns, blocks=None):
+        shapes = (3, 5, 256), (1280, 256, 1), (columns, 256), None, None
+        return pointwise.launch_for(*shapes, 0, 0, act, None, blocks, device).constants[-3:]
+
+    try:
+        narrowing = [block(device, act, 256) for act in (None, "hs") for device in (0, 1, 2)]
+        widening = [block(device, None, 512) for device in (0, 1, 2)]
+        chosen = block(1, None, 256, pointwise.NARROWING)
+    finally:
+        for each in cached:
+            each.cache_clear()
+    large, small = (128, 256, 64), (128, 256, 32)
+    assert narrowing == [large, small, large] * 2
+    assert widening == [(128, 128, 32)] * 3
+    assert chosen == large

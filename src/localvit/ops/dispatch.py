@@ -41,8 +41,12 @@ MAP_DTYPES = (torch.float32, *KERNEL_DTYPES)
 """Dtypes of the maps that they read in training, under autocast."""
 LEAST_CAPABILITY = (8, 0)
 """The first NVIDIA GPUs with matrix products in bfloat16."""
-LEAST_SHARED_MEMORY = 160 * 1024
-"""What the largest tiles need, in bytes for a block of threads."""
+LEAST_SHARED_MEMORY = 81 * 1024
+"""Bytes for a block of threads: every kernel has tiles that need no more.
+
+The most is taken by the projection in training, for 7 x 7 maps: operands and a gate's factors of two steps at a time.
+GPUs of compute capability 8.6, 8.9 and 12.0 have 99 KB.
+"""
 
 LEAST_CPU_VALUES = 1 << 20
 """Values of a hidden map from which on the CPU's kernels train: for less, compiling them would take longer than it

@@ -26,6 +26,7 @@ from localvit.ops.triton.rows import (
     dot_block,
     factors_of_rows,
     finished,
+    has_large_shared_memory,
     normalized_and_activated,
     overwrites_operands,
 )
@@ -33,6 +34,9 @@ from localvit.ops.triton.tiles import activate
 
 WIDENING = Blocks(rows=128, columns=128, inner=32, num_warps=4, num_stages=4)
 NARROWING = Blocks(rows=128, columns=256, inner=64, num_warps=8, num_stages=3)
+"""Up to 161 KB of shared memory on GPUs of compute capability 8.0, which have 163, and 193 KB on 9.0 and 10.0."""
+SMALL_NARROWING = NARROWING._replace(inner=32)
+"""For GPUs with less shared memory: up to 81 KB. Two stages of 64 channels instead would spill registers."""
 
 
 def pointwise(
@@ -77,7 +81,7 @@ def normalized_pointwise(
     norm_4K: Tensor,
     act: str,
     gate_BK: Tensor | None,
-    blocks: Blocks = NARROWING,
+    blocks: Blocks | None = None,
 ) -> Tensor:
     """`gate * act(norm(z))` times the weight (B, S, N), where `norm_4K` are vectors of `ops.triton.batch_norm`."""
     launch = launch_for(
@@ -87,6 +91,10 @@ def normalized_pointwise(
     out_BSN = weight_NK.new_empty((*z_BSK.shape[:2], weight_NK.shape[0]))
     launch(z_BSK, weight_NK, norm_4K, gate_BK, None, out_BSN, None, None, None)
     return out_BSN
+
+
+def _narrowing(device: int) -> Blocks:
+    return NARROWING if has_large_shared_memory(device) else SMALL_NARROWING
 
 
 @cache
@@ -110,7 +118,8 @@ def launch_for(
     check_pointwise(shape, weight, bias, act, gate)
     batch, rows, inner = shape
     tokens, columns = rows - skipped + num_prefix_tokens, weight[0]
-    blocks = blocks or (WIDENING if columns > inner else NARROWING)
+    if blocks is None:
+        blocks = WIDENING if columns > inner and norm_act is None else _narrowing(device)
     block_n, block_k = dot_block(columns, blocks.columns), dot_block(inner, blocks.inner)
     return Launch(
         pointwise_kernel,

@@ -6,7 +6,7 @@ Shapes: B batch, N output channels, T tiles.
 """
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -44,6 +44,19 @@ class Statistics(NamedTuple):
     def empty(cls, tiles: int, channels: int, like: Tensor) -> "Statistics":
         """Room for the statistics of some tiles, of the device and dtype of a tensor."""
         return cls(like.new_empty(tiles), like.new_empty(tiles, channels), like.new_empty(tiles, channels))
+
+
+LARGE_SHARED_MEMORY = 161 * 1024
+"""Bytes for a block of threads; what the largest tiles need on GPUs of compute capability 8.0, which have 163 KB."""
+
+
+@cache
+def has_large_shared_memory(device: int) -> bool:
+    """Whether the largest tiles fit a GPU (-1: none, which has no limit)."""
+    if device < 0:
+        return True
+    properties: Any = torch.cuda.get_device_properties(device)
+    return bool(properties.shared_memory_per_block_optin >= LARGE_SHARED_MEMORY)
 
 
 def dot_block(size: int, largest: int) -> int:
