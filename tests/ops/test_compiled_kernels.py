@@ -5,7 +5,6 @@ that it runs with.
 """
 
 import re
-import subprocess
 import sys
 from importlib.util import find_spec
 
@@ -133,6 +132,7 @@ AGAIN = {"norm_vectors 1", "norm_gradients 1"}
 def test_compiled_for_nvidia(launches, launches_in_little_memory, name, capability, tmp_path, monkeypatch):
     """The compiler accepts less than the interpreter."""
     import triton
+    from compiled_kernels import resources, source_of
     from triton.backends.compiler import GPUTarget
 
     from localvit.ops.triton.rows import LARGE_SHARED_MEMORY
@@ -158,6 +158,7 @@ def test_compiled_for_nvidia(launches, launches_in_little_memory, name, capabili
 def test_waits_for_products_of_computed_operands(launches, name, waits, tmp_path, monkeypatch):
     """On compute capability 9 they read their left operand from registers, which the next one may overwrite."""
     import triton
+    from compiled_kernels import source_of
     from triton.backends.compiler import GPUTarget
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -172,42 +173,3 @@ def test_waits_for_products_of_computed_operands(launches, name, waits, tmp_path
     in_the_loop = text[text.index("scf.for") : text.index("scf.yield")]
     pending = {int(number) for number in re.findall(r"warp_group_dot_wait .*pendings = (\d+)", in_the_loop)}
     assert (pending == {0}) == waits
-
-
-TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", int: "i32", float: "fp32"}
-
-
-def source_of(kernel, arguments, constants):
-    """What Triton compiles for these arguments: it specializes on None, on ones and on multiples of 16."""
-    from triton.compiler import ASTSource
-
-    names = kernel.arg_names
-    assert len(names) == len(arguments) + len(constants)
-    signature, values, aligned = {}, dict(zip(names[len(arguments) :], constants, strict=True)), []
-    for name, value in zip(names, arguments, strict=False):
-        if value is None or (type(value) is int and value == 1):
-            values[name] = value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = TYPES[value.dtype]
-            aligned.append(name)
-        else:
-            signature[name] = TYPES[type(value)]
-            aligned += [name] * (isinstance(value, int) and value % 16 == 0)
-    signature |= dict.fromkeys(values, "constexpr")
-    return ASTSource(
-        kernel,
-        {name: signature[name] for name in names},
-        {(names.index(name),): value for name, value in values.items()},
-        {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
-    )
-
-
-def resources(cubin, folder):
-    """Registers, and bytes of stack and local memory, of each thread."""
-    from triton import knobs
-
-    path = folder / "kernel.cubin"
-    path.write_bytes(cubin)
-    command = [knobs.nvidia.cuobjdump.path, "-res-usage", path]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", done.stdout)}
