@@ -1,16 +1,15 @@
-"""What limits the depth-wise kernels on a GPU: instructions, or memory that is asked for too late? Needs no GPU.
+"""How long should the depth-wise kernels take on a GPU, by their machine code? Needs no GPU.
 
     python benchmarks/kernel_instructions.py
 
-Compiles each depth-wise kernel for LocalViT-T's maps, 256 images, and reads the loop over rows in its machine code.
+Compiles each depth-wise kernel for LocalViT-T's maps, 256 images, reads the loop over rows in its machine code, and
+predicts its time on an H100 as the longest of three:
 
-- "Least time" is that of the loop's instructions at four of a warp in a cycle, the most that an H100's multiprocessor
-  issues.
-- "On their way" are the bytes of new rows that a multiprocessor has asked for at a time: those that each thread loads
-  ahead, for as many threads as its registers hold. Half of the columns that a thread loads are also loaded by its
-  neighbor, from the cache, and are not counted.
-- "Needed" are the bytes that must be on their way to run at the speed of a copy, by Little's law: what a multiprocessor
-  reads of a copy's 2.75 TB/s, times a microsecond. That is about what memory takes to answer under load: not measured.
+- instructions: those of the loop, at four of a warp in a cycle, the most that a multiprocessor issues;
+- waiting: each warp waits for a row for as long as memory takes to answer, shared by the rows that it has asked for.
+  Registers say how many warps a multiprocessor runs at a time. Memory is taken to answer in 1.12 microseconds: so long
+  took a row in both kernels of the forward pass when they were measured, with one row ahead (0.078 and 0.098 ms);
+- copy: what a copy of as many bytes takes, at the 2.75 TB/s measured there.
 """
 
 import re
@@ -33,7 +32,9 @@ from localvit.ops.triton.tiles import Area
 BATCH, GRID, CHANNELS = 256, 14, 768
 MULTIPROCESSORS, GIGAHERTZ, REGISTERS = 132, 1.755, 65536
 """Of an H100 (SXM); the registers of a multiprocessor."""
-COPY_BYTES_PER_SECOND, SECONDS_TO_ANSWER = 2.75e12, 1e-6
+COPY_BYTES_PER_SECOND, SECONDS_TO_ANSWER = 2.75e12, 1.12e-6
+ROWS_AHEAD = 2
+"""Of the maps, in all kernels."""
 
 
 class Kernel(NamedTuple):
@@ -42,9 +43,7 @@ class Kernel(NamedTuple):
     call: Callable[[], object]
     area: Area
     maps: int
-    """Maps that it reads; it writes one."""
-    ahead: int
-    """Those of which it loads a row ahead."""
+    """Maps that it reads and writes."""
 
 
 def kernels() -> dict[str, Kernel]:
@@ -56,9 +55,9 @@ def kernels() -> dict[str, Kernel]:
     pooled = partial(inference.depthwise_act_pool, map_BHWE, weight_E33, norm_4E[0], "hs")
     gradients = partial(training_backward.norm_act_depthwise_backward, *after, *before)
     return {
-        "depth-wise, gate's sums": Kernel(pooled, inference.AREA, 1, 1),
-        "norm, depth-wise, statistics": Kernel(partial(training.norm_act_depthwise, *before), training.AREA, 1, 1),
-        "gradients of depth-wise": Kernel(gradients, training_backward.AREA, 3, 2),
+        "depth-wise, gate's sums": Kernel(pooled, inference.AREA, 2),
+        "norm, depth-wise, statistics": Kernel(partial(training.norm_act_depthwise, *before), training.AREA, 2),
+        "gradients of depth-wise": Kernel(gradients, training_backward.AREA, 4),
     }
 
 
@@ -87,9 +86,9 @@ def longest_loop(lines: list[str]) -> list[str]:
 
 def main() -> None:
     """Compile and print one table."""
-    print("| kernel | registers | warps | instructions of a value | least time, ms | on their way, KB | needed, KB |")
+    print("| kernel | registers | warps | instructions of a value | instructions, ms | waiting, ms | copy, ms |")
     print("|---|---|---|---|---|---|---|")
-    for name, (call, area, maps, ahead) in kernels().items():
+    for name, (call, area, maps) in kernels().items():
         launch, tensors = recorded(call)
         source = source_of(launch.kernel, (*tensors, *launch.numbers), launch.constants)
         options = {option: value for option, value in launch.options._asdict().items() if value is not None}
@@ -99,15 +98,13 @@ def main() -> None:
             loop = longest_loop(instructions(cubin, Path(folder)))
         threads = 32 * area.num_warps
         warps = REGISTERS // (-(-registers // 8) * 8 * threads) * area.num_warps
-        values = 2 * area.values / threads
-        issued = BATCH * GRID * GRID * CHANNELS / values * len(loop) / 32
-        milliseconds = issued / (4 * MULTIPROCESSORS * GIGAHERTZ * 1e6)
-        on_their_way = warps * 32 * values * 2 * ahead / 1024
-        needed = COPY_BYTES_PER_SECOND * maps / (maps + 1) / MULTIPROCESSORS * SECONDS_TO_ANSWER / 1024
-        print(
-            f"| {name} | {registers} | {warps} | {len(loop) / values:.0f} | {milliseconds:.3f} | {on_their_way:.0f} | "
-            f"{needed:.0f} |"
-        )
+        # One row more than a map has: the one before the loop.
+        rows = launch.programs * area.num_warps * (GRID + 1)
+        issuing = rows * len(loop) / (4 * MULTIPROCESSORS * GIGAHERTZ * 1e9)
+        waiting = rows / (MULTIPROCESSORS * warps) * SECONDS_TO_ANSWER / ROWS_AHEAD
+        copying = maps * 2 * BATCH * GRID * GRID * CHANNELS / COPY_BYTES_PER_SECOND
+        times = " | ".join(f"{1000 * seconds:.3f}" for seconds in (issuing, waiting, copying))
+        print(f"| {name} | {registers} | {warps} | {len(loop) * threads / (2 * area.values):.0f} | {times} |")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Roofline for a map of V values of 2 bytes: 4 V bytes, and 25 V operations (9 multiply-adds, bias, 5 for the activation,
 one for the sum): 6 operations a byte, below the 20 where an H100's float32 units, and not its memory, would be the
-limit. But 4 columns are loaded for 2, with conversions and masks that are not counted here.
+limit. `benchmarks/kernel_instructions.py` counts all instructions, and the time that threads wait for memory.
 
 Shapes: B batch, H and W the grid, E channels, T tiles of one map.
 """
@@ -32,7 +32,7 @@ from localvit.ops.triton.tiles import (
     weight_row,
 )
 
-AREA = Area(512, registers=96)
+AREA = Area(512)
 """Four pairs of positions per thread."""
 
 
@@ -99,13 +99,16 @@ def depthwise_act_pool_kernel(
     even_pool = zeros
     odd_pool = zeros
     x += stride_h
-    ahead_a, ahead_b, ahead_c, ahead_d = load_four(x, even, inside, stride_w, columns_of(first + 1, height, width))
+    end = tl.minimum(last + 1, height)
+    ahead = load_four(x, even, inside, stride_w, columns_of(first + 1, end, width))
+    x += stride_h
+    far_ahead = load_four(x, even, inside, stride_w, columns_of(first + 2, end, width))
     for row in range(first, last):
-        a, b, c, d = converted(ahead_a, ahead_b, ahead_c, ahead_d, ACCUMULATE)
-        # Loaded a row ahead, so that memory is read while the row before is computed.
+        a, b, c, d = converted(ahead, ACCUMULATE)
+        # Loaded two rows ahead, so that two rows at a time are on their way from memory.
+        ahead = far_ahead
         x += stride_h
-        columns = columns_of(row + 2, height, width)
-        ahead_a, ahead_b, ahead_c, ahead_d = load_four(x, even, inside, stride_w, columns)
+        far_ahead = load_four(x, even, inside, stride_w, columns_of(row + 3, end, width))
         even_y = activate(add_taps(even_sum, a, b, c, w20, w21, w22), HARDSWISH)
         odd_y = activate(add_taps(odd_sum, b, c, d, w20, w21, w22), HARDSWISH)
         even_sum, odd_sum = add_row(next_even_sum, next_odd_sum, a, b, c, d, w10, w11, w12)

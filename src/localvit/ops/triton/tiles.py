@@ -140,11 +140,10 @@ def columns_of(row, height, width):
 
 
 @triton.jit
-def two_columns(pointers, even, inside, stride_w, columns, ACCUMULATE: tl.constexpr):
-    """Each pair's own columns of a row; zero outside the map."""
-    at_even = tl.load(pointers, inside & (even < columns), 0.0).to(ACCUMULATE)
-    at_odd = tl.load(pointers + stride_w, inside & (even + 1 < columns), 0.0).to(ACCUMULATE)
-    return at_even, at_odd
+def load_two(pointers, even, inside, stride_w, columns):
+    """Each pair's own columns of a row, as stored; zero outside the map."""
+    at_even = tl.load(pointers, inside & (even < columns), 0.0)
+    return at_even, tl.load(pointers + stride_w, inside & (even + 1 < columns), 0.0)
 
 
 @triton.jit
@@ -158,16 +157,15 @@ def load_four(pointers, even, inside, stride_w, columns):
 
 
 @triton.jit
-def converted(a, b, c, d, DTYPE: tl.constexpr):
+def converted(four, DTYPE: tl.constexpr):
     """Four columns in another dtype."""
-    return a.to(DTYPE), b.to(DTYPE), c.to(DTYPE), d.to(DTYPE)
+    return four[0].to(DTYPE), four[1].to(DTYPE), four[2].to(DTYPE), four[3].to(DTYPE)
 
 
 @triton.jit
 def four_columns(pointers, even, inside, stride_w, columns, ACCUMULATE: tl.constexpr):
     """`load_four` in the dtype of the sums."""
-    a, b, c, d = load_four(pointers, even, inside, stride_w, columns)
-    return converted(a, b, c, d, ACCUMULATE)
+    return converted(load_four(pointers, even, inside, stride_w, columns), ACCUMULATE)
 
 
 @triton.jit

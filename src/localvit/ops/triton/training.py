@@ -65,9 +65,9 @@ def _launch(shape: Shape, strides: Shape, dtype: torch.dtype, act: str, area: Ar
 
 
 @triton.jit
-def _activated(a, b, c, d, even, columns, scale, shift, ACCUMULATE: tl.constexpr, HARDSWISH: tl.constexpr):
+def _activated(four, even, columns, scale, shift, ACCUMULATE: tl.constexpr, HARDSWISH: tl.constexpr):
     """Four columns of the activated map, which is zero outside as well."""
-    a, b, c, d = converted(a, b, c, d, ACCUMULATE)
+    a, b, c, d = converted(four, ACCUMULATE)
     a = tl.where((even > 0) & (even <= columns), activate(a * scale + shift, HARDSWISH), 0.0)
     b = tl.where(even < columns, activate(b * scale + shift, HARDSWISH), 0.0)
     c = tl.where(even + 1 < columns, activate(c * scale + shift, HARDSWISH), 0.0)
@@ -131,12 +131,12 @@ def norm_act_depthwise_kernel(
     out += (image * height + first) * width * channels + (even * channels + e)
 
     columns = columns_of(first - 1, height, width)
-    a, b, c, d = load_four(z, even, inside, stride_w, columns)
-    a, b, c, d = _activated(a, b, c, d, even, columns, s, t, ACCUMULATE, HARDSWISH)
+    four = load_four(z, even, inside, stride_w, columns)
+    a, b, c, d = _activated(four, even, columns, s, t, ACCUMULATE, HARDSWISH)
     even_sum, odd_sum = add_row(zeros, zeros, a, b, c, d, w00, w01, w02)
     z += stride_h
-    a, b, c, d = load_four(z, even, inside, stride_w, width)
-    a, b, c, d = _activated(a, b, c, d, even, width, s, t, ACCUMULATE, HARDSWISH)
+    four = load_four(z, even, inside, stride_w, width)
+    a, b, c, d = _activated(four, even, width, s, t, ACCUMULATE, HARDSWISH)
     even_sum, odd_sum = add_row(even_sum, odd_sum, a, b, c, d, w10, w11, w12)
     next_even_sum, next_odd_sum = add_row(zeros, zeros, a, b, c, d, w00, w01, w02)
     even_mean = zeros
@@ -144,14 +144,17 @@ def norm_act_depthwise_kernel(
     even_squares = zeros
     odd_squares = zeros
     z += stride_h
-    ahead_a, ahead_b, ahead_c, ahead_d = load_four(z, even, inside, stride_w, columns_of(first + 1, height, width))
+    end = tl.minimum(last + 1, height)
+    ahead = load_four(z, even, inside, stride_w, columns_of(first + 1, end, width))
+    z += stride_h
+    far_ahead = load_four(z, even, inside, stride_w, columns_of(first + 2, end, width))
     for row in range(first, last):
         columns = columns_of(row + 1, height, width)
-        a, b, c, d = _activated(ahead_a, ahead_b, ahead_c, ahead_d, even, columns, s, t, ACCUMULATE, HARDSWISH)
-        # Loaded a row ahead, so that memory is read while the row before is computed.
+        a, b, c, d = _activated(ahead, even, columns, s, t, ACCUMULATE, HARDSWISH)
+        # Loaded two rows ahead, so that two rows at a time are on their way from memory.
+        ahead = far_ahead
         z += stride_h
-        columns = columns_of(row + 2, height, width)
-        ahead_a, ahead_b, ahead_c, ahead_d = load_four(z, even, inside, stride_w, columns)
+        far_ahead = load_four(z, even, inside, stride_w, columns_of(row + 3, end, width))
         even_out, odd_out = add_row(even_sum, odd_sum, a, b, c, d, w20, w21, w22)
         even_sum, odd_sum = add_row(next_even_sum, next_odd_sum, a, b, c, d, w10, w11, w12)
         next_even_sum, next_odd_sum = add_row(zeros, zeros, a, b, c, d, w00, w01, w02)

@@ -26,8 +26,8 @@ from localvit.ops.triton.tiles import (
     check_layout,
     columns_of,
     load_four,
+    load_two,
     tile_of,
-    two_columns,
     weight_row,
 )
 
@@ -80,13 +80,10 @@ def _launch(shape: Shape, strides: Shape, dtype: torch.dtype, act: str, area: Ar
 
 
 @triton.jit
-def _two_activated(
-    pointers, even, inside, stride_w, columns, scale, shift, ACCUMULATE: tl.constexpr, HARDSWISH: tl.constexpr
-):
-    """`two_columns` of the activated map, which is zero outside as well."""
-    at_even, at_odd = two_columns(pointers, even, inside, stride_w, columns, ACCUMULATE)
-    at_even = tl.where(even < columns, activate(at_even * scale + shift, HARDSWISH), 0.0)
-    at_odd = tl.where(even + 1 < columns, activate(at_odd * scale + shift, HARDSWISH), 0.0)
+def _two_activated(two, even, columns, scale, shift, ACCUMULATE: tl.constexpr, HARDSWISH: tl.constexpr):
+    """Two columns of the activated map, which is zero outside as well."""
+    at_even = tl.where(even < columns, activate(two[0].to(ACCUMULATE) * scale + shift, HARDSWISH), 0.0)
+    at_odd = tl.where(even + 1 < columns, activate(two[1].to(ACCUMULATE) * scale + shift, HARDSWISH), 0.0)
     return at_even, at_odd
 
 
@@ -197,7 +194,8 @@ def norm_act_depthwise_backward_kernel(
     grad_u += (image * height + first) * width * channels + (even * channels + e)
 
     # For each row of the gradient, the tile's activated rows above, at and below it.
-    even_below, odd_below = _two_activated(z, even, inside, stride_w, width, s, t, ACCUMULATE, HARDSWISH)
+    two = load_two(z, even, inside, stride_w, width)
+    even_below, odd_below = _two_activated(two, even, width, s, t, ACCUMULATE, HARDSWISH)
     columns = columns_of(first - 1, height, width)
     four_g, four_out = _load_both(grad, out, even, inside, channels, columns)
     a, b, c, d = _four_gradients(four_g, four_out, even, columns, by_grad, by_out, constant, ACCUMULATE)
@@ -206,7 +204,8 @@ def norm_act_depthwise_backward_kernel(
     even_here = even_below
     odd_here = odd_below
     columns = columns_of(first + 1, last, width)
-    even_below, odd_below = _two_activated(z + stride_h, even, inside, stride_w, columns, s, t, ACCUMULATE, HARDSWISH)
+    two = load_two(z + stride_h, even, inside, stride_w, columns)
+    even_below, odd_below = _two_activated(two, even, columns, s, t, ACCUMULATE, HARDSWISH)
     grad += width * channels
     out += width * channels
     four_g, four_out = _load_both(grad, out, even, inside, channels, width)
@@ -220,26 +219,29 @@ def norm_act_depthwise_backward_kernel(
     sum02 = zeros
     total = zeros
     total_z = zeros
+    end = tl.minimum(last + 1, height)
     grad += width * channels
     out += width * channels
-    columns = columns_of(first + 1, height, width)
-    four_g, four_out = _load_both(grad, out, even, inside, channels, columns)
+    g_ahead, out_ahead = _load_both(grad, out, even, inside, channels, columns_of(first + 1, end, width))
+    grad += width * channels
+    out += width * channels
+    g_far_ahead, out_far_ahead = _load_both(grad, out, even, inside, channels, columns_of(first + 2, end, width))
+    two = load_two(z + 2 * stride_h, even, inside, stride_w, columns_of(first + 2, last, width))
     for row in range(first, last):
         even_above = even_here
         odd_above = odd_here
         even_here = even_below
         odd_here = odd_below
         columns = columns_of(row + 2, last, width)
-        even_below, odd_below = _two_activated(
-            z + 2 * stride_h, even, inside, stride_w, columns, s, t, ACCUMULATE, HARDSWISH
-        )
+        even_below, odd_below = _two_activated(two, even, columns, s, t, ACCUMULATE, HARDSWISH)
         columns = columns_of(row + 1, height, width)
-        a, b, c, d = _four_gradients(four_g, four_out, even, columns, by_grad, by_out, constant, ACCUMULATE)
-        # Loaded a row ahead, so that memory is read while the row before is computed.
+        a, b, c, d = _four_gradients(g_ahead, out_ahead, even, columns, by_grad, by_out, constant, ACCUMULATE)
+        # Loaded two rows ahead (z: one), so that more than one row at a time is on its way from memory.
+        two = load_two(z + 3 * stride_h, even, inside, stride_w, columns_of(row + 3, last, width))
+        g_ahead, out_ahead = g_far_ahead, out_far_ahead
         grad += width * channels
         out += width * channels
-        columns = columns_of(row + 2, height, width)
-        four_g, four_out = _load_both(grad, out, even, inside, channels, columns)
+        g_far_ahead, out_far_ahead = _load_both(grad, out, even, inside, channels, columns_of(row + 3, end, width))
         even_grad, odd_grad = add_row(even_sum, odd_sum, a, b, c, d, w20, w21, w22)
         even_sum, odd_sum = add_row(next_even_sum, next_odd_sum, a, b, c, d, w10, w11, w12)
         next_even_sum, next_odd_sum = add_row(zeros, zeros, a, b, c, d, w00, w01, w02)
@@ -247,7 +249,9 @@ def norm_act_depthwise_backward_kernel(
         sum10, sum11, sum12 = _add_products(sum10, sum11, sum12, a, b, c, d, even_here, odd_here)
         sum20, sum21, sum22 = _add_products(sum20, sum21, sum22, a, b, c, d, even_below, odd_below)
         # Loaded again from the L1 cache: keeping it for two rows would take registers.
-        even_z, odd_z = two_columns(z, even, inside, stride_w, width, ACCUMULATE)
+        here = load_two(z, even, inside, stride_w, width)
+        even_z = here[0].to(ACCUMULATE)
+        odd_z = here[1].to(ACCUMULATE)
         even_grad *= activation_slope(even_z * s + t, HARDSWISH)
         odd_grad *= activation_slope(odd_z * s + t, HARDSWISH)
         tl.store(grad_u, even_grad, inside & (even < width))
