@@ -27,6 +27,7 @@ from localvit.ops.triton.tiles import (
     columns_of,
     converted,
     four_columns,
+    launch_in_tiles,
     load_four,
     tile_of,
     weight_row,
@@ -54,9 +55,7 @@ def launch_for(
 ) -> tuple[Tiles, Launch]:
     """Tiles and launch for a map and parameters of some shapes. Raises ValueError as `depthwise_act_pool`."""
     check(shape, weight, bias, act)
-    tiles = Tiles(area.values, *shape)
-    numbers = (*tiles.sizes, *strides[:3])
-    return tiles, Launch(depthwise_act_pool_kernel, tiles.programs, numbers, tiles.constants(dtype, act), area.options)
+    return launch_in_tiles(depthwise_act_pool_kernel, shape, strides, dtype, act, area)
 
 
 @triton.jit
@@ -68,55 +67,55 @@ def depthwise_act_pool_kernel(
     sums,
     height,
     width,
-    channels,
     tile_rows,
     stride_b,
     stride_h,
-    stride_w,
+    E: tl.constexpr,
+    STRIDE_W: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     HARDSWISH: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
     """One program's tile of the activated map, and its sums over the tile's positions."""
-    tile, image, first, last, even, e = tile_of(height, width, channels, tile_rows, BLOCK_P, BLOCK_E)
-    inside = e < channels
-    w00, w01, w02 = weight_row(weight, 0, e, channels, ACCUMULATE)
-    w10, w11, w12 = weight_row(weight, 1, e, channels, ACCUMULATE)
-    w20, w21, w22 = weight_row(weight, 2, e, channels, ACCUMULATE)
+    tile, image, first, last, even, e = tile_of(height, width, E, tile_rows, BLOCK_P, BLOCK_E)
+    inside = e < E
+    w00, w01, w02 = weight_row(weight, 0, e, E, ACCUMULATE)
+    w10, w11, w12 = weight_row(weight, 1, e, E, ACCUMULATE)
+    w20, w21, w22 = weight_row(weight, 2, e, E, ACCUMULATE)
     zeros = tl.zeros((BLOCK_P, BLOCK_E), ACCUMULATE)
-    start = zeros + channel_values(bias, e, channels, ACCUMULATE)
-    x += image * stride_b + (first - 1).to(tl.int64) * stride_h + (even * stride_w + e)
-    y += (image * height + first) * width * channels + (even * channels + e)
+    start = zeros + channel_values(bias, e, E, ACCUMULATE)
+    x += image * stride_b + (first - 1).to(tl.int64) * stride_h + (even * STRIDE_W + e)
+    y += (image * height + first) * width * E + (even * E + e)
 
     # The row before the tile contributes to its first row; the first row to itself and to the next.
-    a, b, c, d = four_columns(x, even, inside, stride_w, columns_of(first - 1, height, width), ACCUMULATE)
+    a, b, c, d = four_columns(x, even, inside, STRIDE_W, columns_of(first - 1, height, width), ACCUMULATE)
     even_sum, odd_sum = add_row(start, start, a, b, c, d, w00, w01, w02)
     x += stride_h
-    a, b, c, d = four_columns(x, even, inside, stride_w, width, ACCUMULATE)
+    a, b, c, d = four_columns(x, even, inside, STRIDE_W, width, ACCUMULATE)
     even_sum, odd_sum = add_row(even_sum, odd_sum, a, b, c, d, w10, w11, w12)
     next_even_sum, next_odd_sum = add_row(start, start, a, b, c, d, w00, w01, w02)
     even_pool = zeros
     odd_pool = zeros
     x += stride_h
     end = tl.minimum(last + 1, height)
-    ahead = load_four(x, even, inside, stride_w, columns_of(first + 1, end, width))
+    ahead = load_four(x, even, inside, STRIDE_W, columns_of(first + 1, end, width))
     x += stride_h
-    far_ahead = load_four(x, even, inside, stride_w, columns_of(first + 2, end, width))
+    far_ahead = load_four(x, even, inside, STRIDE_W, columns_of(first + 2, end, width))
     for row in range(first, last):
         a, b, c, d = converted(ahead, ACCUMULATE)
         # Loaded two rows ahead, so that two rows at a time are on their way from memory.
         ahead = far_ahead
         x += stride_h
-        far_ahead = load_four(x, even, inside, stride_w, columns_of(row + 3, end, width))
+        far_ahead = load_four(x, even, inside, STRIDE_W, columns_of(row + 3, end, width))
         even_y = activate(add_taps(even_sum, a, b, c, w20, w21, w22), HARDSWISH)
         odd_y = activate(add_taps(odd_sum, b, c, d, w20, w21, w22), HARDSWISH)
         even_sum, odd_sum = add_row(next_even_sum, next_odd_sum, a, b, c, d, w10, w11, w12)
         next_even_sum, next_odd_sum = add_row(start, start, a, b, c, d, w00, w01, w02)
         tl.store(y, even_y, inside & (even < width))
-        tl.store(y + channels, odd_y, inside & (even + 1 < width))
+        tl.store(y + E, odd_y, inside & (even + 1 < width))
         even_pool += even_y
         odd_pool += odd_y
-        y += width * channels
+        y += width * E
     pool = tl.where(even < width, even_pool, 0.0) + tl.where(even + 1 < width, odd_pool, 0.0)
-    tl.store(sums + tile * channels + e, tl.sum(pool, 0, keep_dims=True), inside)
+    tl.store(sums + tile * E + e, tl.sum(pool, 0, keep_dims=True), inside)

@@ -9,7 +9,7 @@ Shapes: B batch, H and W the grid, E channels, T tiles.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from localvit.ops.triton.launch import Options, ceil_div, power_of_2
+from localvit.ops.reference import Shape
+from localvit.ops.triton.launch import Launch, Options, ceil_div, power_of_2
 
 TILE_ROWS = 14
 """The largest number of rows of a tile: all rows of a 224-pixel image with 16-pixel patches."""
@@ -78,18 +79,25 @@ class Tiles:
         return self.batch * self.per_image
 
     @cached_property
-    def sizes(self) -> tuple[int, int, int, int]:
-        """The kernels' size arguments: height, width, channels, and rows of a tile."""
-        return self.height, self.width, self.channels, self.rows
-
-    @cached_property
     def programs(self) -> int:
         """Their number: blocks of channels within tiles, so that neighboring programs read nearby memory."""
         return self.number * ceil_div(self.channels, self.block)
 
-    def constants(self, dtype: torch.dtype, act: str) -> tuple[Any, ...]:
-        """The kernels' compile-time arguments for maps of a dtype: ACCUMULATE, HARDSWISH, BLOCK_P, BLOCK_E."""
-        return tl.float64 if dtype == torch.float64 else tl.float32, act == "hs", self.pairs, self.block
+
+@cache
+def launch_in_tiles(
+    kernel: Any, shape: Shape, strides: Shape, dtype: torch.dtype, act: str, area: Area
+) -> tuple[Tiles, Launch]:
+    """How a kernel divides maps of one shape, and its launch.
+
+    Channels and the distance between columns are constants of the compilation: so loads hold distances between columns,
+    and full blocks of channels need no masks.
+    """
+    tiles = Tiles(area.values, *shape)
+    numbers = tiles.height, tiles.width, tiles.rows, *strides[:2]
+    accumulate = tl.float64 if dtype == torch.float64 else tl.float32
+    constants = tiles.channels, strides[2], accumulate, act == "hs", tiles.pairs, tiles.block
+    return tiles, Launch(kernel, tiles.programs, numbers, constants, area.options)
 
 
 def check_layout(*maps: Tensor) -> None:

@@ -7,25 +7,21 @@ and activate, since each value is loaded by two threads, 8 of the statistics): 1
 Shapes: B batch, H and W the grid, E channels, T tiles of all maps.
 """
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from localvit.ops.reference import Shape
-from localvit.ops.triton.launch import Launch
 from localvit.ops.triton.rows import Statistics
 from localvit.ops.triton.tiles import (
     Area,
-    Tiles,
     activate,
     add_row,
     channel_values,
     check_layout,
     columns_of,
     converted,
+    launch_in_tiles,
     load_four,
     tile_of,
     weight_row,
@@ -50,18 +46,11 @@ def norm_act_depthwise(
         The convolution's map in the dtype of z, and the statistics of its tiles.
     """
     check_layout(z_BHWE)
-    tiles, launch = _launch(z_BHWE.shape, z_BHWE.stride(), z_BHWE.dtype, act, area)
+    tiles, launch = launch_in_tiles(norm_act_depthwise_kernel, z_BHWE.shape, z_BHWE.stride(), z_BHWE.dtype, act, area)
     out_BHWE = torch.empty_like(z_BHWE, memory_format=torch.contiguous_format)
     statistics = Statistics.empty(tiles.number, tiles.channels, norm_4E)
     launch(z_BHWE, norm_4E, weight_E33.contiguous(), out_BHWE, *statistics)
     return out_BHWE, statistics
-
-
-@cache
-def _launch(shape: Shape, strides: Shape, dtype: torch.dtype, act: str, area: Area) -> tuple[Tiles, Launch]:
-    tiles = Tiles(area.values, *shape)
-    numbers = (*tiles.sizes, *strides[:3])
-    return tiles, Launch(norm_act_depthwise_kernel, tiles.programs, numbers, tiles.constants(dtype, act), area.options)
 
 
 @triton.jit
@@ -108,34 +97,34 @@ def norm_act_depthwise_kernel(
     squares,
     height,
     width,
-    channels,
     tile_rows,
     stride_b,
     stride_h,
-    stride_w,
+    E: tl.constexpr,
+    STRIDE_W: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     HARDSWISH: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
     """One program's tile of the convolution's map, and its number of positions, means and squared deviations."""
-    tile, image, first, last, even, e = tile_of(height, width, channels, tile_rows, BLOCK_P, BLOCK_E)
-    inside = e < channels
-    s = channel_values(norm + 2 * channels, e, channels, ACCUMULATE)
-    t = channel_values(norm + 3 * channels, e, channels, ACCUMULATE)
-    w00, w01, w02 = weight_row(weight, 0, e, channels, ACCUMULATE)
-    w10, w11, w12 = weight_row(weight, 1, e, channels, ACCUMULATE)
-    w20, w21, w22 = weight_row(weight, 2, e, channels, ACCUMULATE)
+    tile, image, first, last, even, e = tile_of(height, width, E, tile_rows, BLOCK_P, BLOCK_E)
+    inside = e < E
+    s = channel_values(norm + 2 * E, e, E, ACCUMULATE)
+    t = channel_values(norm + 3 * E, e, E, ACCUMULATE)
+    w00, w01, w02 = weight_row(weight, 0, e, E, ACCUMULATE)
+    w10, w11, w12 = weight_row(weight, 1, e, E, ACCUMULATE)
+    w20, w21, w22 = weight_row(weight, 2, e, E, ACCUMULATE)
     zeros = tl.zeros((BLOCK_P, BLOCK_E), ACCUMULATE)
-    z += image * stride_b + (first - 1).to(tl.int64) * stride_h + (even * stride_w + e)
-    out += (image * height + first) * width * channels + (even * channels + e)
+    z += image * stride_b + (first - 1).to(tl.int64) * stride_h + (even * STRIDE_W + e)
+    out += (image * height + first) * width * E + (even * E + e)
 
     columns = columns_of(first - 1, height, width)
-    four = load_four(z, even, inside, stride_w, columns)
+    four = load_four(z, even, inside, STRIDE_W, columns)
     a, b, c, d = _activated(four, even, columns, s, t, ACCUMULATE, HARDSWISH)
     even_sum, odd_sum = add_row(zeros, zeros, a, b, c, d, w00, w01, w02)
     z += stride_h
-    four = load_four(z, even, inside, stride_w, width)
+    four = load_four(z, even, inside, STRIDE_W, width)
     a, b, c, d = _activated(four, even, width, s, t, ACCUMULATE, HARDSWISH)
     even_sum, odd_sum = add_row(even_sum, odd_sum, a, b, c, d, w10, w11, w12)
     next_even_sum, next_odd_sum = add_row(zeros, zeros, a, b, c, d, w00, w01, w02)
@@ -145,28 +134,28 @@ def norm_act_depthwise_kernel(
     odd_squares = zeros
     z += stride_h
     end = tl.minimum(last + 1, height)
-    ahead = load_four(z, even, inside, stride_w, columns_of(first + 1, end, width))
+    ahead = load_four(z, even, inside, STRIDE_W, columns_of(first + 1, end, width))
     z += stride_h
-    far_ahead = load_four(z, even, inside, stride_w, columns_of(first + 2, end, width))
+    far_ahead = load_four(z, even, inside, STRIDE_W, columns_of(first + 2, end, width))
     for row in range(first, last):
         columns = columns_of(row + 1, height, width)
         a, b, c, d = _activated(ahead, even, columns, s, t, ACCUMULATE, HARDSWISH)
         # Loaded two rows ahead, so that two rows at a time are on their way from memory.
         ahead = far_ahead
         z += stride_h
-        far_ahead = load_four(z, even, inside, stride_w, columns_of(row + 3, end, width))
+        far_ahead = load_four(z, even, inside, STRIDE_W, columns_of(row + 3, end, width))
         even_out, odd_out = add_row(even_sum, odd_sum, a, b, c, d, w20, w21, w22)
         even_sum, odd_sum = add_row(next_even_sum, next_odd_sum, a, b, c, d, w10, w11, w12)
         next_even_sum, next_odd_sum = add_row(zeros, zeros, a, b, c, d, w00, w01, w02)
         tl.store(out, even_out, inside & (even < width))
-        tl.store(out + channels, odd_out, inside & (even + 1 < width))
-        out += width * channels
+        tl.store(out + E, odd_out, inside & (even + 1 < width))
+        out += width * E
         share = 1.0 / (row + 1 - first).to(ACCUMULATE)
         even_mean, even_squares = _with_value(even_mean, even_squares, even_out, share)
         odd_mean, odd_squares = _with_value(odd_mean, odd_squares, odd_out, share)
     rows = (last - first).to(ACCUMULATE)
     number = tl.sum((even < width).to(ACCUMULATE) + (even + 1 < width).to(ACCUMULATE), 0, keep_dims=True)
     mean, square = _of_all_columns(even_mean, odd_mean, even_squares, odd_squares, even, width, rows, number)
-    tl.store(means + tile * channels + e, mean, inside)
-    tl.store(squares + tile * channels + e, square, inside)
+    tl.store(means + tile * E + e, mean, inside)
+    tl.store(squares + tile * E + e, square, inside)
     tl.store(counts + tile + tl.zeros_like(e), rows * number, e == 0)

@@ -7,24 +7,20 @@ the slope, 7 of the sums): 8 operations a byte, where an H100 has 20 in float32.
 Shapes: B batch, H and W the grid, E channels, T tiles of all maps.
 """
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from localvit.ops.reference import Shape
-from localvit.ops.triton.launch import Launch
 from localvit.ops.triton.tiles import (
     Area,
-    Tiles,
     activate,
     activation_slope,
     add_row,
     channel_values,
     check_layout,
     columns_of,
+    launch_in_tiles,
     load_four,
     load_two,
     tile_of,
@@ -59,7 +55,9 @@ def norm_act_depthwise_backward(
         `norm_4E`, and (T, 2, E): the sums over each tile of the first, and of it times (z - mean).
     """
     check_layout(grad_BHWE, out_BHWE, z_BHWE)
-    tiles, launch = _launch(z_BHWE.shape, z_BHWE.stride(), z_BHWE.dtype, act, area)
+    tiles, launch = launch_in_tiles(
+        norm_act_depthwise_backward_kernel, z_BHWE.shape, z_BHWE.stride(), z_BHWE.dtype, act, area
+    )
     grad_u_BHWE = torch.empty_like(z_BHWE, memory_format=torch.contiguous_format)
     weight_sums_T9E = norm_4E.new_empty((tiles.number, 9, tiles.channels))
     sums_T2E = norm_4E.new_empty((tiles.number, 2, tiles.channels))
@@ -68,15 +66,6 @@ def norm_act_depthwise_backward(
         *(grad_u_BHWE, weight_sums_T9E, sums_T2E),
     )
     return grad_u_BHWE, weight_sums_T9E.sum(0).t().reshape(-1, 3, 3), sums_T2E
-
-
-@cache
-def _launch(shape: Shape, strides: Shape, dtype: torch.dtype, act: str, area: Area) -> tuple[Tiles, Launch]:
-    tiles = Tiles(area.values, *shape)
-    numbers = (*tiles.sizes, *strides[:3])
-    return tiles, Launch(
-        norm_act_depthwise_backward_kernel, tiles.programs, numbers, tiles.constants(dtype, act), area.options
-    )
 
 
 @triton.jit
@@ -162,53 +151,53 @@ def norm_act_depthwise_backward_kernel(
     sums,
     height,
     width,
-    channels,
     tile_rows,
     stride_b,
     stride_h,
-    stride_w,
+    E: tl.constexpr,
+    STRIDE_W: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     HARDSWISH: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
     """One program's tile of the gradient of u, and its part of the weight's gradient and of the sums."""
-    tile, image, first, last, even, e = tile_of(height, width, channels, tile_rows, BLOCK_P, BLOCK_E)
-    inside = e < channels
-    m = channel_values(norm, e, channels, ACCUMULATE)
-    s = channel_values(norm + 2 * channels, e, channels, ACCUMULATE)
-    t = channel_values(norm + 3 * channels, e, channels, ACCUMULATE)
-    by_grad = channel_values(slopes, e, channels, ACCUMULATE)
-    by_out = channel_values(slopes + channels, e, channels, ACCUMULATE)
-    constant = channel_values(slopes + 2 * channels, e, channels, ACCUMULATE)
-    constant -= channel_values(out_norm, e, channels, ACCUMULATE) * by_out
+    tile, image, first, last, even, e = tile_of(height, width, E, tile_rows, BLOCK_P, BLOCK_E)
+    inside = e < E
+    m = channel_values(norm, e, E, ACCUMULATE)
+    s = channel_values(norm + 2 * E, e, E, ACCUMULATE)
+    t = channel_values(norm + 3 * E, e, E, ACCUMULATE)
+    by_grad = channel_values(slopes, e, E, ACCUMULATE)
+    by_out = channel_values(slopes + E, e, E, ACCUMULATE)
+    constant = channel_values(slopes + 2 * E, e, E, ACCUMULATE)
+    constant -= channel_values(out_norm, e, E, ACCUMULATE) * by_out
     # The weight rotated by 180 degrees: the gradient flows back from where each input contributed.
-    w22, w21, w20 = weight_row(weight, 0, e, channels, ACCUMULATE)
-    w12, w11, w10 = weight_row(weight, 1, e, channels, ACCUMULATE)
-    w02, w01, w00 = weight_row(weight, 2, e, channels, ACCUMULATE)
+    w22, w21, w20 = weight_row(weight, 0, e, E, ACCUMULATE)
+    w12, w11, w10 = weight_row(weight, 1, e, E, ACCUMULATE)
+    w02, w01, w00 = weight_row(weight, 2, e, E, ACCUMULATE)
     zeros = tl.zeros((BLOCK_P, BLOCK_E), ACCUMULATE)
-    z += image * stride_b + first.to(tl.int64) * stride_h + (even * stride_w + e)
-    above = (image * height + first - 1) * width * channels + (even * channels + e)
+    z += image * stride_b + first.to(tl.int64) * stride_h + (even * STRIDE_W + e)
+    above = (image * height + first - 1) * width * E + (even * E + e)
     grad += above
     out += above
-    grad_u += (image * height + first) * width * channels + (even * channels + e)
+    grad_u += (image * height + first) * width * E + (even * E + e)
 
     # For each row of the gradient, the tile's activated rows above, at and below it.
-    two = load_two(z, even, inside, stride_w, width)
+    two = load_two(z, even, inside, STRIDE_W, width)
     even_below, odd_below = _two_activated(two, even, width, s, t, ACCUMULATE, HARDSWISH)
     columns = columns_of(first - 1, height, width)
-    four_g, four_out = _load_both(grad, out, even, inside, channels, columns)
+    four_g, four_out = _load_both(grad, out, even, inside, E, columns)
     a, b, c, d = _four_gradients(four_g, four_out, even, columns, by_grad, by_out, constant, ACCUMULATE)
     even_sum, odd_sum = add_row(zeros, zeros, a, b, c, d, w00, w01, w02)
     sum20, sum21, sum22 = _add_products(zeros, zeros, zeros, a, b, c, d, even_below, odd_below)
     even_here = even_below
     odd_here = odd_below
     columns = columns_of(first + 1, last, width)
-    two = load_two(z + stride_h, even, inside, stride_w, columns)
+    two = load_two(z + stride_h, even, inside, STRIDE_W, columns)
     even_below, odd_below = _two_activated(two, even, columns, s, t, ACCUMULATE, HARDSWISH)
-    grad += width * channels
-    out += width * channels
-    four_g, four_out = _load_both(grad, out, even, inside, channels, width)
+    grad += width * E
+    out += width * E
+    four_g, four_out = _load_both(grad, out, even, inside, E, width)
     a, b, c, d = _four_gradients(four_g, four_out, even, width, by_grad, by_out, constant, ACCUMULATE)
     even_sum, odd_sum = add_row(even_sum, odd_sum, a, b, c, d, w10, w11, w12)
     next_even_sum, next_odd_sum = add_row(zeros, zeros, a, b, c, d, w00, w01, w02)
@@ -220,13 +209,13 @@ def norm_act_depthwise_backward_kernel(
     total = zeros
     total_z = zeros
     end = tl.minimum(last + 1, height)
-    grad += width * channels
-    out += width * channels
-    g_ahead, out_ahead = _load_both(grad, out, even, inside, channels, columns_of(first + 1, end, width))
-    grad += width * channels
-    out += width * channels
-    g_far_ahead, out_far_ahead = _load_both(grad, out, even, inside, channels, columns_of(first + 2, end, width))
-    two = load_two(z + 2 * stride_h, even, inside, stride_w, columns_of(first + 2, last, width))
+    grad += width * E
+    out += width * E
+    g_ahead, out_ahead = _load_both(grad, out, even, inside, E, columns_of(first + 1, end, width))
+    grad += width * E
+    out += width * E
+    g_far_ahead, out_far_ahead = _load_both(grad, out, even, inside, E, columns_of(first + 2, end, width))
+    two = load_two(z + 2 * stride_h, even, inside, STRIDE_W, columns_of(first + 2, last, width))
     for row in range(first, last):
         even_above = even_here
         odd_above = odd_here
@@ -237,11 +226,11 @@ def norm_act_depthwise_backward_kernel(
         columns = columns_of(row + 1, height, width)
         a, b, c, d = _four_gradients(g_ahead, out_ahead, even, columns, by_grad, by_out, constant, ACCUMULATE)
         # Loaded two rows ahead (z: one), so that more than one row at a time is on its way from memory.
-        two = load_two(z + 3 * stride_h, even, inside, stride_w, columns_of(row + 3, last, width))
+        two = load_two(z + 3 * stride_h, even, inside, STRIDE_W, columns_of(row + 3, last, width))
         g_ahead, out_ahead = g_far_ahead, out_far_ahead
-        grad += width * channels
-        out += width * channels
-        g_far_ahead, out_far_ahead = _load_both(grad, out, even, inside, channels, columns_of(row + 3, end, width))
+        grad += width * E
+        out += width * E
+        g_far_ahead, out_far_ahead = _load_both(grad, out, even, inside, E, columns_of(row + 3, end, width))
         even_grad, odd_grad = add_row(even_sum, odd_sum, a, b, c, d, w20, w21, w22)
         even_sum, odd_sum = add_row(next_even_sum, next_odd_sum, a, b, c, d, w10, w11, w12)
         next_even_sum, next_odd_sum = add_row(zeros, zeros, a, b, c, d, w00, w01, w02)
@@ -249,20 +238,20 @@ def norm_act_depthwise_backward_kernel(
         sum10, sum11, sum12 = _add_products(sum10, sum11, sum12, a, b, c, d, even_here, odd_here)
         sum20, sum21, sum22 = _add_products(sum20, sum21, sum22, a, b, c, d, even_below, odd_below)
         # Loaded again from the L1 cache: keeping it for two rows would take registers.
-        here = load_two(z, even, inside, stride_w, width)
+        here = load_two(z, even, inside, STRIDE_W, width)
         even_z = here[0].to(ACCUMULATE)
         odd_z = here[1].to(ACCUMULATE)
         even_grad *= activation_slope(even_z * s + t, HARDSWISH)
         odd_grad *= activation_slope(odd_z * s + t, HARDSWISH)
         tl.store(grad_u, even_grad, inside & (even < width))
-        tl.store(grad_u + channels, odd_grad, inside & (even + 1 < width))
+        tl.store(grad_u + E, odd_grad, inside & (even + 1 < width))
         total, total_z = _with_gradients(total, total_z, even_grad, odd_grad, even_z - m, odd_z - m, even, width)
         z += stride_h
-        grad_u += width * channels
-    weight_sums += tile * 9 * channels + e
-    _store_weight_row(weight_sums, sum00, sum01, sum02, channels, inside)
-    _store_weight_row(weight_sums + 3 * channels, sum10, sum11, sum12, channels, inside)
-    _store_weight_row(weight_sums + 6 * channels, sum20, sum21, sum22, channels, inside)
-    sums += tile * 2 * channels + e
+        grad_u += width * E
+    weight_sums += tile * 9 * E + e
+    _store_weight_row(weight_sums, sum00, sum01, sum02, E, inside)
+    _store_weight_row(weight_sums + 3 * E, sum10, sum11, sum12, E, inside)
+    _store_weight_row(weight_sums + 6 * E, sum20, sum21, sum22, E, inside)
+    sums += tile * 2 * E + e
     _store_total(sums, total, inside)
-    _store_total(sums + channels, total_z, inside)
+    _store_total(sums + E, total_z, inside)
