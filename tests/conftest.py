@@ -1,6 +1,7 @@
 """What every test runs under."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -14,9 +15,17 @@ from localvit_cli.allocator import keep_freed_memory
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="localvit-inductor-")
 atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
+gc.disable()  # while the tests' modules are imported
 
 # As every command does, and so does the first test that runs one: new pages for each map take a tenth of the time.
 keep_freed_memory()
+
+
+def pytest_collection_finish():
+    """What is imported by now stays, and need not be searched for garbage again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

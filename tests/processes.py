@@ -15,7 +15,10 @@ from types import ModuleType
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    [f"localvit_cli.{name}" for name in ("console", "eval", "predict", "published", "train")]
+    [
+        *(f"localvit_cli.{name}" for name in ("console", "eval", "predict", "published", "train")),
+        "localvit.train.curves",
+    ]
 )
 
 
@@ -58,6 +61,8 @@ def _call(
         os.close(opened)
     os.environ.clear()
     os.environ.update(variables)
+    # As in a new Python. Otherwise its own processes, such as those of a DataLoader, would get another server.
+    multiprocessing.set_start_method(None, force=True)
     import torch
 
     torch.set_num_threads(1)

@@ -41,13 +41,30 @@ localvit.Adapter(kernel="3")
 x: str = localvit.fuse(1)
 """
 
+# No public signature names a type of these. With them, mypy reads three times as much.
+SETTINGS = """
+[tool.mypy]
+strict = true
+
+[[tool.mypy.overrides]]
+module = [
+    "torch._dynamo.*", "torch._functorch.*", "torch._inductor.*", "torch.ao.*", "torch.distributed.*",
+    "torch.distributions.*", "torch.export.*", "torch.fx.*", "torch.jit.*", "torch.onnx.*", "torch.testing.*",
+    "fastapi.*", "huggingface_hub.*", "jinja2.*", "matplotlib.*", "numpy.*", "PIL.*", "rich.*", "timm.*",
+    "transformers.*",
+]
+follow_imports = "skip"
+follow_imports_for_stubs = true
+"""
+
 
 def test_a_program_that_uses_the_api_type_checks_and_wrong_uses_are_found(tmp_path, pytestconfig):
     """Both in one run, with a cache that stays for later ones: checking torch takes most of the time."""
     (tmp_path / "program.py").write_text(PROGRAM)
     (tmp_path / "wrong.py").write_text(WRONG)
+    (tmp_path / "pyproject.toml").write_text(SETTINGS)
     cache = pytestconfig.cache.mkdir("mypy")
-    command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(cache), "program.py", "wrong.py"]
+    command = [sys.executable, "-m", "mypy", "--cache-dir", str(cache), "program.py", "wrong.py"]
     found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200).stdout
     errors = [line.split(":")[:2] for line in found.splitlines() if ": error:" in line]
     assert [name for name, _ in errors] == ["wrong.py"] * len(errors), found

@@ -8,6 +8,7 @@ import pytest
 
 from localvit_cli import run
 from localvit_cli.streams import printable, printable_lines
+from processes import run_source, start, status_of
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the shell and the devices of Unix")
 
@@ -40,10 +41,10 @@ sys.exit(run(work, debug=False))
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
 
 
-def shell(redirections: str, program: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
+def shell(redirections: str, program: str, *arguments: object) -> subprocess.CompletedProcess:
     """Run Python source in a shell, with these redirections of its streams."""
     command = ["sh", "-c", f'"$0" -c "$@" {redirections}', sys.executable, program, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, env=ENVIRONMENT | environment, timeout=100)
+    return subprocess.run(command, capture_output=True, env=ENVIRONMENT, timeout=100)
 
 
 @pytest.mark.parametrize(
@@ -100,23 +101,25 @@ def test_another_broken_pipe_is_an_error(capsys):
     assert "Broken pipe" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("environment", [{"PYTHONIOENCODING": "ascii:strict"}, {"PYTHONIOENCODING": "latin-1:strict"}])
-def test_text_that_the_encoding_lacks_is_escaped(environment):
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_text_that_the_encoding_lacks_is_escaped(encoding, tmp_path):
     program = r"""
 import logging, sys
 from localvit_cli import run
+for stream in (sys.stdout, sys.stderr):  # as PYTHONIOENCODING does
+    stream.reconfigure(encoding=sys.argv[1], errors="strict")
 def work():
     logging.getLogger("localvit").info("caf\u00e9 \u4e2d \udcff")
     print("caf\u00e9 \u4e2d \udcff")
     raise ValueError("\u4e2d \udcff")
 sys.exit(run(work, debug=False))
 """
-    done = shell("", program, **environment)
-    encoding = environment["PYTHONIOENCODING"].partition(":")[0]
+    out, err = tmp_path / "out", tmp_path / "err"
+    status = status_of(start(run_source, program, encoding, out=out, err=err))
     cafe = "caf\xe9".encode(encoding, "backslashreplace")
-    assert done.stdout == cafe + b" \\u4e2d \\udcff\n"
-    assert done.stderr == cafe + b" \\u4e2d \\udcff\nlocalvit: error: \\u4e2d \\udcff\n"
-    assert done.returncode == 1
+    assert out.read_bytes() == cafe + b" \\u4e2d \\udcff\n"
+    assert err.read_bytes() == cafe + b" \\u4e2d \\udcff\nlocalvit: error: \\u4e2d \\udcff\n"
+    assert status == 1
 
 
 def test_messages_cannot_control_a_terminal(capsys):

@@ -27,6 +27,12 @@ def tiny_model() -> nn.Module:
     return model.eval()
 
 
+def linear_model() -> nn.Module:
+    """One layer, for claims about an export that do not depend on the model."""
+    torch.manual_seed(7)
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 24 * 24, len(NAMES))).eval()
+
+
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
     """Random pixels."""
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from exported_files import NAMES, PREPROCESSING, noise, tiny_model
+from exported_files import NAMES, PREPROCESSING, linear_model, noise
 from PIL import Image
 
 import localvit
@@ -170,5 +170,5 @@ def test_a_signal_after_an_openvino_model_was_freed_on_another_thread(tmp_path):
     """OpenVINO's plugin would free the memory in which the first thread handles signals: a segmentation fault."""
     pytest.importorskip("openvino")
     path = tmp_path / "model.xml"
-    localvit.export(tiny_model(), path, localvit.OpenVINO(), preprocessing=PREPROCESSING, class_names=NAMES)
+    localvit.export(linear_model(), path, localvit.OpenVINO(), preprocessing=PREPROCESSING, class_names=NAMES)
     assert status_of(start(run_source, FREED_ON_ANOTHER_THREAD, path, err=tmp_path / "err")) == 0

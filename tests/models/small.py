@@ -52,7 +52,7 @@ def image_size(name: str) -> int:
 
 def is_local(name: str) -> bool:
     """Whether any block of the named model has locality."""
-    return any(isinstance(module, LocalityMlp) for module in small_model(name, device="meta").modules())
+    return any(isinstance(module, LocalityMlp) for module in small_model(name).modules())
 
 
 def _parameters(name: str) -> int:
@@ -65,7 +65,7 @@ LOCAL = [name for name in MODELS if is_local(name)]
 BASELINES = [name for name in MODELS if name not in LOCAL]
 """The models without locality that the paper compares with."""
 
-ABSOLUTE = [name for name in MODELS if small_model(name, device="meta").position_grids()]
+ABSOLUTE = [name for name in MODELS if small_model(name).position_grids()]
 """The models with absolute position embeddings."""
 
 ONE_OF_EACH = list({family(name): name for name in sorted(LOCAL, key=_parameters, reverse=True)}.values())

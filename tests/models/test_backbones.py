@@ -22,8 +22,7 @@ def smp():
     return pytest.importorskip("segmentation_models_pytorch", reason="segmentation_models_pytorch is not installed")
 
 
-@pytest.mark.parametrize("side", [224, 256])
-@pytest.mark.parametrize("decoder", ["Unet", "FPN", "UPerNet"])
+@pytest.mark.parametrize(("decoder", "side"), [("Unet", 224), ("Unet", 256), ("FPN", 224), ("UPerNet", 256)])
 @pytest.mark.parametrize(
     ("encoder", "arguments"),
     [("localvit_pvt_tiny", SMALL_PVT), ("localvit_swin_tiny", SMALL_SWIN | {"window_size": 7})],

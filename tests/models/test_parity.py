@@ -13,7 +13,7 @@ from localvit.models.published_names import published_key
 from published import GOLDEN, golden_model
 
 NAMES = sorted(path.stem for path in (GOLDEN / "models").glob("*.json"))
-WIDER = ("localvit_small_mlp4_act3_r384", "localvit_tnt_s_patch16_224")
+WIDER = ("localvit_small_mlp4_act3_r384", "localvit_tiny_mlp4_act3_r4", "localvit_tnt_s_patch16_224")
 """Those that differ from another one in their sizes only: their logits are compared, and the other's training step."""
 
 

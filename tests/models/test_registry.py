@@ -40,14 +40,11 @@ def test_every_published_model_and_documented_alias_is_registered_here_and_with_
 
 @pytest.mark.parametrize("info", registered_models(), ids=lambda info: info.name)
 def test_the_number_of_parameters_is_the_stated_one(info):
-    counts = {
-        sum(parameter.numel() for parameter in model.parameters())
-        for name in info.names
-        for model in (timm.create_model(name, device="meta"), localvit.create_model(name, device="meta"))
-    }
-    assert counts == {info.parameters}
+    """Under its own name; `test_an_alias_makes_the_same_model` compares the other one."""
+    model = localvit.create_model(info.name, device="meta")
+    for made in (model, timm.create_model(info.name, device="meta")):
+        assert sum(parameter.numel() for parameter in made.parameters()) == info.parameters
     if info.name in PUBLISHED:
-        model = info.family.create(**info.args, device="meta")
         buffers = {published_key(model, key): value.numel() for key, value in model.named_buffers()}
         published = golden_model(info.name)
         not_trained = sum(buffers.get(key, 0) for key, _, kind in published["state_dict"] if kind != "buffer")

@@ -350,16 +350,17 @@ def test_graph_feature_extraction(name):
 
 @pytest.mark.parametrize("name", [*ONE_OF_EACH, *BASELINES])
 def test_compiles_into_one_graph(name):
+    """On a size that it was not made for, whose grid is not square."""
     torch._dynamo.reset()
     model = randomized(small_model(name, drop_path_rate=0.0)).eval()
     compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
-    for scale in ((1, 1), (1, 2)):
-        image = images(name, scale=scale)
-        torch.testing.assert_close(compiled(image), model(image))
+    image = images(name, scale=(1, 2))
+    torch.testing.assert_close(compiled(image), model(image))
 
 
-@pytest.mark.parametrize("name", ["localvit_nano_patch4_32", "localvit_T2t_conv7"])
-def test_trains_compiled(name):
+def test_trains_compiled():
+    """T2T has LocalViT's blocks behind those of its tokenizer."""
+    name = "localvit_T2t_conv7"
     torch._dynamo.reset()
     losses = []
     for compiled in (False, True):

@@ -45,10 +45,12 @@ def test_interpreted_under_autocast(interpreted, act):
 @pytest.mark.parametrize(
     ("act", "operators", "dtype"),
     [
-        *(("hs+se", 1, torch.float32), ("relu6", 1, torch.float16), ("hs+eca", 1, torch.float32)),
-        *(("hs+ecah", 1, torch.float16), ("hs+eca", 0, torch.float16)),
+        ("hs+se", 1, torch.float32),
+        ("relu6", 1, torch.float16),
+        ("hs+ecah", 1, torch.float16),
+        ("hs+eca", 0, torch.float16),
     ],
-    ids=["hs+se", "relu6 under autocast", "hs+eca", "hs+ecah under autocast", "a gate of the user's"],
+    ids=["hs+se", "relu6 under autocast", "hs+ecah under autocast", "a gate of the user's"],
 )
 def test_interpreted_compiled(interpreted, act, operators, dtype):
     interpreted(training_steps.interpreted_compiled, act, operators, dtype)

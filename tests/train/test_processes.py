@@ -4,34 +4,41 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
 import yaml
 from tiny import tiny_config, train
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+import localvit_cli
 from localvit.data.datasets import open_images
 from localvit.evaluation.evaluate import evaluate
 from localvit.inference.runner import InferenceOptions, load_model
-from processes import free_port, run_localvit, start_group, status_of
+from processes import free_port, run_localvit, start, start_group, status_of
 
 STILL = {"mixup": 0.0, "cutmix": 0.0, "drop_path_rate": 0.0}
 """Without random numbers per batch, which differ if the batch is split over processes."""
 
 
-def launched(processes, config_file, *flags, restarts=0):
-    """The command under torchrun."""
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
-    address = ["--master-addr=127.0.0.1", f"--master-port={free_port()}"]
-    return subprocess.Popen(
-        [sys.executable, *launcher, *address, "-m", "localvit", "train", "--config", str(config_file), *flags],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+def launched(processes, config_file, restarts):
+    """The command in processes that torchrun's agent starts; it forks them, which have imported what they need."""
+    options = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        rdzv_backend="static",
+        rdzv_endpoint=f"127.0.0.1:{free_port()}",
+        rdzv_configs={"rank": 0},
+        max_restarts=restarts,
+        start_method="fork",
     )
+    elastic_launch(options, trained)(config_file)
+
+
+def trained(config_file):
+    assert localvit_cli.main(["train", "--config", str(config_file)]) == 0
 
 
 def written(path, config):
@@ -74,19 +81,20 @@ def test_without_sync_bn_all_processes_use_the_statistics_of_rank_0(tiny_digits,
 
 
 def test_a_killed_process_resumes_automatically(tiny_digits, tmp_path):
-    """torchrun restarts both processes; their log is that of an uninterrupted run."""
+    """torchrun's agent restarts both processes; their log is that of an uninterrupted run."""
     changes = {"epochs": 3, "checkpoint_steps": 1}
     expected = log_of(2, tiny_digits, tmp_path, **changes)
     config = tiny_config(tiny_digits, tmp_path / "killed", batch_size=6, **changes)
-    run = launched(2, written(tmp_path / "killed.yaml", config), restarts=2)
+    out = tmp_path / "output"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    run = start(launched, 2, written(tmp_path / "killed.yaml", config), 2, out=out, err=out, environment=environment)
     log = tmp_path / "killed" / "log.txt"
-    while not log.exists() and run.poll() is None:
+    while not log.exists() and run.is_alive():
         time.sleep(0.05)
     trainers = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True, check=True).stdout.split()
     os.kill(int(trainers[0]), signal.SIGKILL)
-    out, _ = run.communicate(timeout=180)
-    assert run.returncode == 0, out
-    assert "resuming from" in out
+    assert status_of(run, timeout=180) == 0, out.read_text()
+    assert "resuming from" in out.read_text()
     assert [json.loads(line) for line in log.read_text().splitlines()] == expected
 
 

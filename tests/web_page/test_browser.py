@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from exported_files import NAMES, PREPROCESSING, noise, tiny_model
+from exported_files import NAMES, PREPROCESSING, linear_model, noise
 from image_files import broken_files, write_image_files
 from opened import MODEL, WAIT, Opened
 from PIL import Image
@@ -113,7 +113,7 @@ class _server:
 def test_a_file_that_resizes_itself_takes_floats_and_returns_logits(browser, tmp_path):
     file, image = tmp_path / "tiny.onnx", tmp_path / "image.png"
     settings = Onnx(include=("resize",), input_type="float32")
-    export(tiny_model(), file, settings, class_names=NAMES, preprocessing=PREPROCESSING)
+    export(linear_model(), file, settings, class_names=NAMES, preprocessing=PREPROCESSING)
     Image.fromarray(noise(61, 47, 3)).save(image)
     opened = Opened.at(browser, write_page(file, tmp_path / "page").as_uri())
     opened.classify(image, "image.png")

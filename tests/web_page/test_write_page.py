@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from exported_files import PREPROCESSING, noise, tiny_model
+from exported_files import PREPROCESSING, linear_model, noise, tiny_model
 from PIL import Image
 
 import localvit_cli
@@ -93,7 +93,7 @@ def test_the_resizer_gives_the_pixels_of_evaluation(tmp_path):
 
 def test_a_page_replaces_an_earlier_one_and_nothing_else(fake_runtime, tmp_path):
     file, page, other = tmp_path / "tiny.onnx", tmp_path / "page", tmp_path / "other"
-    export(tiny_model(), file, Onnx(dynamic="none"), preprocessing=PREPROCESSING)
+    export(linear_model(), file, Onnx(dynamic="none"), preprocessing=PREPROCESSING)
     for path, content in (
         (page / "index.html", '<meta name="generator" content="localvit 0.0.1">'),
         (page / "carried" / "old.js", "old"),
