@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from small_images import spread
+from small_images import mean_std
 
 from localvit.train.run_folder import LOG, read_log
 
@@ -104,7 +104,7 @@ def report(args: argparse.Namespace) -> None:
         mean = [statistics.mean(at) for at in zip(*(curves[arm][seed] for seed in seeds), strict=True)]
         reached = next((str(epoch) for epoch, acc1 in enumerate(mean, start=1) if acc1 >= goal), "never")
         time = f"{statistics.median(seconds[arm]):.0f} s"
-        cells = [title, f"{trained[arm]:,}", spread(last), spread(gain) if arm != "plain" else "", reached, time]
+        cells = [title, f"{trained[arm]:,}", mean_std(last), mean_std(gain) if arm != "plain" else "", reached, time]
         print(f"| {' | '.join(cells)} |")
     if args.figure:
         draw({arm: [curves[arm][seed] for seed in seeds] for arm in ARMS}, base, args.figure)
