@@ -81,3 +81,24 @@ def test_copies_beside_the_work_of_a_gpu():
     expected = [images_BCHW.double().sum().item() for images_BCHW, _ in host]
     # Sums in float64, in another order.
     assert [each.item() for each in sums] == pytest.approx(expected * 8, rel=1e-9)
+
+
+@on_gpu
+def test_batches_that_a_gpu_prepares():
+    """Such as those of `--cache`: they may still be computed when they are fetched, also where their layout changes."""
+    host = [torch.randn(32, 3, 224, 224) for _ in range(4)]
+    product = torch.randn(4096, 4096, device="cuda")
+
+    def prepared():
+        nonlocal product
+        for images_BCHW in host * 8:
+            there_BCHW = images_BCHW.cuda()
+            for _ in range(8):
+                product = product @ product / 64
+            yield there_BCHW + product[0, 0].clamp(0, 0).nan_to_num(), torch.zeros(32, device="cuda")
+
+    options = InferenceOptions(device=torch.device("cuda"), channels_last=True)
+    sums = [images_BCHW.double().sum() for images_BCHW, _ in DeviceBatches(prepared(), options)]
+    expected = [images_BCHW.double().sum().item() for images_BCHW in host]
+    # Sums in float64, in another order.
+    assert [each.item() for each in sums] == pytest.approx(expected * 8, rel=1e-9)

@@ -18,7 +18,7 @@ class DeviceBatches(Iterator[Batch]):
     """Batches that are moved to the device. On a GPU they are copied in a stream of their own, beside the step's work.
 
     Args:
-        batches: in memory, which should be pinned for a GPU.
+        batches: in memory, which should be pinned for a GPU, or on the device already.
         options: device and memory format.
     """
 
@@ -49,8 +49,11 @@ class DeviceBatches(Iterator[Batch]):
         if self._fetched is not None:
             return
         try:
-            with torch.cuda.stream(self._stream):  # does nothing without a stream
-                self._fetched = to_device(next(self._batches), self._options)
+            batch = next(self._batches)
+            # What was prepared on the GPU is ready for the current stream only.
+            stream = None if batch[0].is_cuda else self._stream
+            with torch.cuda.stream(stream):  # does nothing without a stream
+                self._fetched = to_device(batch, self._options)
         except Exception as error:
             self._fetched = error
 

@@ -66,16 +66,8 @@ class Launch:
         if (compiled := self._compiled.get(key)) is None:
             return self._compile_and_run(key, tensors)
         run, given = compiled
-        run(
-            self.programs,
-            1,
-            1,
-            torch._C._cuda_getCurrentRawStream(device),
-            *given,
-            *addresses,
-            *self.numbers,
-            *self.constants,
-        )
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        run(self.programs, 1, 1, stream, *given, *addresses, *self.numbers, *self.constants)
         return None
 
     def _compile_and_run(self, key: tuple[Any, ...], tensors: tuple[Tensor | None, ...]) -> None:
