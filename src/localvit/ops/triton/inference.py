@@ -40,7 +40,10 @@ AREA = Area(512)
 def depthwise_act_pool(
     x_BHWE: Tensor, weight_E33: Tensor, bias_E: Tensor, act: str, area: Area = AREA
 ) -> tuple[Tensor, Tensor]:
-    """As `localvit.ops.reference.depthwise_act_pool`, for a non-empty map with channels last."""
+    """As `localvit.ops.reference.depthwise_act_pool`, for a non-empty map with channels last.
+
+    By itself, for benchmarks and tests: a module's steps are launched together (`ops.triton.feed_forward`).
+    """
     check_layout(x_BHWE)
     tiles, launch = launch_for(x_BHWE.shape, x_BHWE.stride(), x_BHWE.dtype, weight_E33.shape, bias_E.shape, act, area)
     y_BHWE = torch.empty_like(x_BHWE, memory_format=torch.contiguous_format)

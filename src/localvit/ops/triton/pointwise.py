@@ -49,7 +49,10 @@ def pointwise(
     num_prefix_tokens: int = 0,
     blocks: Blocks | None = None,
 ) -> Tensor:
-    """As `localvit.ops.reference.pointwise`, for rows in bfloat16 or float16 with contiguous channels."""
+    """As `localvit.ops.reference.pointwise`, for rows in bfloat16 or float16 with contiguous channels.
+
+    By itself, for benchmarks and tests: a module's steps are launched together (`ops.triton.feed_forward`).
+    """
     batch, rows, _ = x_BSK.shape
     launch = launch_for(
         *(x_BSK.shape, x_BSK.stride(), weight_NK.shape, shape_of(bias_N), shape_of(gate_BK), skipped),
