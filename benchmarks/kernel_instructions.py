@@ -5,8 +5,9 @@
 Compiles each depth-wise kernel for LocalViT-T's maps, 256 images, reads the loop over rows in its machine code, and
 predicts its time on an H100 as the longest of three:
 
-- instructions: those of the loop, at four of a warp in a cycle, the most that a multiprocessor issues;
-- waiting: each warp waits for a row for as long as memory takes to answer, shared by the rows that it has asked for.
+- issue: the loop's instructions, at four of a warp in a cycle, the most that a multiprocessor issues. "A value" is how
+  many of them compute one value of the map;
+- wait: each warp waits for a row for as long as memory takes to answer, shared by the rows that it has asked for.
   Registers say how many warps a multiprocessor runs at a time. Memory is taken to answer in 1.12 microseconds: so long
   took a row in both kernels of the forward pass when they were measured, with one row ahead (0.078 and 0.098 ms);
 - copy: what a copy of as many bytes takes, at the 2.75 TB/s measured there.
@@ -86,8 +87,7 @@ def longest_loop(lines: list[str]) -> list[str]:
 
 def main() -> None:
     """Compile and print one table."""
-    print("| kernel | registers | warps | instructions of a value | instructions, ms | waiting, ms | copy, ms |")
-    print("|---|---|---|---|---|---|---|")
+    print("| kernel | registers | a value | issue, ms | wait, ms | copy, ms |\n|---|---|---|---|---|---|")
     for name, (call, area, maps) in kernels().items():
         launch, tensors = recorded(call)
         source = source_of(launch.kernel, (*tensors, *launch.numbers), launch.constants)
@@ -104,7 +104,7 @@ def main() -> None:
         waiting = rows / (MULTIPROCESSORS * warps) * SECONDS_TO_ANSWER / ROWS_AHEAD
         copying = maps * 2 * BATCH * GRID * GRID * CHANNELS / COPY_BYTES_PER_SECOND
         times = " | ".join(f"{1000 * seconds:.3f}" for seconds in (issuing, waiting, copying))
-        print(f"| {name} | {registers} | {warps} | {len(loop) * threads / (2 * area.values):.0f} | {times} |")
+        print(f"| {name} | {registers} | {len(loop) * threads / (2 * area.values):.0f} | {times} |")
 
 
 if __name__ == "__main__":
