@@ -6,8 +6,6 @@ from pathlib import Path
 import pytest
 
 FILES = sorted((Path(__file__).parents[2] / "benchmarks").glob("*.py"))
-
-
 OWN = {"localvit", *(path.stem for path in FILES)}
 
 

@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from launches import activation, close, convolution, launched, normalized, sums_dtype
+from launches import activation, close, convolution, launched, normalized, part_of_another, sums_dtype
 from samples import expected_feed_forward
 from torch import nn
 
@@ -183,8 +183,7 @@ def whole_module(draw, dtype, *, acts, gate, large=False):
         shapes.append((1, 1, 3))
     # As a trained module has them: each step keeps the size of values about as it is.
     parameters = [draw.values(*shape, dtype=dtype) / max(1, math.prod(shape[1:])) ** 0.5 for shape in shapes]
-    # And some as part of another tensor, with values between theirs.
-    parameters[1::2] = [torch.stack((each, torch.full_like(each, torch.nan)), -1)[..., 0] for each in parameters[1::2]]
+    parameters[1::2] = map(part_of_another, parameters[1::2])
     tokens = draw.values(batch, prefix + height * width, channels, dtype=dtype)
     wanted = expected_feed_forward(tokens, height, width, prefix, parameters, *acts, gate)
     tokens[:, :prefix] = torch.nan

@@ -151,6 +151,11 @@ def little_shared_memory():
                 each.cache_clear()
 
 
+def part_of_another(tensor):
+    """The tensor as a part of a larger one, with NaN between its values."""
+    return torch.stack((tensor, torch.full_like(tensor, torch.nan)), -1)[..., 0]
+
+
 def autograd_steps(out):
     """The names of all steps that autograd recorded for a result."""
     seen, nodes = set(), [out.grad_fn]
@@ -162,38 +167,6 @@ def autograd_steps(out):
     return [type(each).__name__ for each in seen]
 
 
-def patch_once_a_launch():
-    """Let Triton's interpreter patch its language once for each launch, which saves a third of the time.
-
-    It does so again for every function that a kernel calls, on top of what it patched before.
-    """
-    from triton.runtime import interpreter
-
-    patch, patched, scopes = interpreter._patch_lang, set(), []
-
-    def patch_what_is_not(function):
-        modules = {
-            each for each in function.__globals__.values() if each is interpreter.tl or each is interpreter.tl.core
-        }
-        if modules and modules <= patched:
-            return interpreter._LangPatchScope()
-        patched.update(modules)
-        scopes.append(patch(function))
-        launch, restore = scopes[0], scopes[0].restore
-
-        def restore_all():
-            launch.restore = restore
-            while scopes:
-                scopes.pop().restore()
-            patched.clear()
-
-        if len(scopes) == 1:  # that of the kernel, which the interpreter restores at the end of the launch
-            launch.restore = restore_all
-        return scopes[-1]
-
-    interpreter._patch_lang = patch_what_is_not
-
-
 def begin():
     """The first thing that a process of its own does: see that Triton interprets there, and can."""
     import triton
@@ -201,6 +174,5 @@ def begin():
     from localvit.ops.triton.inference import depthwise_act_pool
 
     assert triton.knobs.runtime.interpret
-    patch_once_a_launch()
     torch.set_num_threads(1)
     depthwise_act_pool(torch.ones(1, 1, 1, 1), torch.ones(1, 3, 3), torch.ones(1), "hs")

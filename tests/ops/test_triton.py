@@ -26,10 +26,8 @@ def compare(case, dtypes, device="cpu", large=False):
 @needs_triton
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted(interpreted, name):
-    """In float16 and not bfloat16, whose products the interpreter cannot compute. Rounding is the same in each tile."""
+    """In float16 and not bfloat16, whose products the interpreter cannot compute."""
     dtypes = (torch.float64, torch.bfloat16) if name in DEPTHWISE else (torch.float32, torch.float16)
-    if "several tiles" in name:
-        dtypes = dtypes[:1]
     interpreted(compare, CASES[name], dtypes)
 
 

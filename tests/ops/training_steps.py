@@ -11,7 +11,7 @@ from functools import partial
 
 import pytest
 import torch
-from launches import Draw, autograd_steps
+from launches import Draw, autograd_steps, part_of_another
 from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch.utils.checkpoint import checkpoint
@@ -95,11 +95,6 @@ def kernels_on_the_cpu():
         dispatch._has_kernels = before
 
 
-def every_second(tensor):
-    """The tensor's values with NaN between them."""
-    return torch.stack((tensor, torch.full_like(tensor, torch.nan)), -1)[..., 0]
-
-
 def checkpointed(module):
     return lambda map_BCHW: checkpoint(module, map_BCHW, use_reentrant=False)
 
@@ -117,7 +112,7 @@ def interpreted_step(act, way):
     if way == "parts of tensors":
         for layer in module.modules():
             for name, parameter in list(layer.named_parameters(recurse=False)):
-                setattr(layer, name, nn.Parameter(every_second(parameter.detach())))
+                setattr(layer, name, nn.Parameter(part_of_another(parameter.detach())))
     plain = layer_by_layer(module).double()
     weights_BCHW = draw.values(2, 23, 3, 5)
     times = 2 if way == "backward twice" else 1
