@@ -28,7 +28,6 @@ from triton.backends.compiler import GPUTarget
 
 from localvit.ops.triton import inference, training, training_backward
 from localvit.ops.triton.launch import Launch
-from localvit.ops.triton.tiles import Area
 
 BATCH, GRID, CHANNELS = 256, 14, 768
 MULTIPROCESSORS, GIGAHERTZ, REGISTERS = 132, 1.755, 65536
@@ -42,7 +41,6 @@ class Kernel(NamedTuple):
     """A call of a kernel."""
 
     call: Callable[[], object]
-    area: Area
     maps: int
     """Maps that it reads and writes."""
 
@@ -56,9 +54,9 @@ def kernels() -> dict[str, Kernel]:
     pooled = partial(inference.depthwise_act_pool, map_BHWE, weight_E33, norm_4E[0], "hs")
     gradients = partial(training_backward.norm_act_depthwise_backward, *after, *before)
     return {
-        "depth-wise, gate's sums": Kernel(pooled, inference.AREA, 2),
-        "norm, depth-wise, statistics": Kernel(partial(training.norm_act_depthwise, *before), training.AREA, 2),
-        "gradients of depth-wise": Kernel(gradients, training_backward.AREA, 4),
+        "depth-wise, gate's sums": Kernel(pooled, 2),
+        "norm, depth-wise, statistics": Kernel(partial(training.norm_act_depthwise, *before), 2),
+        "gradients of depth-wise": Kernel(gradients, 4),
     }
 
 
@@ -88,23 +86,24 @@ def longest_loop(lines: list[str]) -> list[str]:
 def main() -> None:
     """Compile and print one table."""
     print("| kernel | registers | a value | issue, ms | wait, ms | copy, ms |\n|---|---|---|---|---|---|")
-    for name, (call, area, maps) in kernels().items():
+    for name, (call, maps) in kernels().items():
         launch, tensors = recorded(call)
         source = source_of(launch.kernel, (*tensors, *launch.numbers), launch.constants)
-        options = {option: value for option, value in launch.options._asdict().items() if value is not None}
         with tempfile.TemporaryDirectory() as folder:
-            cubin = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["cubin"]
+            cubin = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch.options.given).asm["cubin"]
             registers = resources(cubin, Path(folder))["REG"]
             loop = longest_loop(instructions(cubin, Path(folder)))
-        threads = 32 * area.num_warps
-        warps = REGISTERS // (-(-registers // 8) * 8 * threads) * area.num_warps
+        threads = 32 * launch.options.num_warps
+        warps = REGISTERS // (-(-registers // 8) * 8 * threads) * launch.options.num_warps
+        pairs, channels = launch.constants[-2:]
+        values_of_a_thread = 2 * pairs * channels / threads
         # One row more than a map has: the one before the loop.
-        rows = launch.programs * area.num_warps * (GRID + 1)
+        rows = launch.programs * launch.options.num_warps * (GRID + 1)
         issuing = rows * len(loop) / (4 * MULTIPROCESSORS * GIGAHERTZ * 1e9)
         waiting = rows / (MULTIPROCESSORS * warps) * SECONDS_TO_ANSWER / ROWS_AHEAD
         copying = maps * 2 * BATCH * GRID * GRID * CHANNELS / COPY_BYTES_PER_SECOND
         times = " | ".join(f"{1000 * seconds:.3f}" for seconds in (issuing, waiting, copying))
-        print(f"| {name} | {registers} | {len(loop) * threads / (2 * area.values):.0f} | {times} |")
+        print(f"| {name} | {registers} | {len(loop) / values_of_a_thread:.0f} | {times} |")
 
 
 if __name__ == "__main__":

@@ -139,9 +139,8 @@ def test_compiled_for_nvidia(launches, launches_in_little_memory, name, capabili
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel, arguments, constants, options = (launches_in_little_memory if capability in LITTLE else launches)[name]
-    given = {option: value for option, value in options._asdict().items() if value is not None}
     target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source_of(kernel, arguments, constants), target=target, options=given)
+    compiled = triton.compile(source_of(kernel, arguments, constants), target=target, options=options.given)
     used = resources(compiled.asm["cubin"], tmp_path)
     assert used["STACK"] + used["LOCAL"] <= SPILLED_BYTES.get((name, capability), FEW_BYTES), used
     assert used["REG"] * 32 * options.num_warps <= REGISTERS, used

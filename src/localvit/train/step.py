@@ -91,9 +91,9 @@ def _forward_backward(training: Training, batches: DeviceBatches, *, stop: bool)
             if is_last:
                 sums = _AsyncSum(torch.stack((total, torch.full_like(total, float(stop)))))
             state.scaler.scale(loss).backward()
-        batches.fetch()
         if number == 0 and not is_last and isinstance(training.wrapped_model, GraphedModel):
             training.wrapped_model.keep_gradients()
+        batches.fetch()
     loss_sum, stops = sums.read()
     return loss_sum / world_size(), stops
 

@@ -88,15 +88,31 @@ def _steps(
     map_BHWE = batch, height, width, hidden
     map_strides = positions * hidden, width * hidden, hidden, 1
     tiles, depthwise_launch = inference.launch_for(map_BHWE, map_strides, dtype, depthwise, bias2_E, act2)
+    rows_BSE, row_strides = (batch, positions, hidden), (positions * hidden, hidden, 1)
     return _Steps(
-        pointwise.launch_for(tokens, strides, expansion, bias1_E, None, num_prefix_tokens, 0, None, act1, None, device),
-        depthwise_launch,
-        pointwise.launch_for(
-            *((batch, positions, hidden), (positions * hidden, hidden, 1), projection, bias3_C),
-            *((batch, hidden) if gated else None, 0, num_prefix_tokens, None, None, None, device),
+        expansion=pointwise.launch_for(
+            *(tokens, strides, expansion, bias1_E),
+            gate=None,
+            skipped=num_prefix_tokens,
+            num_prefix_tokens=0,
+            norm_act=None,
+            act=act1,
+            blocks=None,
+            device=device,
         ),
-        map_BHWE,
-        (batch, hidden) if tiles.per_image == 1 else (batch, tiles.per_image, hidden),
-        accumulate_dtype(dtype),
-        (*tokens[:2], projection[0]),
+        depthwise=depthwise_launch,
+        projection=pointwise.launch_for(
+            *(rows_BSE, row_strides, projection, bias3_C),
+            gate=(batch, hidden) if gated else None,
+            skipped=0,
+            num_prefix_tokens=num_prefix_tokens,
+            norm_act=None,
+            act=None,
+            blocks=None,
+            device=device,
+        ),
+        map_BHWE=map_BHWE,
+        sums=(batch, hidden) if tiles.per_image == 1 else (batch, tiles.per_image, hidden),
+        sums_dtype=accumulate_dtype(dtype),
+        out_BNC=(*tokens[:2], projection[0]),
     )

@@ -21,6 +21,11 @@ class Options(NamedTuple):
     num_stages: int = 3
     maxnreg: int | None = None
 
+    @property
+    def given(self) -> dict[str, int]:
+        """As keyword arguments of a launch or a compilation."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
+
 
 DEFAULT = Options()
 
@@ -71,8 +76,7 @@ class Launch:
         return None
 
     def _compile_and_run(self, key: tuple[Any, ...], tensors: tuple[Tensor | None, ...]) -> None:
-        given = {name: value for name, value in self.options._asdict().items() if value is not None}
-        compiled = self.kernel[(self.programs,)](*tensors, *self.numbers, *self.constants, **given)
+        compiled = self.kernel[(self.programs,)](*tensors, *self.numbers, *self.constants, **self.options.given)
         if isinstance(self.kernel, JITFunction):  # and not interpreted
             self._compiled[key] = compiled.run, (compiled.function, compiled.packed_metadata, None, None, None)
 
